@@ -1,0 +1,39 @@
+# Needs python 3.11 or later (PYTHON=/path/to/python selects another), make and git.
+# torch from PyPI brings CUDA on Linux; for the smaller build without it:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	$(BIN)/learned-opt benchmark --config configs/demo.yaml --output runs/demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# A stamp per environment: nothing is reinstalled until a requirement changes. The constraints pin
+# torch for the whole resolution, so no dependency can pull another version of it first.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	    "constraints.txt is for Python 3.11 or later, this is " + sys.version.split()[0] + \
+	    "; run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(INSTALL) -e ".[test]"
+	@touch $@
+
+.venv/.installed-lint: .venv/.installed
+	$(INSTALL) ruff
+	@touch $@

@@ -1,0 +1,18 @@
+"""Geodesics of the sublevel sets of a loss."""
+
+from geodesic.level_set import LevelProfile, sgd_profile
+from geodesic.path import length, normalized_length, points_at, project, resample
+from geodesic.solve import Geodesic, find_geodesic, find_geodesics
+
+__all__ = [
+    "Geodesic",
+    "LevelProfile",
+    "find_geodesic",
+    "find_geodesics",
+    "length",
+    "normalized_length",
+    "points_at",
+    "project",
+    "resample",
+    "sgd_profile",
+]

@@ -1,0 +1,201 @@
+"""The sublevel set Ω_λ = {θ : F(θ) ≤ λ(s)}: its level, its loss, and whether a path stays inside.
+
+The level is a constant (Bruna 2016, arXiv 1611.01540) or falls along the path: λ(s) is then
+non-increasing in the arclength fraction s, from at least F(θ_a) to at least F(θ_b).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from geodesic.path import fractions, subdivide
+
+# F - λ(s) ≤ tolerance · max(1, |λ(s)|) counts as inside.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+
+
+class LevelProfile:
+    """A level that falls along the path: linear between knots, one profile a pair.
+
+    Args:
+        values: ``(m,)`` or ``(pairs, m)`` levels at the knots. They are made non-increasing by a
+            running maximum from the far end, λ_k = max_{j ≥ k} values_j: the least non-increasing
+            level that is nowhere below the values, so what was feasible for them stays feasible.
+        fractions: same shape, the knots, non-decreasing from 0 to 1. None means evenly spaced.
+
+    Raises:
+        ValueError: for a wrong shape, values that are not finite or knots out of order.
+    """
+
+    def __init__(self, values: Tensor, fractions: Tensor | None = None):
+        if not torch.is_tensor(values) or values.ndim not in (1, 2) or values.shape[-1] < 2:
+            raise ValueError(
+                f"values must be a tensor (m,) or (pairs, m) with m ≥ 2, got "
+                f"{tuple(values.shape) if torch.is_tensor(values) else values!r}; give one level "
+                "a knot, or a float as the level itself if it does not fall"
+            )
+        values = values.detach().reshape(-1, values.shape[-1])
+        if not values.isfinite().all():
+            raise ValueError("values must be finite; drop the points where the loss diverged")
+        if fractions is None:
+            fractions = torch.linspace(
+                0, 1, values.shape[1], dtype=values.dtype, device=values.device
+            ).expand(values.shape)
+        fractions = fractions.detach().reshape(-1, fractions.shape[-1])
+        if (
+            fractions.shape != values.shape
+            or not (fractions.diff(dim=1) >= 0).all()
+            or not ((fractions[:, 0] == 0) & (fractions[:, -1] == 1)).all()
+        ):
+            raise ValueError(
+                f"fractions must rise from 0 to 1 in the shape of values {tuple(values.shape)}, "
+                f"got shape {tuple(fractions.shape)}; geodesic.path.fractions gives a path's own"
+            )
+        self.values = values.flip(1).cummax(1).values.flip(1)
+        self.fractions = fractions.contiguous()
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """λ(s) at the fractions ``(pairs, k)``; a single profile serves any number of pairs."""
+        shape = (s.shape[0], self.values.shape[1])
+        values, knots = self.values.expand(shape), self.fractions.expand(shape).contiguous()
+        s = s.to(knots.dtype).contiguous()
+        cell = torch.searchsorted(knots, s, right=True).sub(1).clamp(0, shape[1] - 2)
+        left, right = knots.gather(1, cell), knots.gather(1, cell + 1)
+        weight = ((s - left) / (right - left).clamp_min(torch.finfo(s.dtype).tiny)).clamp(0, 1)
+        return torch.lerp(values.gather(1, cell), values.gather(1, cell + 1), weight)
+
+
+def sgd_profile(trajectory_losses: Tensor, trajectory_points: Tensor) -> LevelProfile:
+    """SGD's own loss at the same arclength fraction, as a level: λ(s_k) = max_{j ≥ k} F(θ_j).
+
+    λ is non-increasing, at no point of the trajectory below SGD's loss there, and ends at
+    F(θ_b). So the trajectory is itself a feasible start wherever F is at most linear between its
+    points; in between it can stick out a little, which the solver repairs first. The running maximum
+    covers a bump by holding the level up to it. It starts at F(θ_a) unless SGD itself later climbed
+    higher, when it starts at that maximum: a cap at F(θ_a) would put the trajectory outside the set.
+
+    Args:
+        trajectory_losses: ``(n,)`` or ``(pairs, n)``, F on the evaluation set the solver uses.
+        trajectory_points: ``(n, d)`` or ``(pairs, n, d)``; they only fix the arclength fractions.
+    """
+    if trajectory_points.shape[:-1] != trajectory_losses.shape:
+        raise ValueError(
+            f"trajectory_losses {tuple(trajectory_losses.shape)} must have one loss for each of "
+            f"trajectory_points {tuple(trajectory_points.shape)}; include both ends in both"
+        )
+    return LevelProfile(trajectory_losses, fractions(trajectory_points))
+
+
+@dataclass
+class Samples:
+    """A path measured densely: n + 1 samples on each of K segments, ends included."""
+
+    losses: Tensor  # (rows, K, n + 1)
+    excess: Tensor  # (rows, K, n + 1): F - λ(s)
+    peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
+    feasible: Tensor  # (rows,): peak ≤ tolerance · max(1, |λ|) on every segment
+
+
+class SublevelSet:
+    """F and λ for a batch of pairs: chunked, counted evaluation and dense certification.
+
+    ``rows`` names the pairs (a long tensor) that a batch of points or fractions belongs to.
+    At most ``chunk_size`` points are evaluated at once, which bounds the memory.
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], loss_args: tuple, num_pairs: int, chunk_size: int
+    ):
+        self.loss_args, self.chunk_size = loss_args, chunk_size
+        unbatched = (0, *(None for _ in loss_args))
+        self._loss = vmap(vmap(loss_fn, unbatched, chunk_size=chunk_size))
+        self._gradient = vmap(vmap(grad_and_value(loss_fn), unbatched, chunk_size=chunk_size))
+        self.loss_evaluations = torch.zeros(num_pairs, dtype=torch.long)
+        self.gradient_evaluations = torch.zeros(num_pairs, dtype=torch.long)
+        self._level: Callable[[Tensor], Tensor] | None = None
+
+    def set_level(self, level: Tensor | Callable[[Tensor], Tensor]) -> None:
+        """A constant a pair ``(pairs,)``, or a callable from ``(pairs, k)`` fractions to levels."""
+        self._level = level if callable(level) else lambda s: level[:, None].expand_as(s)
+
+    def level(self, s: Tensor, rows: Tensor) -> Tensor:
+        """λ at fractions ``(rows, k)``."""
+        every = s.new_zeros(len(self.loss_evaluations), s.shape[1])
+        every[rows] = s
+        level = torch.as_tensor(self._level(every), dtype=s.dtype, device=s.device)
+        return level.expand_as(every)[rows]
+
+    def slope(self, s: Tensor, rows: Tensor, width: float) -> Tensor:
+        """dλ/ds by differences ``width`` to either side, one-sided at the ends."""
+        low, high = (s - width).clamp_min(0), (s + width).clamp_max(1)
+        return (self.level(high, rows) - self.level(low, rows)) / (high - low)
+
+    def _chunks(self, points_per_row: int, count: int):
+        yield from torch.arange(count).split(max(1, self.chunk_size // points_per_row))
+
+    def _arguments(self, rows: Tensor) -> list:
+        return [argument[rows] for argument in self.loss_args]
+
+    def gradients(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """F ``(rows, m)`` and its gradients ``(rows, m, d)`` at points ``(rows, m, d)``."""
+        self.gradient_evaluations[rows] += points.shape[1]
+        parts = [
+            self._gradient(points[part], *self._arguments(rows[part]))
+            for part in self._chunks(points.shape[1], len(rows))
+        ]
+        gradients, losses = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        return losses, gradients
+
+    def losses(self, path: Tensor, per_segment: int, rows: Tensor) -> Tensor:
+        """F at every sample of the paths, ``(rows, K, n + 1)``; where it is not a number, inf."""
+        count = (path.shape[1] - 1) * per_segment + 1
+        self.loss_evaluations[rows] += count
+        parts = [
+            self._loss(subdivide(path[part], per_segment), *self._arguments(rows[part]))
+            for part in self._chunks(count, len(rows))
+        ]
+        losses = torch.cat(parts).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return losses.unfold(1, per_segment + 1, per_segment)
+
+    def sample(
+        self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
+    ) -> Samples:
+        """Certify paths ``(rows, K + 1, d)`` on their segments, not only at their beads.
+
+        The peak of a segment is its largest sample, or the vertex of the parabola through three
+        neighbouring samples where that is larger: beads-only or sampled maxima hide what lies
+        between them.
+        """
+        if losses is None:
+            losses = self.losses(path, per_segment, rows)
+        knots = fractions(path)
+        weight = torch.linspace(0, 1, per_segment + 1, dtype=path.dtype, device=path.device)
+        s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], weight)
+        level = self.level(s.flatten(1), rows).view_as(s)
+        excess = losses - level
+        peak = torch.maximum(excess.amax(-1), _vertex(excess)[1].amax(-1))
+        allowed = TOLERANCE[path.dtype] * level.abs().clamp_min(1).amin(-1)
+        return Samples(losses, excess, peak, (peak <= allowed).all(-1))
+
+
+def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Where, in steps of the grid from 0, and how high the parabola through each three neighbours
+    of ``(..., n + 1)`` peaks, both ``(..., n - 1)``; the middle one where it does not."""
+    before, middle, after = values[..., :-2], values[..., 1:-1], values[..., 2:]
+    bend = before - 2 * middle + after
+    offset = (before - after) / (2 * bend)
+    peaks = (bend < 0) & (offset.abs() <= 1)
+    offset = torch.where(peaks, offset, torch.zeros_like(offset))
+    height = torch.where(peaks, middle - (after - before).square() / (8 * bend), middle)
+    return offset + torch.arange(1, values.shape[-1] - 1).to(values), height
+
+
+def worst_interior(excess: Tensor) -> Tensor:
+    """Where on each segment, t in (0, 1), the excess ``(..., n + 1)`` peaks off the beads."""
+    where, height = _vertex(excess)
+    best = torch.maximum(height, excess[..., 1:-1]).argmax(-1, keepdim=True)
+    # A site within 1/20 of a bead would only repeat the bead's constraint.
+    return (where.gather(-1, best).squeeze(-1) / (excess.shape[-1] - 1)).clamp(0.05, 0.95)

@@ -1,0 +1,279 @@
+"""Shortening a path inside the sublevel set: sequential quadratic programming in the H¹ metric.
+
+The beads minimise the energy E = K/2 Σ |Δ_i|² ≥ |γ|²/2 (equal when the beads are evenly spaced, which
+the minimum therefore is, nearly) subject to F - λ(s) ≤ 0 along the path. One iteration solves
+
+    min_δ  ½ δᵀAδ/η + ∇Eᵀδ    subject to    c + Jδ ≤ 0,        A = K DᵀD  (D: differences of beads)
+
+with one constraint c at every bead, one at the worst interior point of every segment and one at each
+end, and takes the step if the densely sampled path stays inside and E falls; else the damping η
+shrinks. The step is δ = -η (e + A⁻¹Jᵀμ), where e = A⁻¹∇E is the offset from the chord and the
+multipliers μ ≥ 0 solve a problem of 2K + 1 unknowns whatever d is: only Gram products see d. A⁻¹
+takes away the K² stiffness of plain curve shortening. A falling level depends on the whole path
+through s; J has that too. A path that starts outside is first pushed in with the same step, less ∇E.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geodesic.level_set import Samples, SublevelSet, worst_interior
+from geodesic.path import fractions, length, segment_lengths
+
+# Constraints aim this share of a segment's length inside, so that the second-order error of a step
+# does not leave the set; it lengthens the path by some 1e-5.
+MARGIN = 1e-3
+# |δ|_A/(η|γ|) at which to stop: what is left to gain is about half its square, 5e-6 of the length.
+STOP_RESIDUAL = 3e-3
+# Relative fall of E in one undamped step below which the path no longer shortens.
+STOP_DECREASE = 1e-6
+SMALLEST_DAMPING = 1e-3
+# Bead displacement in one step, over the longer of chord and path / 4: linearisations reach no further.
+TRUST = 0.25
+# Ridge on the unit-diagonal dual matrix, above the rounding of its Gram products.
+RIDGE = {torch.float64: 1e-10, torch.float32: 1e-6}
+
+
+@dataclass
+class Shortened:
+    path: Tensor  # (rows, K + 1, d)
+    feasible: Tensor  # (rows,), at the sampling used here
+    iterations: Tensor  # (rows,)
+    residual: Tensor  # (rows,): |δ|_A / (η |γ|) of the last step tried
+
+
+def shorten(
+    sublevel: SublevelSet, path: Tensor, rows: Tensor, per_segment: int, max_iterations: int
+) -> Shortened:
+    """Shorten ``(rows, K + 1, d)`` paths, K ≥ 2, with fixed ends, each until it has converged.
+
+    A row that starts inside stays inside, judged on ``per_segment`` samples a segment, and its
+    energy never rises; a row that starts outside may end there.
+    """
+    path = path.clone()
+    samples = sublevel.sample(path, per_segment, rows)
+    ends = sublevel.gradients(path[:, [0, -1]], rows)
+    sites = _sites(sublevel, path, samples, ends, rows)
+    damping = torch.ones_like(path[:, 0, 0])
+    entered = samples.feasible.clone()
+    shortest, least = path.clone(), torch.where(entered, _energy(path), torch.inf)
+    penalties = torch.zeros_like(damping)
+    norms = torch.zeros_like(damping)
+    curvature = torch.zeros_like(sites.excess)
+    iterations = torch.zeros_like(rows)
+    residual = torch.full_like(damping, torch.inf)
+    active = torch.arange(len(rows))
+    for _ in range(max_iterations):
+        if len(active) == 0:
+            break
+        inside = entered[active]
+        here = _take(samples, active)
+        bend = curvature[active] * (damping[active] * norms[active]).square()[:, None]
+        step, multipliers, predicted = _step(
+            path[active], _take(sites, active), damping[active], inside, bend
+        )
+        candidate = path[active]
+        candidate[:, 1:-1] += step
+        trial = sublevel.sample(candidate, per_segment, rows[active])
+
+        # Inside: E plus an exact penalty on the margin (its weight above the multipliers) falls.
+        # Outside: the violation falls by a tenth of what the linearisation promises.
+        margin = sites.margin[active, candidate.shape[1] - 2 : -2]
+        penalty = torch.maximum(penalties[active], 2 * multipliers.amax(1))
+        penalties[active] = torch.where(inside, penalty, 0)
+        energy, trial_energy = _energy(path[active]), _energy(candidate)
+        merit = energy + penalty * (here.peak + margin).clamp_min(0).sum(1)
+        trial_merit = trial_energy + penalty * (trial.peak + margin).clamp_min(0).sum(1)
+        violation = here.peak.clamp_min(0).sum(1)
+        trial_violation = trial.peak.clamp_min(0).sum(1)
+        eta = damping[active]
+        accepted = torch.where(
+            inside,
+            trial_merit < merit,
+            trial.feasible | (trial_violation < violation * (1 - 0.1 * eta)),
+        )
+        norm = (_energy(torch.nn.functional.pad(step, (0, 0, 1, 1))) * 2).sqrt()
+        residual[active] = norm / (eta * length(path[active]).clamp_min(1e-300))
+        norms[active] = norm / eta
+        reached = torch.cat((trial.excess[:, 1:, 0], trial.peak), dim=1)
+        missed = (reached - predicted[:, :-2]).clamp_min(0) * (inside & ~accepted)[:, None]
+        curvature[active, :-2] = missed / norm.square().clamp_min(1e-300)[:, None]
+        import os
+        if os.environ.get("TRACE"): print("in",inside.tolist()[:1],"acc",accepted.tolist()[:1],"feas",trial.feasible.tolist()[:1],"eta",eta.tolist()[:1],"E",energy[0].item(),trial_energy[0].item(),"M",merit[0].item(),trial_merit[0].item(),"res",residual[active][0].item(), "viol",violation[0].item(),trial_violation[0].item(),"seg",trial.peak[0].argmax().item(),trial.peak[0].max().item(),'mu',multipliers[0].max().item(),multipliers[0].argmax().item())
+        iterations[active] += 1
+
+        converged = here.feasible & (residual[active] < STOP_RESIDUAL)
+        settled = here.feasible & trial.feasible & accepted & (energy - trial_energy < STOP_DECREASE * energy * eta)
+        damping[active] = torch.where(accepted, (4 * eta).clamp_max(1), eta / 4)
+        failed = ~accepted & (damping[active] < SMALLEST_DAMPING)
+        moved, kept = active[accepted], accepted.nonzero().squeeze(1)
+        path[moved] = candidate[kept]
+        _put(samples, moved, _take(trial, kept))
+        shorter = accepted & trial.feasible & (trial_energy < least[active])
+        shortest[active[shorter]] = candidate[shorter]
+        least[active[shorter]] = trial_energy[shorter]
+        entered[active] |= accepted & trial.feasible
+        active = active[~(converged | settled | failed)]
+        stale = moved[torch.isin(moved, active)]
+        if len(stale):
+            loss_and_gradient = (ends[0][stale], ends[1][stale])
+            fresh = _sites(
+                sublevel, path[stale], _take(samples, stale), loss_and_gradient, rows[stale]
+            )
+            _put(sites, stale, fresh)
+    path = torch.where(entered[:, None, None], shortest, path)
+    return Shortened(path, entered, iterations, residual)
+
+
+@dataclass
+class _Sites:
+    """Linearised constraints: K - 1 beads, K worst segment points, 2 ends; n = 2K + 1 a row."""
+
+    excess: Tensor  # (rows, n): c, without margin
+    margin: Tensor  # (rows, n)
+    weights: Tensor  # (rows, n, K - 1): how a site moves with the beads
+    gradients: Tensor  # (rows, n, d)
+    stretch: Tensor  # (rows, n, K): -λ'(s) ∂s/∂(segment length)
+
+
+def _sites(
+    sublevel: SublevelSet, path: Tensor, samples: Samples, ends: tuple, rows: Tensor
+) -> _Sites:
+    num_rows, segments = path.shape[0], path.shape[1] - 1
+    beads = torch.arange(segments, device=path.device)
+    # The end rows linearise in the neighbouring bead: F_a - λ(0) + τ (g_a·Δ_1 - λ'(0) s_1) ≤ 0 at
+    # τ = 1/8 segment. A site near an end that lies on the boundary says the same with less digits.
+    segment = torch.cat((beads[1:], beads, beads[:1], beads[-1:]))
+    t = torch.cat(
+        (
+            path.new_zeros(num_rows, segments - 1),
+            worst_interior(samples.excess),
+            path.new_tensor([1.0, 0.0]).expand(num_rows, 2),
+        ),
+        dim=1,
+    )
+    knots, lengths = fractions(path), segment_lengths(path)
+    s = torch.lerp(knots[:, segment], knots[:, segment + 1], t)
+    points = torch.lerp(path[:, segment], path[:, segment + 1], t[..., None])
+    losses, gradients = sublevel.gradients(points[:, :-2], rows)
+    gradients = torch.cat((gradients, ends[1]), dim=1)
+    at = torch.cat((s[:, :-2], torch.zeros_like(s[:, :1]), torch.ones_like(s[:, :1])), dim=1)
+    slope = sublevel.slope(at, rows, width=1 / (8 * segments))
+    excess = torch.cat((losses, ends[0]), dim=1) - sublevel.level(at, rows)
+    to_neighbour = points[:, -2:] - path[:, [0, -1]]
+    tilt = (ends[1] * to_neighbour).sum(-1) - slope[:, -2:] * (s - at)[:, -2:]
+    excess[:, -2:] = 8 * excess[:, -2:] + tilt
+
+    one_hot = torch.nn.functional.one_hot(segment, segments).to(path)
+    weights = path.new_zeros(num_rows, len(segment), segments + 1)
+    weights[..., :-1] = one_hot * (1 - t[..., None])
+    weights[..., 1:] += one_hot * t[..., None]
+    before = (beads < segment[:, None]).to(path) + one_hot * t[..., None]
+    stretch = -slope[..., None] * (before - s[..., None]) / lengths.sum(1)[:, None, None]
+
+    mean_length = lengths.mean(1, keepdim=True)
+    margin = MARGIN * mean_length * torch.linalg.vector_norm(gradients, dim=-1)
+    # F(θ_a) = λ leaves no room for a margin at the ends; it grows from 0 over the outer segments.
+    margin[:, -2:] = 0
+    margin[:, [segments - 1, 2 * segments - 2]] = 0
+    return _Sites(excess, margin, weights[..., 1:-1], gradients, stretch)
+
+
+def _step(
+    path: Tensor, sites: _Sites, damping: Tensor, inside: Tensor, bend: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The damped step of the interior beads ``(rows, K - 1, d)`` and the multipliers ``(rows, n)``."""
+    segments = path.shape[1] - 1
+    beads = torch.arange(1, segments, dtype=path.dtype, device=path.device)
+    low, high = torch.minimum(beads[:, None], beads), torch.maximum(beads[:, None], beads)
+    inverse = low * (segments - high) / segments**2  # A⁻¹ = (K DᵀD)⁻¹
+    difference = torch.diff(torch.eye(segments + 1).to(path), dim=0)[:, 1:-1]
+    tangents = torch.nn.functional.normalize(path.diff(dim=1), dim=-1)
+    gradients, weights, stretch = sites.gradients, sites.weights, sites.stretch
+    # Pushing in, sliding along the path helps nothing: only the part across it counts.
+    along = torch.nn.functional.normalize(weights @ difference.mT.abs() @ tangents, dim=-1)
+    across = gradients - (gradients * along).sum(-1, keepdim=True) * along
+    gradients = torch.where(inside[:, None, None], gradients, across)
+
+    line = torch.lerp(path[:, :1], path[:, -1:], (beads / segments)[:, None])
+    offset = (path[:, 1:-1] - line) * inside[:, None, None]
+    site_offset = (gradients * (weights @ offset)).sum(-1)
+    stretch_offset = (stretch @ (tangents * (difference @ offset)).sum(-1, keepdim=True)).squeeze(-1)
+
+    bead_gram = weights @ inverse @ weights.mT * (gradients @ gradients.mT)
+    mixed = (weights @ inverse @ difference.mT * (gradients @ tangents.mT)) @ stretch.mT
+    tangent_gram = (difference @ inverse @ difference.mT) * (tangents @ tangents.mT)
+    dual = bead_gram + mixed + mixed.mT + stretch @ tangent_gram @ stretch.mT
+    target = sites.excess + sites.margin + bend
+    target = torch.where(target > 0, target, target / damping[:, None])
+    multipliers = nonnegative_qp(
+        dual.double(), (target - site_offset - stretch_offset).double(), RIDGE[path.dtype]
+    ).to(path)
+
+    force = weights.mT @ (multipliers[..., None] * gradients)
+    force += difference.mT @ ((multipliers[:, None] @ stretch).mT * tangents)
+    step = -damping[:, None, None] * (offset + inverse @ force)
+    reach = torch.maximum(torch.linalg.vector_norm(path[:, -1] - path[:, 0], dim=-1), length(path) / 4)
+    largest = torch.linalg.vector_norm(step, dim=-1).amax(1).clamp_min(1e-30)
+    step = step * (TRUST * reach / largest).clamp_max(1)[:, None, None]
+    predicted = (gradients * (weights @ step)).sum(-1)
+    predicted += (stretch @ (tangents * (difference @ step)).sum(-1, keepdim=True)).squeeze(-1)
+    return step, multipliers, sites.excess + predicted
+
+
+def nonnegative_qp(matrix: Tensor, vector: Tensor, ridge: float) -> Tensor:
+    """argmin over μ ≥ 0 of ½ μᵀHμ - qᵀμ for ``(rows, n, n)`` and ``(rows, n)``, float64.
+
+    Mehrotra's predictor-corrector interior point (SIAM J. Optim. 2(4), 1992), all rows at once, on
+    the problem scaled to a unit diagonal; ``ridge`` keeps it bounded where constraints conflict.
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    # A constraint with next to no gradient cannot be acted on: its multiplier is 0.
+    scale = diagonal.rsqrt().where(diagonal > 1e-16 * diagonal.amax(1, keepdim=True), 0.0)
+    vector = torch.where(scale > 0, vector * scale, -torch.inf)
+    unit = vector.amax(1, keepdim=True).clamp_min(1e-200)
+    # A constraint a thousand times further away than the closest is violated is not active.
+    q = (vector / unit).clamp_min(-1e3)
+    h = scale[:, :, None] * matrix * scale[:, None] + ridge * torch.eye(q.shape[1]).to(q)
+    mu, z = torch.ones_like(q), torch.ones_like(q)
+
+    def largest_step(value: Tensor, change: Tensor) -> Tensor:
+        ratio = torch.where(change < 0, -value / change, torch.ones_like(value))
+        return ratio.amin(1, keepdim=True).clamp_max(1)
+
+    for _ in range(40):
+        dual_error = (h @ mu[..., None]).squeeze(-1) - q - z
+        gap = (mu * z).mean(1, keepdim=True)
+        if bool(((gap < 1e-11) & (dual_error.abs().amax(1, keepdim=True) < 1e-9)).all()):
+            break
+        factor = torch.linalg.cholesky_ex(h + torch.diag_embed(z / mu))[0]
+
+        def solve(complementarity: Tensor) -> tuple[Tensor, Tensor]:
+            right = -dual_error + complementarity / mu  # noqa: B023
+            d_mu = torch.cholesky_solve(right[..., None], factor).squeeze(-1)  # noqa: B023
+            return d_mu, (complementarity - z * d_mu) / mu  # noqa: B023
+
+        d_mu, d_z = solve(-mu * z)
+        reached = (
+            (mu + largest_step(mu, d_mu) * d_mu) * (z + largest_step(z, d_z) * d_z)
+        ).mean(1, keepdim=True)
+        centre = (reached / gap) ** 3 * gap
+        d_mu, d_z = solve(centre - mu * z - d_mu * d_z)
+        mu = mu + 0.99 * largest_step(mu, d_mu) * d_mu
+        z = z + 0.99 * largest_step(z, d_z) * d_z
+    active = (vector.amax(1, keepdim=True) > 0) & mu.isfinite().all(1, keepdim=True)
+    return torch.where(active, mu * unit * scale, 0.0)
+
+
+def _energy(path: Tensor) -> Tensor:
+    return path.diff(dim=1).square().sum((1, 2)) * (path.shape[1] - 1) / 2
+
+
+def _take(record, index: Tensor):
+    return type(record)(*(value[index] for value in vars(record).values()))
+
+
+def _put(record, index: Tensor, values) -> None:
+    for name, value in vars(values).items():
+        getattr(record, name)[index] = value

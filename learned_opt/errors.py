@@ -1,0 +1,21 @@
+"""What this package raises on purpose; everything else that escapes is a bug."""
+
+
+class LearnedOptError(Exception):
+    """Base of every error below, so that one `except` catches them all."""
+
+
+class ConfigError(LearnedOptError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or at odds with another."""
+
+
+class DataError(LearnedOptError, ValueError):
+    """A data set is missing, damaged, or not in the layout that its loader reads."""
+
+
+class WeightsError(LearnedOptError, ValueError):
+    """A weights file is missing, damaged, or does not fit the rule it is loaded into."""
+
+
+class OutputError(LearnedOptError, RuntimeError):
+    """An output folder is in use, belongs to another config, or cannot be written."""

@@ -1,0 +1,200 @@
+"""The `--output` folder of a command: one process at a time, one config, nothing overwritten.
+
+config-<command>.yaml        the resolved config; the same one resumes, another is refused
+provenance-<command>.json    versions, hardware and commit of every run that wrote here
+.lock, .lock-owner.json      who is at work
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from learned_opt.errors import OutputError
+
+_ABSENT = object()  # a key that only one of two configs has
+
+
+@contextlib.contextmanager
+def claim_output(
+    folder: str | Path, config: Mapping[str, Any], command: str, free: Collection[str] = ()
+) -> Iterator[Path]:
+    """Holds `folder` for `command` under `config`, and yields it as an absolute path.
+
+    The lock is the operating system's, so the death of its holder frees it, by whatever signal.
+    Claims do not nest: claim once, at the outermost level, and in one process of a job only.
+
+    Args:
+        folder: made where it does not exist.
+        config: what determines the results.
+        command: names the config's and the provenance's file; commands may share a folder.
+        free: top-level keys that another run may change, as they change no result.
+
+    Raises:
+        OutputError: another process is at work there, the folder holds the results of another
+            config, or it cannot be written to.
+    """
+    folder = Path(folder).expanduser().absolute()
+    owner_file = folder / ".lock-owner.json"
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"output={str(folder)!r} is in use by {_owner(owner_file)}; wait for it, stop it, "
+            "or use another --output"
+        ) from None
+    except OSError as error:
+        raise OutputError(
+            f"output={str(folder)!r} cannot be written to ({error}); use another --output"
+        ) from error
+    try:
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
+        write_atomic(owner_file, json.dumps(owner | {"since": _now()}).encode())
+        _check_config(folder / f"config-{command}.yaml", _plain(config), free)
+        _add_provenance(folder / f"provenance-{command}.json")
+        yield folder
+    finally:
+        owner_file.unlink(missing_ok=True)
+        lock.release()
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """`path` gets `data` whole or not at all, also where the process or the machine dies."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, Any]:
+    """What a result depends on besides its config: versions, hardware, commit; and when (UTC)."""
+    return {"started": _now(), **_environment()}
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    def version(package: str) -> str | None:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+        return None
+
+    packages = ("learned-opt", "torch", "numpy", "lightning")
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit this file is at, "-dirty" if tracked files differ; None if it is not tracked."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around .venv
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return "learned-opt {command}, process {pid} on {host} since {since}".format(**owner)
+    except (OSError, ValueError, KeyError):
+        return "another process"  # which has not yet written its name, or is just going
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as what YAML reads back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> None:
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    if not path.exists():
+        write_atomic(path, text.encode())
+        return
+    try:
+        before = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OutputError(f"{path} is not readable YAML ({error}); use another --output") from error
+    kept = {k: v for k, v in yaml.safe_load(text).items() if k not in free}
+    if isinstance(before, dict):
+        before = {k: v for k, v in before.items() if k not in free}
+    if difference := _first_difference(before, kept):
+        key, old, new = difference
+        old, new = ("absent" if v is _ABSENT else repr(v) for v in (old, new))
+        raise OutputError(
+            f"output={str(path.parent)!r} holds results of another config: {key} was {old}, now it "
+            f"is {new}; use another --output, or delete the folder if its results can go"
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first (dotted key, old value, new value) in which two configs differ."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for k in (*new, *(k for k in old if k not in new)):
+            inner = f"{key}.{k}" if key else str(k)
+            if found := _first_difference(old.get(k, _ABSENT), new.get(k, _ABSENT), inner):
+                return found
+        return None
+    same = old == new or (old != old and new != new)  # NaN is the same config as NaN
+    return None if same else (key, old, new)
+
+
+def _add_provenance(path: Path) -> None:
+    """Appends this run: a resumed result has more than one."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    write_atomic(path, json.dumps([*runs, provenance()], indent=2).encode())

@@ -1,0 +1,16 @@
+"""Update rules, by name."""
+
+from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
+from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM
+from learned_opt.rules.geodesic_rnn import GeodesicRNN
+
+__all__ = [
+    "CoordinatewiseLSTM",
+    "GeodesicRNN",
+    "Layout",
+    "Observation",
+    "State",
+    "UpdateRule",
+    "make_rule",
+    "register",
+]

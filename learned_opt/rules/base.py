@@ -1,0 +1,182 @@
+"""What an update rule is: a pure pair `init_state`, `update` on a module of meta-parameters.
+
+Coordinates are flat and last: params, grads and updates are (*tasks, d), the concatenation of
+tensors of known shapes; per-coordinate features are (*tasks, features, d), per-tensor ones
+(*tasks, features, tensors).
+
+`update` = `observe` (statistics of gradients and parameters; no meta-parameters) followed by
+`respond` (the network, the update). Training rolls a rule out without a graph, keeps the
+observations of some coordinates, and replays `respond` on them with one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+
+CHUNK = 1 << 14  # coordinates; nine float32 rows of it stay within a core's L2 cache
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a flat vector divides into tensors."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(s) for s in self.shapes)
+
+    @cached_property
+    def tensor_of(self) -> Tensor:
+        """(d,), the number of the tensor that each coordinate belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    @cached_property
+    def chunks(self) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+        """(start, stop, [(tensor, start, stop), …]), cache-sized and cut at tensors' borders."""
+        ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
+        chunks = []
+        for lo in range(0, ends[-1], CHUNK):
+            hi = min(lo + CHUNK, ends[-1])
+            spans = [
+                (i, max(a, lo), min(b, hi))
+                for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+                if max(a, lo) < min(b, hi)
+            ]
+            chunks.append((lo, hi, spans))
+        return chunks
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rule remembers of a run.
+
+    Attributes:
+        layout: the tensors.
+        step: updates made so far.
+        coordinate: name -> (*tasks, features, d).
+        tensor: name -> (*tasks, features, tensors).
+    """
+
+    layout: Layout
+    step: int
+    coordinate: dict[str, Tensor]
+    tensor: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), and which
+    tensor each coordinate belongs to: a Layout, or for picked coordinates an index (n,)."""
+
+    coordinate: Tensor
+    tensor: Tensor
+    layout: Layout | Tensor
+
+    def pick(self, index: Tensor) -> Observation:
+        """The coordinates `index` (n,) of the flattened (*tasks, d), tasks merged."""
+        d, tensors = self.coordinate.shape[-1], self.tensor.shape[-1]
+        task, where = index // d, index % d
+        return Observation(
+            pick_columns(self.coordinate, index),
+            merge_tasks(self.tensor),
+            task * tensors + self.layout.tensor_of[where],
+        )
+
+
+def merge_tasks(x: Tensor) -> Tensor:
+    """(tasks, features, n) -> (features, tasks · n)."""
+    return x if x.dim() == 2 else x.movedim(0, 1).flatten(1)
+
+
+def pick_columns(x: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` of the flattened (tasks, n), from x (tasks, features, n)."""
+    if x.dim() == 2:
+        return x[:, index]
+    return x[index // x.shape[-1], :, index % x.shape[-1]].T
+
+
+class UpdateRule(nn.Module, ABC):
+    """θ ← θ + u, with u = update(∇F(θ), θ, state).
+
+    A subclass is registered under its `name` and says in `config` how to build it again.
+    """
+
+    name: ClassVar[str]
+    hidden_per: str  # "coordinate" or "tensor": to what a recurrent state belongs
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments."""
+
+    @abstractmethod
+    def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
+        """The state before the first update of params, (*tasks, d)."""
+
+    @abstractmethod
+    def observe(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Observation, State]:
+        """Statistics of this step, and the state with all but `hidden` moved on."""
+
+    @abstractmethod
+    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The update of the observed coordinates, (*tasks, n), and the next recurrent state."""
+
+    def hidden(self, state: State) -> Tensor:
+        return getattr(state, self.hidden_per)["hidden"]
+
+    def pick_hidden(self, state: State, index: Tensor) -> Tensor:
+        """The recurrent state that goes with `Observation.pick(index)`."""
+        hidden = self.hidden(state)
+        return merge_tasks(hidden) if self.hidden_per == "tensor" else pick_columns(hidden, index)
+
+    def advance(self, observation: Observation, state: State) -> tuple[Tensor, State]:
+        """`respond`, with the recurrent state kept in `state`."""
+        updates, hidden = self.respond(observation, self.hidden(state))
+        entries = getattr(state, self.hidden_per) | {"hidden": hidden}
+        return updates, replace(state, **{self.hidden_per: entries})
+
+    @torch.no_grad()
+    def update(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Tensor, State]:
+        """One step.
+
+        Args:
+            grads, params: (*tasks, d).
+            state: of these parameters; its tensors are overwritten if `in_place`.
+
+        Returns:
+            what to add to params, (*tasks, d), and the next state.
+        """
+        return self.advance(*self.observe(grads, params, state, in_place))
+
+
+_REGISTRY: dict[str, type[UpdateRule]] = {}
+
+
+def register(rule: type[UpdateRule]) -> type[UpdateRule]:
+    """Makes a rule known by its `name` to configs and weights files."""
+    _REGISTRY[rule.name] = rule
+    return rule
+
+
+def make_rule(name: str, **config: Any) -> UpdateRule:
+    """The registered rule `name`, freshly initialised."""
+    if name not in _REGISTRY:
+        raise ConfigError(f"rule is {name!r}; known rules are {', '.join(sorted(_REGISTRY))}")
+    try:
+        return _REGISTRY[name](**config)
+    except TypeError as error:
+        raise ConfigError(f"rule {name!r} cannot be built from {config}: {error}") from None

@@ -1,0 +1,255 @@
+"""Images to classify: scikit-learn's digits, the MNIST family, or anyone's `.npz` files.
+
+Nothing is downloaded. The files of the MNIST family are read as torchvision lays them out, and
+torchvision itself is not needed.
+"""
+
+import gzip
+import math
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from learned_opt.errors import DataError
+
+# One idx layout under four folder names; the keys are ours, the values torchvision's classes.
+_IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+_IDX_PREFIXES = {"train": "train", "test": "t10k"}
+
+_DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 are left to test on
+_DIGITS_SPLIT_SEED = 0
+
+# What gzip and numpy raise on files that are cut, altered or of another kind. The last two: an
+# array in .npy form is no archive to enter (Python 3.10 says AttributeError, later ones TypeError).
+_DAMAGED = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    AttributeError,
+    TypeError,
+)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A train and a test set of labelled images.
+
+    Pixels are standardised by one scalar mean and one scalar standard deviation, those of all
+    pixels of the training set: the test set is shifted and scaled by the same two numbers, and
+    channels keep their relative brightness.
+
+    Attributes:
+        name: what it was loaded as.
+        train_x: (n, pixels) float32; an image is flattened in its file's order, see `image_shape`.
+        train_y: (n,) int64 in [0, num_classes); every class occurs.
+        test_x: (m, pixels) float32.
+        test_y: (m,) int64 in [0, num_classes).
+        num_classes: one more than the largest training label.
+        image_shape: a row of `train_x` before flattening: (height, width), or
+            (height, width, channels) where the file has channels last.
+    """
+
+    name: str
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    num_classes: int
+    image_shape: tuple[int, ...]
+
+
+def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
+    """Load a data set by name; a second call gives the same tensors, so do not write to them.
+
+    Args:
+        name: "digits" (bundled with scikit-learn, 1437 train and 360 test images of 8 x 8);
+            "mnist", "fashion-mnist" or "kmnist" (`MNIST/raw/train-images-idx3-ubyte` and its three
+            companions under `data_root`, each plain or `.gz`); or a folder under `data_root`, or
+            an absolute path, that holds `train.npz` and `test.npz` with `images` (n, ...) uint8
+            and `labels` (n,) integers.
+        data_root: the folder of data sets; defaults to `$LEARNED_OPT_DATA`. "digits" needs none.
+
+    Raises:
+        DataError: a file is missing, damaged or of another layout; the message names it.
+    """
+    if name == "digits":
+        return _load("digits", None)
+    folder = Path(name).expanduser()
+    if not folder.is_absolute():
+        root = os.environ.get("LEARNED_OPT_DATA") if data_root is None else data_root
+        if not root:
+            raise DataError(
+                f"data set {name!r} is read from a folder, and none is given: pass data_root, or "
+                "set LEARNED_OPT_DATA to the folder that holds your data sets (only 'digits' "
+                "needs neither)"
+            )
+        folder = Path(root).expanduser() / _IDX_FOLDERS.get(name, name)
+    return _load(name, folder.absolute())
+
+
+# Four: a benchmark goes back and forth between a few sets, each 0.2 GB or so once float32.
+@lru_cache(maxsize=4)
+def _load(name: str, folder: Path | None) -> ImageData:
+    if folder is None:
+        splits = _read_digits()
+    elif name in _IDX_FOLDERS:
+        splits = _read_idx_folder(folder)
+    else:
+        splits = _read_npz_folder(folder)
+    (train_images, train_labels), (test_images, test_labels) = splits
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise DataError(
+            f"{name!r} in {folder}: training images are {train_images.shape[1:]} and test images "
+            f"{test_images.shape[1:]}; both splits must have one shape"
+        )
+    classes = np.unique(train_labels)
+    num_classes = len(classes)
+    if classes[0] != 0 or classes[-1] != num_classes - 1:
+        raise DataError(
+            f"{name!r} in {folder}: training labels must be 0, 1, ... without a gap, and they are "
+            f"{num_classes} values from {classes[0]} to {classes[-1]}; renumber them"
+        )
+    if test_labels.min() < 0 or test_labels.max() >= num_classes:
+        raise DataError(
+            f"{name!r} in {folder}: test labels run from {test_labels.min()} to "
+            f"{test_labels.max()}, training labels from 0 to {num_classes - 1}"
+        )
+    standardised = _standardised_levels(name, train_images)
+    return ImageData(
+        name=name,
+        train_x=torch.from_numpy(standardised[train_images.reshape(len(train_images), -1)]),
+        train_y=torch.from_numpy(train_labels.astype(np.int64)),
+        test_x=torch.from_numpy(standardised[test_images.reshape(len(test_images), -1)]),
+        test_y=torch.from_numpy(test_labels.astype(np.int64)),
+        num_classes=num_classes,
+        image_shape=tuple(train_images.shape[1:]),
+    )
+
+
+def _standardised_levels(name: str, images: np.ndarray) -> np.ndarray:
+    """(x - mean) / std of each uint8 grey level x, (256,) float32.
+
+    Mean and standard deviation come from the histogram of `images`: exact integer counts, so the
+    result is the same to the bit whatever the number of threads, and no float copy is made.
+    """
+    counts = sum(np.bincount(image.ravel(), minlength=256) for image in images)
+    levels = np.arange(256)
+    mean = counts @ levels / counts.sum()
+    std = math.sqrt(counts @ (levels - mean) ** 2 / counts.sum())
+    if std == 0:
+        raise DataError(f"{name!r}: every pixel of the training set is {mean:g}; nothing to learn")
+    return ((levels - mean) / std).astype(np.float32)
+
+
+_Split = tuple[np.ndarray, np.ndarray]  # images (n, ...) uint8, labels (n,) integers
+
+
+def _read_digits() -> tuple[_Split, _Split]:
+    from sklearn.datasets import load_digits  # here: a second of import that only digits needs
+
+    bunch = load_digits()
+    images = bunch.images.astype(np.uint8)  # grey levels 0 to 16, whole numbers stored as floats
+    order = np.random.default_rng(_DIGITS_SPLIT_SEED).permutation(len(images))
+    train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
+    return (images[train], bunch.target[train]), (images[test], bunch.target[test])
+
+
+def _read_npz_folder(folder: Path) -> tuple[_Split, _Split]:
+    paths = {split: folder / f"{split}.npz" for split in ("train", "test")}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"missing {', '.join(missing)}; write each with numpy.savez(path, images=images, "
+            "labels=labels): images (n, ...) uint8, labels (n,) integers from 0. Names that need "
+            f"no .npz files: 'digits', {', '.join(map(repr, _IDX_FOLDERS))}"
+        )
+    return _read_npz(paths["train"]), _read_npz(paths["test"])
+
+
+def _read_npz(path: Path) -> _Split:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except _DAMAGED as error:
+        raise DataError(
+            f"{path} is not a whole .npz file with arrays 'images' and 'labels': {error}"
+        ) from error
+    if images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{path}: images must be uint8 and labels integers, got {images.dtype} and "
+            f"{labels.dtype}; convert with .astype before numpy.savez"
+        )
+    return _checked(images, labels, f"{path}")
+
+
+def _read_idx_folder(folder: Path) -> tuple[_Split, _Split]:
+    raw = folder / "raw"
+    stems = {
+        (split, kind): raw / f"{prefix}-{kind}-ubyte"
+        for split, prefix in _IDX_PREFIXES.items()
+        for kind in ("images-idx3", "labels-idx1")
+    }
+    paths = {
+        key: next((p for p in (stem, Path(f"{stem}.gz")) if p.is_file()), None)
+        for key, stem in stems.items()
+    }
+    missing = [str(stem) for key, stem in stems.items() if paths[key] is None]
+    if missing:
+        raise DataError(
+            f"missing {', '.join(missing)} (each may also end in .gz); get them with "
+            f"torchvision.datasets.{folder.name}(root={str(folder.parent)!r}, download=True)"
+        )
+    arrays = {key: _read_idx(paths[key], 3 if "images" in key[1] else 1) for key in stems}
+    train, test = (
+        _checked(
+            arrays[split, "images-idx3"],
+            arrays[split, "labels-idx1"],
+            f"{paths[split, 'images-idx3']} with {paths[split, 'labels-idx1']}",
+        )
+        for split in _IDX_PREFIXES
+    )
+    return train, test
+
+
+def _read_idx(path: Path, ndim: int) -> np.ndarray:
+    """An array of `ndim` dimensions, uint8, from an idx file.
+
+    The layout (LeCun's MNIST page): big-endian int32 magic 0x0000TTDD, TT = 08 for unsigned bytes
+    and DD the number of dimensions; then the DD sizes as big-endian int32; then the bytes.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read()
+    except _DAMAGED as error:
+        raise DataError(f"{path} cannot be read to its end: {error}; get it again") from error
+    magic, header_bytes = bytes([0, 0, 8, ndim]), 4 * (1 + ndim)
+    if content[:4] != magic:
+        raise DataError(
+            f"{path} begins with {content[:4].hex() or 'nothing'}, where an idx file of "
+            f"{ndim}-dimensional bytes begins with {magic.hex()}; get it again"
+        )
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header_bytes, 4)]
+    if len(content) - header_bytes != math.prod(shape):
+        raise DataError(
+            f"{path} has {len(content)} bytes, and its header promises {header_bytes} and "
+            f"{' x '.join(map(str, shape))}: it is cut short or damaged; get it again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, where: str) -> _Split:
+    if labels.ndim != 1 or images.ndim < 2 or len(images) != len(labels) or images.size == 0:
+        raise DataError(
+            f"{where}: images must be (n, ...) and labels (n,) with one n > 0, got "
+            f"{images.shape} and {labels.shape}"
+        )
+    return images, labels

@@ -1,0 +1,84 @@
+"""Families of tasks: distributions from which meta-training draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import generator
+from learned_opt.tasks.data import load_images
+from learned_opt.tasks.mlp import ACTIVATIONS, MLPTask, TaskConfig
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """Random MLPs on one image set; a draw is `num_tasks` tasks of one shape.
+
+    Attributes:
+        data: the image set, see TaskConfig.
+        num_tasks: tasks per draw; they differ in init, input map and what labels are called.
+        hidden_layers: least and most hidden layers.
+        width: least and most units of a hidden layer, log-uniform.
+        activations, batch_sizes: one of these, uniformly.
+        input_sizes: with `projection_probability` the images go through a random linear map
+            to one of these sizes, scaled to keep the pixels' mean square.
+        log10_init_scale: initial weights are multiplied by 10^U(low, high).
+    """
+
+    data: str = "digits"
+    num_tasks: int = 8
+    hidden_layers: tuple[int, int] = (1, 3)
+    width: tuple[int, int] = (8, 48)
+    activations: tuple[str, ...] = ("relu", "tanh", "sigmoid", "gelu")
+    batch_sizes: tuple[int, ...] = (16, 64, 128)
+    input_sizes: tuple[int, ...] = (16, 64, 128, 512)
+    projection_probability: float = 0.7
+    log10_init_scale: tuple[float, float] = (-0.2, 0.2)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_layers", "width", "log10_init_scale"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ConfigError(f"{name}=({low}, {high}): give the lower bound first")
+        if unknown := set(self.activations) - set(ACTIVATIONS):
+            raise ConfigError(f"activations={sorted(unknown)}; use some of {list(ACTIVATIONS)}")
+        if self.num_tasks < 1 or not 0 <= self.projection_probability <= 1:
+            raise ConfigError(
+                f"num_tasks={self.num_tasks} must be at least 1 and "
+                f"projection_probability={self.projection_probability} within [0, 1]"
+            )
+
+
+def sample_tasks(
+    family: FamilyConfig, key: tuple[object, ...], data_root: str | Path | None = None
+) -> MLPTask:
+    """The tasks of `key`: the same key gives the same tasks, on any machine."""
+    rng = generator("family", *key)
+
+    def uniform(low: float, high: float, size: tuple[int, ...] = ()) -> Tensor:
+        return low + (high - low) * torch.rand(size, generator=rng)
+
+    def choice(options: tuple) -> object:
+        return options[int(torch.randint(len(options), (), generator=rng))]
+
+    data = load_images(family.data, data_root)
+    layers = choice(tuple(range(family.hidden_layers[0], family.hidden_layers[1] + 1)))
+    low, high = torch.tensor(family.width).float().log().tolist()
+    config = TaskConfig(
+        data=family.data,
+        hidden=tuple(round(float(uniform(low, high).exp())) for _ in range(layers)),
+        activation=choice(family.activations),
+        batch_size=choice(family.batch_sizes),
+    )
+    n, pixels = family.num_tasks, data.train_x.shape[1]
+    projections = None
+    if float(uniform(0, 1)) < family.projection_probability:
+        inputs = choice(family.input_sizes)
+        projections = torch.randn(n, pixels, inputs, generator=rng) * pixels**-0.5
+    labels = torch.stack([torch.randperm(data.num_classes, generator=rng) for _ in range(n)])
+    scales = 10 ** uniform(*family.log10_init_scale, (n,))
+    return MLPTask(config, data, n, projections, labels, scales)

@@ -1,0 +1,170 @@
+"""Multi-layer perceptrons on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import Batch, Task, generator
+from learned_opt.tasks.data import ImageData, load_images
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """An MLP on an image set.
+
+    Attributes:
+        name: what tables call it; by default the data, the widths and the activation.
+        data: "digits", "mnist", or a folder of train.npz and test.npz under data_root.
+        hidden: widths of the hidden layers; () is logistic regression.
+        activation: relu, tanh, sigmoid or gelu.
+        batch_size: examples per minibatch.
+        init: "torch" (nn.Linear's U(±1/sqrt(fan_in)), biases too) or "normal" (N(0, .01²),
+            as in Andrychowicz et al. 2016).
+        init_scale: multiplies the initial weights.
+    """
+
+    name: str = ""
+    data: str = "digits"
+    hidden: tuple[int, ...] = (32,)
+    activation: str = "relu"
+    batch_size: int = 128
+    init: str = "torch"
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation is {self.activation!r}; use one of {known}")
+        if self.init not in ("torch", "normal"):
+            raise ConfigError(f"init is {self.init!r}; use 'torch' or 'normal'")
+        if self.batch_size < 1 or self.init_scale <= 0 or any(w < 1 for w in self.hidden):
+            raise ConfigError(
+                f"batch_size={self.batch_size}, init_scale={self.init_scale} and "
+                f"hidden={self.hidden} must all be positive"
+            )
+
+
+class MLPTask(Task):
+    """Cross-entropy of x -> W_L φ(… φ(W_1 x + b_1) …) + b_L, W_l of shape (out, in).
+
+    Args:
+        config: architecture, batch size and initialisation.
+        data: the images.
+        num_tasks: None for one task, else this many at once.
+        projections: (tasks, pixels, inputs), a linear map of each task's images.
+        labels: (tasks, classes), what each task calls each class.
+        init_scales: (tasks,), multiplies the initial weights of each task.
+    """
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        data: ImageData,
+        num_tasks: int | None = None,
+        projections: Tensor | None = None,
+        labels: Tensor | None = None,
+        init_scales: Tensor | None = None,
+    ) -> None:
+        self.config, self.num_tasks, self._data = config, num_tasks, data
+        self._activation = ACTIVATIONS[config.activation]
+        self._projections, self._labels = projections, labels
+        self._init_scales = torch.ones(self.lead) if init_scales is None else init_scales
+        inputs = data.train_x.shape[1] if projections is None else projections.shape[-1]
+        sizes = (inputs, *config.hidden, data.num_classes)
+        self.name = config.name or "{} {} {}".format(
+            data.name, "-".join(map(str, sizes)), config.activation
+        )
+        self.shapes = tuple(
+            shape for i, o in zip(sizes, sizes[1:], strict=False) for shape in ((o, i), (o,))
+        )
+        self._train = self._view(data.train_x, data.train_y)
+
+    def _view(self, x: Tensor, y: Tensor) -> Batch:
+        """Images and labels as the tasks see them: (n, …), or (tasks, n, …) where they differ."""
+        if self._projections is not None:
+            x = x @ self._projections
+        if self._labels is not None:
+            y = self._labels[:, y]
+        return x, y
+
+    def _take(self, index: Tensor) -> Batch:
+        """Training examples of index (*tasks, n)."""
+        rows = torch.arange(self.num_tasks)[:, None] if self.num_tasks is not None else None
+        x, y = self._train
+        return (
+            x[index] if self._projections is None else x[rows, index],
+            y[index] if self._labels is None else y[rows, index],
+        )
+
+    def init(self, seed: int) -> Tensor:
+        rng = generator("init", seed)
+        bounds = (shape[1] ** -0.5 for shape in self.shapes[::2] for _ in "Wb")
+        parts = []
+        for shape, bound in zip(self.shapes, bounds, strict=True):
+            if self.config.init == "torch":
+                part = (torch.rand(*self.lead, *shape, generator=rng) * 2 - 1) * bound
+            else:
+                part = torch.randn(*self.lead, *shape, generator=rng) * 0.01
+            if len(shape) > 1:
+                part *= self._init_scales.reshape(*self.lead, 1, 1) * self.config.init_scale
+            parts.append(part.flatten(len(self.lead)))
+        return torch.cat(parts, dim=-1)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        size = (*self.lead, self.config.batch_size)
+        n = len(self._data.train_y)
+        return self._take(torch.randint(n, size, generator=generator("batch", seed, step)))
+
+    def fixed_batch(self, size: int | None = None) -> Batch:
+        n = len(self._data.train_y)
+        index = torch.randperm(n, generator=generator("fixed"))[:size]
+        return self._take(index.expand(*self.lead, -1))
+
+    def logits(self, theta: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
+        tensors = self.unflatten(theta) if isinstance(theta, Tensor) else list(theta)
+        for i in range(0, len(tensors), 2):
+            if i:
+                x = self._activation(x)
+            x = x @ tensors[i].mT + tensors[i + 1].unsqueeze(-2)
+        return x
+
+    def loss(self, theta: Tensor | Sequence[Tensor], batch: Batch) -> Tensor:
+        x, y = batch
+        log_p = self.logits(theta, x).log_softmax(-1)
+        return -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+    def evaluate(self, theta: Tensor, chunk: int = 4096) -> dict[str, Tensor]:
+        """Full-data losses and accuracy. With many tasks the images go through in chunks."""
+        with torch.no_grad():
+            train, _ = self._score(theta, self._data.train_x, self._data.train_y, chunk)
+            test, hits = self._score(theta, self._data.test_x, self._data.test_y, chunk)
+        return {"train_loss": train, "test_loss": test, "test_accuracy": hits}
+
+    def _score(self, theta: Tensor, x: Tensor, y: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        total, hits = torch.zeros(self.lead), torch.zeros(self.lead)
+        for cx, cy in zip(x.split(chunk), y.split(chunk), strict=True):
+            vx, vy = self._view(cx, cy)
+            log_p = self.logits(theta, vx).log_softmax(-1)
+            vy = vy.expand(log_p.shape[:-1])
+            total -= log_p.gather(-1, vy.unsqueeze(-1)).squeeze(-1).sum(-1)
+            hits += (log_p.argmax(-1) == vy).sum(-1)
+        return total / len(y), hits / len(y)
+
+
+def make_task(config: TaskConfig, data_root: str | Path | None = None) -> MLPTask:
+    """The single task that `config` describes."""
+    return MLPTask(config, load_images(config.data, data_root))

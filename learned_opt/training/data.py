@@ -1,0 +1,65 @@
+"""Serves meta-training its items, keyed by update so that a resumed run sees the same ones."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from geodesic.dataset import PathDataset
+from geodesic.targets import target_paths
+from learned_opt.config import TrainConfig
+from learned_opt.tasks.base import generator
+
+
+class Updates(Dataset):
+    """One item per meta-update of an epoch: its number, objective and, to imitate, a shard."""
+
+    def __init__(self, config: TrainConfig, paths: PathDataset | None, start: int, rank: int):
+        self.config, self.paths, self.start, self.rank = config, paths, start, rank
+
+    def __len__(self) -> int:
+        return self.config.epoch_length
+
+    def __getitem__(self, index: int) -> dict:
+        number = self.start + index
+        item = {
+            "number": number,
+            "objective": self.config.objectives[number % len(self.config.objectives)],
+        }
+        if item["objective"] == "imitation":
+            item |= self._paths((self.config.seed, self.rank, number))
+        return item
+
+    def _paths(self, key: tuple[int, ...]) -> dict[str, Tensor | int]:
+        """Target paths of a random shard; shards without a pair are passed over."""
+        for shard in torch.randperm(len(self.paths), generator=generator("shard", *key)).tolist():
+            if self.paths.facts(shard)["pairs"]:
+                updates = self.paths.header["targets"]["updates"]
+                runs = self.paths.facts(shard)["runs"]
+                points, lengths = target_paths(self.paths.shard(shard), updates, runs)
+                return {"shard": shard, "points": points, "lengths": lengths}
+        raise ValueError(
+            f"the data set {self.paths.folder} has no pairs: every SGD run diverged or was stuck; "
+            "make it from other tasks or with more steps"
+        )
+
+
+class UpdatesModule(L.LightningDataModule):
+    """Items for this rank: they differ between ranks and never repeat."""
+
+    def __init__(self, config: TrainConfig, paths: PathDataset | None) -> None:
+        super().__init__()
+        self.config, self.paths = config, paths
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.current_epoch * self.config.epoch_length
+        updates = Updates(self.config, self.paths, start, self.trainer.global_rank)
+        return DataLoader(updates, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(range(VALIDATION_DRAWS), batch_size=None)
+
+
+VALIDATION_DRAWS = 3

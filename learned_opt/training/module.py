@@ -1,0 +1,116 @@
+"""The LightningModule: meta-parameters, objectives, and what a resumed run needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from learned_opt.config import TrainConfig
+from learned_opt.rules import Layout, State, make_rule
+from learned_opt.run import run_rule
+from learned_opt.tasks.base import generator
+from learned_opt.tasks.families import FamilyConfig, sample_tasks
+from learned_opt.tasks.mlp import MLPTask
+from learned_opt.training.objectives import OpenRun, imitation_loss, meta_loss
+
+FINAL_LEARNING_RATE = 0.05  # of the initial one
+LOST = 3.0  # a run is given up when all tasks' losses are this many times the loss of chance
+
+
+class MetaTraining(L.LightningModule):
+    """Trains `rule` by the config's objectives in turn, one of them each update.
+
+    Randomness is keyed by (seed, rank, update), and the runs under way are part of the
+    checkpoint: a resumed run makes the updates that an uninterrupted one would.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.family = config.family or config.geodesics.family
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.rule = make_rule(config.rule, **config.rule_config)
+        self.runs: list[OpenRun | None] = [None] * config.open_runs
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.Adam(self.rule.parameters(), lr=self.config.learning_rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1.0, FINAL_LEARNING_RATE, self.config.updates
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def tasks(self, family: FamilyConfig, *key: object) -> MLPTask:
+        return sample_tasks(family, key, self.config.geodesics.data_root)
+
+    def training_step(self, item: dict) -> Tensor:
+        loss = getattr(self, "_" + item["objective"])(item)
+        self.log(f"train/{item['objective']}", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def _imitation(self, item: dict) -> Tensor:
+        first, last = self.config.teacher_share
+        share = first + (last - first) * min(1.0, 2 * item["number"] / self.config.updates)
+        key = (self.config.seed, self.global_rank, item["number"])
+        draw = float(torch.rand((), generator=generator("driver", *key)))
+        geodesics = self.config.geodesics
+        task = self.tasks(geodesics.family, "train", geodesics.seed, item["shard"])
+        return imitation_loss(
+            self.rule, task, item["points"], item["lengths"], self.config.coordinates,
+            student_drives=draw >= share, key=key,
+        )  # fmt: skip
+
+    def _meta_loss(self, item: dict) -> Tensor:
+        config, slot = self.config, item["number"] % len(self.runs)
+        run = self.runs[slot] or self._open_run(item["number"])
+        task = self.tasks(self.family, *run.key)
+        steps = min(config.window, run.horizon - run.state.step)
+        loss, losses = meta_loss(
+            self.rule, task, run, steps, config.coordinates, config.loss_floor
+        )
+        self.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
+        lost = ~(losses < LOST * 2.3).any() or not run.theta.isfinite().all()
+        self.runs[slot] = None if lost or run.state.step >= run.horizon else run
+        return loss
+
+    def _open_run(self, number: int) -> OpenRun:
+        key = ("train", self.config.seed, self.global_rank, number)
+        low, high = torch.tensor(self.config.horizon).double().log()
+        share = torch.rand((), generator=generator("horizon", *key), dtype=torch.double)
+        task = self.tasks(self.family, *key)
+        theta = task.init(number)
+        state = self.rule.init_state(theta, task.shapes)
+        return OpenRun(key, round(float((low + share * (high - low)).exp())), theta, state)
+
+    def validation_step(self, draw: int) -> None:
+        """log10 of final and of mean loss on validation draws of the family."""
+        task = self.tasks(self.family, "validation", draw)
+        losses, theta = run_rule(task, self.rule, draw, self.config.validation_steps)
+        final = task.evaluate(theta)["train_loss"]
+        for name, value in (("final", final), ("mean", losses.mean(0))):
+            score = value.nan_to_num(nan=1e6, posinf=1e6).clamp(1e-6, 1e6).log10().mean()
+            self.log(f"val/log10_{name}_loss", score, prog_bar=True, batch_size=1, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["open_runs"] = [run and _pack(run) for run in self.runs]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.runs = [packed and _unpack(packed) for packed in checkpoint["open_runs"]]
+
+
+def _pack(run: OpenRun) -> dict:
+    """Tensors and plain values only, so that the checkpoint loads with weights_only=True."""
+    packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta}
+    return packed | asdict(run.state)
+
+
+def _unpack(packed: dict) -> OpenRun:
+    layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
+    state = State(layout, packed["step"], packed["coordinate"], packed["tensor"])
+    return OpenRun(tuple(packed["key"]), packed["horizon"], packed["theta"], state)

@@ -1,0 +1,219 @@
+"""Loading images: known layouts give known arrays, and damaged files are named."""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learned_opt.errors import DataError
+from learned_opt.tasks.data import load_images
+
+IDX_FILES = {
+    "train_images": "train-images-idx3-ubyte",
+    "train_labels": "train-labels-idx1-ubyte",
+    "test_images": "t10k-images-idx3-ubyte",
+    "test_labels": "t10k-labels-idx1-ubyte",
+}
+
+
+def small_arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "train_images": rng.integers(0, 256, (6, 4, 5), dtype=np.uint8),
+        "train_labels": np.array([2, 0, 1, 1, 0, 2], dtype=np.uint8),
+        "test_images": rng.integers(0, 256, (3, 4, 5), dtype=np.uint8),
+        "test_labels": np.array([1, 2, 0], dtype=np.uint8),
+    }
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+def write_idx(root: Path, arrays: dict[str, np.ndarray], folder: str = "MNIST") -> Path:
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    for key, name in IDX_FILES.items():
+        (raw / name).write_bytes(idx_bytes(arrays[key]))
+    return raw
+
+
+def write_npz(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        np.savez(
+            folder / f"{split}.npz",
+            images=arrays[f"{split}_images"],
+            labels=arrays[f"{split}_labels"],
+        )
+
+
+def assert_holds(data, arrays: dict[str, np.ndarray]) -> None:
+    pixels = arrays["train_images"].astype(np.float64)
+    for split in ("train", "test"):
+        images = arrays[f"{split}_images"]
+        expected = (images.reshape(len(images), -1) - pixels.mean()) / pixels.std()
+        x, y = getattr(data, f"{split}_x"), getattr(data, f"{split}_y")
+        assert x.dtype == torch.float32 and y.dtype == torch.int64
+        np.testing.assert_allclose(x.numpy(), expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(y.numpy(), arrays[f"{split}_labels"])
+    assert data.num_classes == 3
+    assert data.image_shape == images.shape[1:]
+
+
+def test_digits_are_split_and_standardised_by_the_training_set():
+    data = load_images("digits")
+    assert data.train_x.shape == (1437, 64) and data.test_x.shape == (360, 64)
+    assert data.image_shape == (8, 8) and data.num_classes == 10
+    assert abs(data.train_x.double().mean()) < 1e-6
+    assert abs(data.train_x.double().std(correction=0) - 1) < 1e-6
+    # One scalar for all pixels: the grey levels 0 to 16 stay 17 values, equally spaced.
+    levels = torch.cat([data.train_x, data.test_x]).unique()
+    assert len(levels) == 17
+    assert torch.allclose(levels.diff(), levels.diff()[0])
+    assert load_images("digits", "/nowhere") is data
+
+
+def test_digits_split_loses_no_image_and_repeats_none():
+    from sklearn.datasets import load_digits
+
+    def rows(x) -> list[tuple[int, ...]]:
+        return sorted(map(tuple, x))
+
+    data = load_images("digits")
+    x = torch.cat([data.train_x, data.test_x])
+    grey = ((x - x.min()) / (x.max() - x.min()) * 16).round().int()
+    assert rows(grey.tolist()) == rows(load_digits().data.astype(int).tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")],
+)
+def test_idx_files_are_read_plain_and_gzipped(tmp_path, name, folder):
+    arrays = small_arrays()
+    raw = write_idx(tmp_path / "plain", arrays, folder)
+    assert_holds(load_images(name, tmp_path / "plain"), arrays)
+    zipped = tmp_path / "gz" / folder / "raw"
+    zipped.mkdir(parents=True)
+    for file in raw.iterdir():
+        (zipped / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert_holds(load_images(name, tmp_path / "gz"), arrays)
+
+
+@pytest.mark.parametrize("kept", [0, 2, 9, 16, -1])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_truncated_idx_file_is_named(tmp_path, kept, zipped):
+    raw = write_idx(tmp_path, small_arrays())
+    file = raw / IDX_FILES["test_images"]
+    content = file.read_bytes()
+    if zipped:
+        file.unlink()
+        file = file.with_name(f"{file.name}.gz")
+        content = gzip.compress(content)
+    file.write_bytes(content[:kept])
+    with pytest.raises(DataError, match=f"{file.name} .*get it again"):
+        load_images("mnist", tmp_path)
+
+
+def test_an_idx_file_of_another_kind_is_named(tmp_path):
+    raw = write_idx(tmp_path, small_arrays())
+    (raw / IDX_FILES["train_images"]).write_bytes(idx_bytes(small_arrays()["train_labels"]))
+    with pytest.raises(DataError, match=r"train-images.* begins with 00000801.*00000803"):
+        load_images("mnist", tmp_path)
+
+
+def test_npz_files_are_read_by_name_path_and_environment(tmp_path, monkeypatch):
+    arrays = small_arrays() | {"train_labels": np.array([2, 0, 1, 1, 0, 2])}
+    write_npz(tmp_path / "mine", arrays)
+    assert_holds(load_images("mine", tmp_path), arrays)
+    assert_holds(load_images(str(tmp_path / "mine")), arrays)
+    monkeypatch.setenv("LEARNED_OPT_DATA", str(tmp_path))
+    assert load_images("mine") is load_images("mine", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_labels": np.array([2, 0, 1, 1, 0])}, r"train\.npz: .*\(6, 4, 5\) and \(5,\)"),
+        ({"test_labels": np.array([1, 3, 0])}, "test labels run from 0 to 3.*0 to 2"),
+        ({"test_labels": np.array([1, -1, 0])}, "test labels run from -1 to 1"),
+        ({"train_labels": np.array([3, 0, 1, 1, 0, 3])}, "3 values from 0 to 3; renumber"),
+        ({"train_labels": np.array([2, 1, 1, 1, 1, 2])}, "2 values from 1 to 2; renumber"),
+        ({"test_labels": np.zeros(3)}, r"test\.npz: .*uint8 and float64"),
+        ({"train_images": np.zeros((6, 4, 5))}, r"train\.npz: .*float64 and uint8"),
+        ({"train_images": np.full((6, 4, 5), 7, np.uint8)}, "every pixel .* is 7"),
+        ({"test_images": np.zeros((3, 5, 4), np.uint8)}, r"\(4, 5\) and test images \(5, 4\)"),
+        ({"test_images": np.zeros((0, 4, 5), np.uint8), "test_labels": np.zeros(0, int)}, "n > 0"),
+        ({"test_images": np.array([None, {}, 1])}, r"test\.npz is not a whole .npz file"),
+    ],
+)
+def test_unfit_npz_arrays_are_refused(tmp_path, changed, message):
+    write_npz(tmp_path / "mine", small_arrays() | changed)
+    with pytest.raises(DataError, match=message):
+        load_images("mine", tmp_path)
+
+
+def test_damaged_npz_files_are_named(tmp_path):
+    write_npz(tmp_path / "mine", small_arrays())
+    file = tmp_path / "mine" / "train.npz"
+    whole = file.read_bytes()
+    altered = bytearray(whole)
+    altered[whole.index(small_arrays()["train_images"].tobytes())] ^= 1
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    for content in (
+        b"",
+        whole[: len(whole) // 2],
+        bytes(altered),
+        (tmp_path / "array.npy").read_bytes(),
+        (tmp_path / "other.npz").read_bytes(),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"train\.npz is not a whole \.npz file"):
+            load_images("mine", tmp_path)
+
+
+def test_missing_data_says_what_is_expected_where_and_how_to_get_it(tmp_path, monkeypatch):
+    raw = write_idx(tmp_path, small_arrays())
+    (raw / IDX_FILES["test_labels"]).unlink()
+    with pytest.raises(DataError) as caught:
+        load_images("mnist", tmp_path)
+    assert str(raw / IDX_FILES["test_labels"]) in str(caught.value)
+    assert IDX_FILES["train_images"] not in str(caught.value)
+    assert f"torchvision.datasets.MNIST(root={str(tmp_path)!r}, download=True)" in str(caught.value)
+
+    with pytest.raises(DataError) as caught:
+        load_images("cifar", tmp_path)
+    assert str(tmp_path / "cifar" / "train.npz") in str(caught.value)
+    assert "numpy.savez" in str(caught.value)
+
+    monkeypatch.delenv("LEARNED_OPT_DATA", raising=False)
+    with pytest.raises(DataError, match="pass data_root, or set LEARNED_OPT_DATA"):
+        load_images("mnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "train", "test", "shape"),
+    [
+        ("mnist", "MNIST/raw", 60_000, 10_000, (28, 28)),
+        ("cifar10_jpeg", "cifar10_jpeg/train.npz", 20_000, 4_000, (32, 32, 3)),
+    ],
+)
+def test_the_real_sets(name, file, train, test, shape):
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    root = Path(os.environ.get("LEARNED_OPT_DATA") or beside)
+    if not (root / file).exists():
+        pytest.skip(f"no {root / file}; set LEARNED_OPT_DATA to a folder that holds {file}")
+    data = load_images(name, root)
+    assert data.image_shape == shape and data.num_classes == 10
+    assert data.train_x.shape == (train, np.prod(shape))
+    assert data.test_x.shape == (test, np.prod(shape))
+    assert abs(data.train_x.mean(dtype=torch.float64)) < 1e-5
+    for labels in (data.train_y, data.test_y):
+        share = labels.bincount() / len(labels)
+        assert len(share) == 10 and share.min() > 0.08 and share.max() < 0.12
