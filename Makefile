@@ -8,7 +8,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 .PHONY: demo test lint clean
 
 demo: .venv/.installed
-	$(BIN)/learned-opt benchmark --config configs/demo.yaml --output runs/demo
+	$(BIN)/learned-opt train --config configs/train/demo.yaml --output runs/demo
+	$(BIN)/learned-opt benchmark --config configs/benchmark/demo.yaml --output runs/demo
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest

@@ -73,9 +73,9 @@ def sgd_profile(trajectory_losses: Tensor, trajectory_points: Tensor) -> LevelPr
 
     λ is non-increasing, at no point of the trajectory below SGD's loss there, and ends at
     F(θ_b). So the trajectory is itself a feasible start wherever F is at most linear between its
-    points; in between it can stick out a little, which the solver repairs first. The running maximum
-    covers a bump by holding the level up to it. It starts at F(θ_a) unless SGD itself later climbed
-    higher, when it starts at that maximum: a cap at F(θ_a) would put the trajectory outside the set.
+    points; in between it can stick out a little, which the solver repairs first. The running
+    maximum covers a bump by holding the level up to it. It starts at F(θ_a) unless SGD itself later
+    climbed higher, when it starts at that maximum: a cap at F(θ_a) would leave the trajectory out.
 
     Args:
         trajectory_losses: ``(n,)`` or ``(pairs, n)``, F on the evaluation set the solver uses.
@@ -94,7 +94,7 @@ class Samples:
     """A path measured densely: n + 1 samples on each of K segments, ends included."""
 
     losses: Tensor  # (rows, K, n + 1)
-    excess: Tensor  # (rows, K, n + 1): F - λ(s)
+    excess: Tensor  # (rows, K, 4n + 1): F - λ(s), F interpolated by parabolas between samples
     peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
     feasible: Tensor  # (rows,): peak ≤ tolerance · max(1, |λ|) on every segment
 
@@ -165,20 +165,32 @@ class SublevelSet:
     ) -> Samples:
         """Certify paths ``(rows, K + 1, d)`` on their segments, not only at their beads.
 
-        The peak of a segment is its largest sample, or the vertex of the parabola through three
-        neighbouring samples where that is larger: beads-only or sampled maxima hide what lies
-        between them.
+        The peak of a segment is its largest excess, or that of the parabola through neighbouring
+        samples where it is larger: beads-only or sampled maxima hide what lies between them.
         """
         if losses is None:
             losses = self.losses(path, per_segment, rows)
-        knots = fractions(path)
-        weight = torch.linspace(0, 1, per_segment + 1, dtype=path.dtype, device=path.device)
-        s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], weight)
+        knots, fine = fractions(path), _refine(losses)
+        t = torch.linspace(0, 1, fine.shape[-1], dtype=path.dtype, device=path.device)
+        s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
         level = self.level(s.flatten(1), rows).view_as(s)
-        excess = losses - level
-        peak = torch.maximum(excess.amax(-1), _vertex(excess)[1].amax(-1))
+        excess = fine - level
+        # The parabola means nothing across a kink of λ; the fine samples of λ are exact there.
+        smooth = level.diff(n=2).abs() <= fine.diff(n=2).abs()
+        between = torch.where(smooth, _vertex(excess)[1], excess[..., 1:-1])
+        peak = torch.maximum(excess.amax(-1), between.amax(-1))
         allowed = TOLERANCE[path.dtype] * level.abs().clamp_min(1).amin(-1)
         return Samples(losses, excess, peak, (peak <= allowed).all(-1))
+
+
+def _refine(losses: Tensor) -> Tensor:
+    """``(..., n + 1)`` samples and, between each two, 3 values of the parabola through them and
+    the next sample, ``(..., 4n + 1)``, n ≥ 2: what lets a bent λ be met where it bends."""
+    t = torch.arange(4, dtype=losses.dtype, device=losses.device) / 4
+    bend = losses.diff(n=2)
+    bend = torch.cat((bend[..., :1], bend), dim=-1)[..., None].nan_to_num(0, 0, 0)
+    fine = torch.lerp(losses[..., :-1, None], losses[..., 1:, None], t) - bend * t * (1 - t) / 2
+    return torch.cat((fine.flatten(-2), losses[..., -1:]), dim=-1).nan_to_num(nan=torch.inf)
 
 
 def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,8 +206,5 @@ def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def worst_interior(excess: Tensor) -> Tensor:
-    """Where on each segment, t in (0, 1), the excess ``(..., n + 1)`` peaks off the beads."""
-    where, height = _vertex(excess)
-    best = torch.maximum(height, excess[..., 1:-1]).argmax(-1, keepdim=True)
-    # A site within 1/20 of a bead would only repeat the bead's constraint.
-    return (where.gather(-1, best).squeeze(-1) / (excess.shape[-1] - 1)).clamp(0.05, 0.95)
+    """Where off its beads, t in (0, 1), a segment's excess ``(..., m + 1)`` is largest."""
+    return excess[..., 1:-1].argmax(-1).add(1).to(excess.dtype) / (excess.shape[-1] - 1)

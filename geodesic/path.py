@@ -1,7 +1,7 @@
 """Polylines in parameter space.
 
-A path is a tensor ``(..., K + 1, d)``: K + 1 beads joined by K straight segments. Leading dimensions
-are pairs. A *fraction* s in [0, 1] is arclength from the first bead over the whole length.
+A path is a tensor ``(..., K + 1, d)``: K + 1 beads joined by K straight segments. Leading
+dimensions are pairs. A *fraction* s in [0, 1] is arclength from the first bead over the length.
 """
 
 import torch
@@ -25,7 +25,7 @@ def length(path: Tensor) -> Tensor:
 
 
 def normalized_length(path: Tensor) -> Tensor:
-    """|γ| / |θ_a - θ_b| ≥ 1, ``(...)``; 1 by convention for a path that never leaves its one point."""
+    """|γ| / |θ_a - θ_b| ≥ 1, ``(...)``; 1 by convention for a path of a single point."""
     total = length(path)
     distance = torch.linalg.vector_norm(path[..., -1, :] - path[..., 0, :], dim=-1)
     return torch.where((distance == 0) & (total == 0), torch.ones_like(total), total / distance)
@@ -43,7 +43,7 @@ def fractions(path: Tensor) -> Tensor:
 
 
 def points_at(path: Tensor, s: Tensor) -> Tensor:
-    """The points ``(..., m, d)`` at arclength fractions ``(..., m)``; 0 and 1 give the exact ends."""
+    """The points ``(..., m, d)`` at fractions ``(..., m)``; 0 and 1 give the exact ends."""
     knots = fractions(path)
     s = s.to(path.dtype).expand(*knots.shape[:-1], s.shape[-1]).contiguous()
     segment = torch.searchsorted(knots, s, right=True).sub(1).clamp(0, path.shape[-2] - 2)
@@ -54,7 +54,7 @@ def points_at(path: Tensor, s: Tensor) -> Tensor:
 
 
 def resample(path: Tensor, num_segments: int) -> Tensor:
-    """The path with ``num_segments`` segments, beads evenly spaced in arclength; cuts its corners."""
+    """``num_segments`` segments with beads even in arclength along the path; cuts its corners."""
     s = torch.linspace(0, 1, num_segments + 1, dtype=path.dtype, device=path.device)
     return points_at(path, s)
 

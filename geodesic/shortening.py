@@ -1,16 +1,21 @@
 """Shortening a path inside the sublevel set: sequential quadratic programming in the H¹ metric.
 
-The beads minimise the energy E = K/2 Σ |Δ_i|² ≥ |γ|²/2 (equal when the beads are evenly spaced, which
-the minimum therefore is, nearly) subject to F - λ(s) ≤ 0 along the path. One iteration solves
+The beads minimise the energy E = K/2 Σ |Δ_i|² ≥ |γ|²/2 (equal when the beads are evenly spaced,
+which the minimum therefore is, nearly) subject to F - λ(s) ≤ 0 along the path. One iteration solves
 
     min_δ  ½ δᵀAδ/η + ∇Eᵀδ    subject to    c + Jδ ≤ 0,        A = K DᵀD  (D: differences of beads)
 
-with one constraint c at every bead, one at the worst interior point of every segment and one at each
-end, and takes the step if the densely sampled path stays inside and E falls; else the damping η
-shrinks. The step is δ = -η (e + A⁻¹Jᵀμ), where e = A⁻¹∇E is the offset from the chord and the
-multipliers μ ≥ 0 solve a problem of 2K + 1 unknowns whatever d is: only Gram products see d. A⁻¹
-takes away the K² stiffness of plain curve shortening. A falling level depends on the whole path
-through s; J has that too. A path that starts outside is first pushed in with the same step, less ∇E.
+with one constraint c at every bead, one at the worst interior point of every segment and one at
+each end, and takes the step if E plus an exact penalty on the densely sampled excess falls; else
+the damping η shrinks and the excess that the linearisation missed is allowed for (second-order
+correction). The path may so leave the set for some steps; what is returned is the feasible one of
+the least energy. A path that starts outside, or strays for long, is pushed in with the same step,
+less ∇E.
+
+The step is δ = -η (e + A⁻¹Jᵀμ), where e = A⁻¹∇E is the offset from the chord and the multipliers
+μ ≥ 0 solve a problem of 2K + 1 unknowns whatever d is: only Gram products see d. A⁻¹ takes away the
+K² stiffness of plain curve shortening. A falling level depends on the whole path through s; so
+does J.
 """
 
 from dataclasses import dataclass
@@ -28,11 +33,13 @@ MARGIN = 1e-3
 STOP_RESIDUAL = 3e-3
 # Relative fall of E in one undamped step below which the path no longer shortens.
 STOP_DECREASE = 1e-6
+# Steps outside the set before a path is pushed back in.
+PATIENCE = 8
 SMALLEST_DAMPING = 1e-3
-# Bead displacement in one step, over the longer of chord and path / 4: linearisations reach no further.
+# Largest bead displacement in one step over max(chord, path / 4): a linearisation's reach.
 TRUST = 0.25
 # Ridge on the unit-diagonal dual matrix, above the rounding of its Gram products.
-RIDGE = {torch.float64: 1e-10, torch.float32: 1e-6}
+RIDGE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 @dataclass
@@ -48,10 +55,11 @@ def shorten(
 ) -> Shortened:
     """Shorten ``(rows, K + 1, d)`` paths, K ≥ 2, with fixed ends, each until it has converged.
 
-    A row that starts inside stays inside, judged on ``per_segment`` samples a segment, and its
-    energy never rises; a row that starts outside may end there.
+    A row that starts inside ends inside, judged on ``per_segment`` samples a segment, with no more
+    energy; a row that starts outside may end there.
     """
     path = path.clone()
+    tiny = torch.finfo(path.dtype).tiny
     samples = sublevel.sample(path, per_segment, rows)
     ends = sublevel.gradients(path[:, [0, -1]], rows)
     sites = _sites(sublevel, path, samples, ends, rows)
@@ -59,6 +67,7 @@ def shorten(
     entered = samples.feasible.clone()
     shortest, least = path.clone(), torch.where(entered, _energy(path), torch.inf)
     penalties = torch.zeros_like(damping)
+    away = torch.zeros_like(rows)
     norms = torch.zeros_like(damping)
     curvature = torch.zeros_like(sites.excess)
     iterations = torch.zeros_like(rows)
@@ -67,21 +76,27 @@ def shorten(
     for _ in range(max_iterations):
         if len(active) == 0:
             break
-        inside = entered[active]
+        shortens = entered[active]
         here = _take(samples, active)
         bend = curvature[active] * (damping[active] * norms[active]).square()[:, None]
         step, multipliers, predicted = _step(
-            path[active], _take(sites, active), damping[active], inside, bend
+            path[active],
+            _take(sites, active),
+            damping[active],
+            shortens,
+            least[active].isinf(),
+            bend,
         )
         candidate = path[active]
         candidate[:, 1:-1] += step
         trial = sublevel.sample(candidate, per_segment, rows[active])
 
-        # Inside: E plus an exact penalty on the margin (its weight above the multipliers) falls.
-        # Outside: the violation falls by a tenth of what the linearisation promises.
-        margin = sites.margin[active, candidate.shape[1] - 2 : -2]
+        # Shortening: E plus an exact penalty (its weight above the multipliers) has to fall.
+        # Pushing in: the violation, by a tenth of what the linearisation promises.
+        margin = sites.margin[active, candidate.shape[1] - 2 : -2].clone()
+        margin[:, [0, -1]] = 0
         penalty = torch.maximum(penalties[active], 2 * multipliers.amax(1))
-        penalties[active] = torch.where(inside, penalty, 0)
+        penalties[active] = torch.where(shortens, penalty, 0)
         energy, trial_energy = _energy(path[active]), _energy(candidate)
         merit = energy + penalty * (here.peak + margin).clamp_min(0).sum(1)
         trial_merit = trial_energy + penalty * (trial.peak + margin).clamp_min(0).sum(1)
@@ -89,22 +104,25 @@ def shorten(
         trial_violation = trial.peak.clamp_min(0).sum(1)
         eta = damping[active]
         accepted = torch.where(
-            inside,
+            shortens,
             trial_merit < merit,
             trial.feasible | (trial_violation < violation * (1 - 0.1 * eta)),
         )
         norm = (_energy(torch.nn.functional.pad(step, (0, 0, 1, 1))) * 2).sqrt()
-        residual[active] = norm / (eta * length(path[active]).clamp_min(1e-300))
+        residual[active] = norm / (eta * length(path[active]).clamp_min(tiny))
         norms[active] = norm / eta
         reached = torch.cat((trial.excess[:, 1:, 0], trial.peak), dim=1)
-        missed = (reached - predicted[:, :-2]).clamp_min(0) * (inside & ~accepted)[:, None]
-        curvature[active, :-2] = missed / norm.square().clamp_min(1e-300)[:, None]
-        import os
-        if os.environ.get("TRACE"): print("in",inside.tolist()[:1],"acc",accepted.tolist()[:1],"feas",trial.feasible.tolist()[:1],"eta",eta.tolist()[:1],"E",energy[0].item(),trial_energy[0].item(),"M",merit[0].item(),trial_merit[0].item(),"res",residual[active][0].item(), "viol",violation[0].item(),trial_violation[0].item(),"seg",trial.peak[0].argmax().item(),trial.peak[0].max().item(),'mu',multipliers[0].max().item(),multipliers[0].argmax().item())
+        missed = (reached - predicted[:, :-2]).clamp_min(0) * (shortens & ~accepted)[:, None]
+        curvature[active, :-2] = missed / norm.square().clamp_min(tiny)[:, None]
         iterations[active] += 1
 
         converged = here.feasible & (residual[active] < STOP_RESIDUAL)
-        settled = here.feasible & trial.feasible & accepted & (energy - trial_energy < STOP_DECREASE * energy * eta)
+        settled = (
+            here.feasible
+            & trial.feasible
+            & accepted
+            & (energy - trial_energy < STOP_DECREASE * energy * eta)
+        )
         damping[active] = torch.where(accepted, (4 * eta).clamp_max(1), eta / 4)
         failed = ~accepted & (damping[active] < SMALLEST_DAMPING)
         moved, kept = active[accepted], accepted.nonzero().squeeze(1)
@@ -113,7 +131,12 @@ def shorten(
         shorter = accepted & trial.feasible & (trial_energy < least[active])
         shortest[active[shorter]] = candidate[shorter]
         least[active[shorter]] = trial_energy[shorter]
-        entered[active] |= accepted & trial.feasible
+        # An excursion that does not come back by itself is pushed in.
+        away[active] = torch.where(samples.feasible[active], 0, away[active] + 1)
+        lost = ~samples.feasible[active] & shortens & (failed | (away[active] >= PATIENCE))
+        entered[active] = (shortens & ~lost) | samples.feasible[active]
+        damping[active[lost]] = 1
+        failed &= ~lost
         active = active[~(converged | settled | failed)]
         stale = moved[torch.isin(moved, active)]
         if len(stale):
@@ -122,8 +145,9 @@ def shorten(
                 sublevel, path[stale], _take(samples, stale), loss_and_gradient, rows[stale]
             )
             _put(sites, stale, fresh)
-    path = torch.where(entered[:, None, None], shortest, path)
-    return Shortened(path, entered, iterations, residual)
+    found = least.isfinite()
+    path = torch.where(found[:, None, None], shortest, path)
+    return Shortened(path, found, iterations, residual)
 
 
 @dataclass
@@ -175,15 +199,15 @@ def _sites(
     mean_length = lengths.mean(1, keepdim=True)
     margin = MARGIN * mean_length * torch.linalg.vector_norm(gradients, dim=-1)
     # F(θ_a) = λ leaves no room for a margin at the ends; it grows from 0 over the outer segments.
-    margin[:, -2:] = 0
-    margin[:, [segments - 1, 2 * segments - 2]] = 0
+    margin[:, segments - 1] *= t[:, segments - 1]
+    margin[:, 2 * segments - 2] *= 1 - t[:, 2 * segments - 2]
     return _Sites(excess, margin, weights[..., 1:-1], gradients, stretch)
 
 
 def _step(
-    path: Tensor, sites: _Sites, damping: Tensor, inside: Tensor, bend: Tensor
+    path: Tensor, sites: _Sites, damping: Tensor, shortens: Tensor, pushing: Tensor, bend: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The damped step of the interior beads ``(rows, K - 1, d)`` and the multipliers ``(rows, n)``."""
+    """Interior beads' step ``(rows, K - 1, d)``, and ``(rows, n)`` each: multipliers, c + Jδ."""
     segments = path.shape[1] - 1
     beads = torch.arange(1, segments, dtype=path.dtype, device=path.device)
     low, high = torch.minimum(beads[:, None], beads), torch.maximum(beads[:, None], beads)
@@ -191,15 +215,18 @@ def _step(
     difference = torch.diff(torch.eye(segments + 1).to(path), dim=0)[:, 1:-1]
     tangents = torch.nn.functional.normalize(path.diff(dim=1), dim=-1)
     gradients, weights, stretch = sites.gradients, sites.weights, sites.stretch
-    # Pushing in, sliding along the path helps nothing: only the part across it counts.
+    # Before a path was ever inside, only the part across it counts: sliding along would pile the
+    # beads up on either side of an obstacle.
     along = torch.nn.functional.normalize(weights @ difference.mT.abs() @ tangents, dim=-1)
     across = gradients - (gradients * along).sum(-1, keepdim=True) * along
-    gradients = torch.where(inside[:, None, None], gradients, across)
+    gradients = torch.where(pushing[:, None, None], across, gradients)
 
     line = torch.lerp(path[:, :1], path[:, -1:], (beads / segments)[:, None])
-    offset = (path[:, 1:-1] - line) * inside[:, None, None]
+    offset = (path[:, 1:-1] - line) * shortens[:, None, None]
     site_offset = (gradients * (weights @ offset)).sum(-1)
-    stretch_offset = (stretch @ (tangents * (difference @ offset)).sum(-1, keepdim=True)).squeeze(-1)
+    stretch_offset = (stretch @ (tangents * (difference @ offset)).sum(-1, keepdim=True)).squeeze(
+        -1
+    )
 
     bead_gram = weights @ inverse @ weights.mT * (gradients @ gradients.mT)
     mixed = (weights @ inverse @ difference.mT * (gradients @ tangents.mT)) @ stretch.mT
@@ -214,7 +241,9 @@ def _step(
     force = weights.mT @ (multipliers[..., None] * gradients)
     force += difference.mT @ ((multipliers[:, None] @ stretch).mT * tangents)
     step = -damping[:, None, None] * (offset + inverse @ force)
-    reach = torch.maximum(torch.linalg.vector_norm(path[:, -1] - path[:, 0], dim=-1), length(path) / 4)
+    reach = torch.maximum(
+        torch.linalg.vector_norm(path[:, -1] - path[:, 0], dim=-1), length(path) / 4
+    )
     largest = torch.linalg.vector_norm(step, dim=-1).amax(1).clamp_min(1e-30)
     step = step * (TRUST * reach / largest).clamp_max(1)[:, None, None]
     predicted = (gradients * (weights @ step)).sum(-1)
@@ -242,6 +271,11 @@ def nonnegative_qp(matrix: Tensor, vector: Tensor, ridge: float) -> Tensor:
         ratio = torch.where(change < 0, -value / change, torch.ones_like(value))
         return ratio.amin(1, keepdim=True).clamp_max(1)
 
+    def newton(factor, dual_error, mu, z, complementarity) -> tuple[Tensor, Tensor]:
+        right = complementarity / mu - dual_error
+        d_mu = torch.cholesky_solve(right[..., None], factor).squeeze(-1)
+        return d_mu, (complementarity - z * d_mu) / mu
+
     for _ in range(40):
         dual_error = (h @ mu[..., None]).squeeze(-1) - q - z
         gap = (mu * z).mean(1, keepdim=True)
@@ -249,17 +283,12 @@ def nonnegative_qp(matrix: Tensor, vector: Tensor, ridge: float) -> Tensor:
             break
         factor = torch.linalg.cholesky_ex(h + torch.diag_embed(z / mu))[0]
 
-        def solve(complementarity: Tensor) -> tuple[Tensor, Tensor]:
-            right = -dual_error + complementarity / mu  # noqa: B023
-            d_mu = torch.cholesky_solve(right[..., None], factor).squeeze(-1)  # noqa: B023
-            return d_mu, (complementarity - z * d_mu) / mu  # noqa: B023
-
-        d_mu, d_z = solve(-mu * z)
-        reached = (
-            (mu + largest_step(mu, d_mu) * d_mu) * (z + largest_step(z, d_z) * d_z)
-        ).mean(1, keepdim=True)
+        d_mu, d_z = newton(factor, dual_error, mu, z, -mu * z)
+        reached = ((mu + largest_step(mu, d_mu) * d_mu) * (z + largest_step(z, d_z) * d_z)).mean(
+            1, keepdim=True
+        )
         centre = (reached / gap) ** 3 * gap
-        d_mu, d_z = solve(centre - mu * z - d_mu * d_z)
+        d_mu, d_z = newton(factor, dual_error, mu, z, centre - mu * z - d_mu * d_z)
         mu = mu + 0.99 * largest_step(mu, d_mu) * d_mu
         z = z + 0.99 * largest_step(z, d_z) * d_z
     active = (vector.amax(1, keepdim=True) > 0) & mu.isfinite().all(1, keepdim=True)

@@ -10,7 +10,7 @@ from geodesic.level_set import TOLERANCE, Samples, SublevelSet
 from geodesic.path import chord, length, resample
 from geodesic.shortening import shorten
 
-# Samples on the chord, and on each segment of a path while it is shortened and when it is certified.
+# Samples on the chord, and on each segment of a path while shortened and when certified.
 # Shortening also covers what lies between its samples (see SublevelSet.sample); a path that the
 # finer certificate refuses is shortened once more on those samples.
 CHORD_SAMPLES = 64
@@ -156,9 +156,7 @@ def find_geodesics(
         initial_path = initial_path.detach()
         if initial_path.shape[1] != num_segments + 1:
             initial_path = resample(initial_path, num_segments)
-        initial_path = torch.cat(
-            (theta_a[:, None], initial_path[:, 1:-1], theta_b[:, None]), dim=1
-        )
+        initial_path = torch.cat((theta_a[:, None], initial_path[:, 1:-1], theta_b[:, None]), dim=1)
         starts.append(initial_path)
     if num_segments > 1:
         starts += [_bulge(theta_a, theta_b, num_segments, size, seed) for size in BULGES]
@@ -171,9 +169,7 @@ def find_geodesics(
             found = shorten(sublevel, path, rows, per_segment, limit)
             iterations[rows] += found.iterations
             residual[rows] = found.residual
-            best.update(
-                rows, found.path, sublevel.sample(found.path, CERTIFICATE_SAMPLES, rows)
-            )
+            best.update(rows, found.path, sublevel.sample(found.path, CERTIFICATE_SAMPLES, rows))
             refused = found.feasible & ~best.certified[rows]
             rows, path, limit = rows[refused], found.path[refused], max(1, max_iterations // 4)
 
@@ -279,7 +275,9 @@ def _set_level(sublevel: SublevelSet, level: Level, start_loss: Tensor, end_loss
         ) from error
     if not values.isfinite().all():
         row = int((~values.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"level must be finite, got {values[row]} for pair {row}; None is F(theta_a)")
+        raise ValueError(
+            f"level must be finite, got {values[row]} for pair {row}; None is F(theta_a)"
+        )
     allowed = TOLERANCE[dtype] * values.abs().clamp_min(1)
     rise = values.diff(dim=1) - allowed[:, 1:]
     if (rise > 0).any():
@@ -326,7 +324,9 @@ def _check_arguments(
         ("max_iterations", max_iterations),
     ):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}; 32 serves for most")
+            raise ValueError(
+                f"{name} must be a positive integer, got {value!r}; 32 serves for most"
+            )
     for argument in loss_args:
         if not torch.is_tensor(argument) or argument.shape[:1] != theta_a.shape[:1]:
             raise ValueError(
@@ -347,7 +347,9 @@ def _check_arguments(
             f"theta_a {_describe(theta_a)}, got {_describe(initial_path)}; include both ends"
         )
     if not initial_path.isfinite().all():
-        raise ValueError("initial_path must be finite, got inf or nan; drop pairs of a diverged run")
+        raise ValueError(
+            "initial_path must be finite, got inf or nan; drop pairs of a diverged run"
+        )
     for name, end, point in (("theta_a", theta_a, 0), ("theta_b", theta_b, -1)):
         gap = (initial_path[:, point] - end).abs().amax().item()
         if gap > 1e-5 * max(1.0, end.abs().amax().item()):

@@ -62,24 +62,29 @@ def load_rule(path: str | Path | None = None) -> UpdateRule:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"weights={str(path)!r} cannot be read ({error}): it is truncated or "
                            "no safetensors file; copy it anew") from None  # fmt: skip
     if FORMAT not in metadata:
         raise WeightsError(f"weights={str(path)!r} was not written by learned-opt: its metadata "
                            f"lacks {FORMAT!r}")  # fmt: skip
-    header = json.loads(metadata[FORMAT])
-    if header["version"] > VERSION:
-        raise WeightsError(f"weights={str(path)!r} has format version {header['version']}, this "
+    try:
+        header = json.loads(metadata[FORMAT])
+        version = int(header["version"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise WeightsError(f"weights={str(path)!r} has a damaged header ({error!r}); "
+                           "copy it anew") from None  # fmt: skip
+    if version > VERSION:
+        raise WeightsError(f"weights={str(path)!r} has format version {version}, this "
                            f"package reads up to {VERSION}; upgrade learned-opt")  # fmt: skip
-    if _digest(tensors) != header["sha256"]:
+    if _digest(tensors) != header.get("sha256"):
         raise WeightsError(f"weights={str(path)!r} was altered: its checksum does not match; "
                            "copy it anew")  # fmt: skip
     try:
         with torch.random.fork_rng(devices=[]):
             rule = make_rule(header["rule"], **header["config"])
         rule.load_state_dict(tensors)
-    except (ConfigError, RuntimeError) as error:
-        raise WeightsError(f"weights={str(path)!r} do not fit: {error}") from None
+    except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None
     return rule.requires_grad_(False)

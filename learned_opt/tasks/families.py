@@ -27,6 +27,9 @@ class FamilyConfig:
         input_sizes: with `projection_probability` the images go through a random linear map
             to one of these sizes, scaled to keep the pixels' mean square.
         log10_init_scale: initial weights are multiplied by 10^U(low, high).
+        input_noise: with `noise_probability` every minibatch's inputs get fresh Gaussian noise
+            of a standard deviation U(low, high) (the data's is 1): no network can learn such
+            tasks by heart, so gradients stay noisy as they do on data sets larger than digits.
     """
 
     data: str = "digits"
@@ -38,19 +41,21 @@ class FamilyConfig:
     input_sizes: tuple[int, ...] = (16, 64, 128, 512)
     projection_probability: float = 0.7
     log10_init_scale: tuple[float, float] = (-0.2, 0.2)
+    input_noise: tuple[float, float] = (0.2, 1.0)
+    noise_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_layers", "width", "log10_init_scale"):
+        for name in ("hidden_layers", "width", "log10_init_scale", "input_noise"):
             low, high = getattr(self, name)
             if low > high:
                 raise ConfigError(f"{name}=({low}, {high}): give the lower bound first")
         if unknown := set(self.activations) - set(ACTIVATIONS):
             raise ConfigError(f"activations={sorted(unknown)}; use some of {list(ACTIVATIONS)}")
-        if self.num_tasks < 1 or not 0 <= self.projection_probability <= 1:
-            raise ConfigError(
-                f"num_tasks={self.num_tasks} must be at least 1 and "
-                f"projection_probability={self.projection_probability} within [0, 1]"
-            )
+        if self.num_tasks < 1:
+            raise ConfigError(f"num_tasks is {self.num_tasks}; use at least 1")
+        for name in ("projection_probability", "noise_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use 0 to 1")
 
 
 def sample_tasks(
@@ -81,4 +86,7 @@ def sample_tasks(
         projections = torch.randn(n, pixels, inputs, generator=rng) * pixels**-0.5
     labels = torch.stack([torch.randperm(data.num_classes, generator=rng) for _ in range(n)])
     scales = 10 ** uniform(*family.log10_init_scale, (n,))
-    return MLPTask(config, data, n, projections, labels, scales)
+    noise = None
+    if float(uniform(0, 1)) < family.noise_probability:
+        noise = uniform(*family.input_noise, (n,))
+    return MLPTask(config, data, n, projections, labels, scales, noise)

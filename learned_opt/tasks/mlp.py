@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class TaskConfig:
         init: "torch" (nn.Linear's U(±1/sqrt(fan_in)), biases too) or "normal" (N(0, .01²),
             as in Andrychowicz et al. 2016).
         init_scale: multiplies the initial weights.
+        train_size: train on the first so many examples only; None is all.
     """
 
     name: str = ""
@@ -44,6 +45,7 @@ class TaskConfig:
     batch_size: int = 128
     init: str = "torch"
     init_scale: float = 1.0
+    train_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -56,6 +58,8 @@ class TaskConfig:
                 f"batch_size={self.batch_size}, init_scale={self.init_scale} and "
                 f"hidden={self.hidden} must all be positive"
             )
+        if self.train_size is not None and self.train_size < 1:
+            raise ConfigError(f"train_size is {self.train_size}; use at least 1, or null for all")
 
 
 class MLPTask(Task):
@@ -68,6 +72,7 @@ class MLPTask(Task):
         projections: (tasks, pixels, inputs), a linear map of each task's images.
         labels: (tasks, classes), what each task calls each class.
         init_scales: (tasks,), multiplies the initial weights of each task.
+        noise: (tasks,), standard deviation of Gaussian noise on the inputs of each minibatch.
     """
 
     def __init__(
@@ -78,10 +83,14 @@ class MLPTask(Task):
         projections: Tensor | None = None,
         labels: Tensor | None = None,
         init_scales: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> None:
+        if config.train_size is not None:
+            n = config.train_size
+            data = replace(data, train_x=data.train_x[:n], train_y=data.train_y[:n])
         self.config, self.num_tasks, self._data = config, num_tasks, data
         self._activation = ACTIVATIONS[config.activation]
-        self._projections, self._labels = projections, labels
+        self._projections, self._labels, self._noise = projections, labels, noise
         self._init_scales = torch.ones(self.lead) if init_scales is None else init_scales
         inputs = data.train_x.shape[1] if projections is None else projections.shape[-1]
         sizes = (inputs, *config.hidden, data.num_classes)
@@ -125,9 +134,12 @@ class MLPTask(Task):
         return torch.cat(parts, dim=-1)
 
     def batch(self, seed: int, step: int) -> Batch:
-        size = (*self.lead, self.config.batch_size)
-        n = len(self._data.train_y)
-        return self._take(torch.randint(n, size, generator=generator("batch", seed, step)))
+        size, rng = (*self.lead, self.config.batch_size), generator("batch", seed, step)
+        x, y = self._take(torch.randint(len(self._data.train_y), size, generator=rng))
+        if self._noise is not None:
+            scale = self._noise.reshape(*self.lead, 1, 1)
+            x = x + scale * torch.randn(x.shape, generator=rng)
+        return x, y
 
     def fixed_batch(self, size: int | None = None) -> Batch:
         n = len(self._data.train_y)

@@ -19,7 +19,7 @@ from learned_opt.weights import save_rule
 
 def make_logger(config: TrainConfig, folder: Path) -> Logger:
     if config.logger == "csv":
-        return CSVLogger(folder, name="", version="log")
+        return CSVLogger(folder, name="log")  # a version per run: a resumed one adds to the log
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
@@ -49,7 +49,8 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         precision=config.precision,
         gradient_clip_val=config.clip,
         logger=make_logger(config, folder),
-        callbacks=[ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0)],
+        # not save_last, which with save_top_k=0 writes nothing before the end
+        callbacks=[ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)],
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -63,5 +64,3 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         save_rule(module.rule.cpu(), weights, facts={"train": asdict(config)})
     trainer.strategy.barrier()
     return weights
-
-

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.config import TrainConfig
+from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, make_rule
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import generator
@@ -71,9 +72,7 @@ class MetaTraining(L.LightningModule):
         run = self.runs[slot] or self._open_run(item["number"])
         task = self.tasks(self.family, *run.key)
         steps = min(config.window, run.horizon - run.state.step)
-        loss, losses = meta_loss(
-            self.rule, task, run, steps, config.coordinates, config.loss_floor
-        )
+        loss, losses = meta_loss(self.rule, task, run, steps, config.coordinates, config.loss_floor)
         self.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
         lost = ~(losses < LOST * 2.3).any() or not run.theta.isfinite().all()
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run
@@ -98,10 +97,20 @@ class MetaTraining(L.LightningModule):
             self.log(f"val/log10_{name}_loss", score, prog_bar=True, batch_size=1, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["open_runs"] = [run and _pack(run) for run in self.runs]
+        ranks = [[run and _pack(run) for run in self.runs]]
+        if self.trainer.world_size > 1:
+            ranks *= self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, ranks[0])
+        checkpoint["open_runs"] = ranks
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.runs = [packed and _unpack(packed) for packed in checkpoint["open_runs"]]
+        ranks = checkpoint["open_runs"]
+        if len(ranks) != self.trainer.world_size:
+            raise ConfigError(
+                f"the checkpoint is of {len(ranks)} processes, this run has "
+                f"{self.trainer.world_size}; resume with the same devices and num_nodes"
+            )
+        self.runs = [packed and _unpack(packed) for packed in ranks[self.global_rank]]
 
 
 def _pack(run: OpenRun) -> dict:

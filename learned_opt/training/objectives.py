@@ -31,12 +31,20 @@ def sample_coordinates(total: int, count: int, *key: object) -> Tensor:
 
 
 def replay(rule: UpdateRule, observations: Sequence[Observation], hidden: Tensor) -> Tensor:
-    """The updates (steps, n) that the rule makes of these observations, with a graph."""
-    updates = []
-    for observation in observations:
-        update, hidden = rule.respond(observation, hidden)
+    """The updates (steps, n) that the rule makes of these observations, with a graph.
+
+    What is not finite is replaced: a lost task weighs nothing, but 0 · NaN would reach the others.
+    """
+    updates, hidden = [], _finite(hidden)
+    for seen in observations:
+        seen = Observation(_finite(seen.coordinate), _finite(seen.tensor), seen.layout)
+        update, hidden = rule.respond(seen, hidden)
         updates.append(update)
     return torch.stack(updates)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(1.0, 1.0, 1.0)  # not 0: rules divide by some of it
 
 
 def tensor_rms(x: Tensor, layout) -> Tensor:

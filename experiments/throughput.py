@@ -1,0 +1,125 @@
+"""What a step of the learned rules costs, beside torch's Adam.
+
+    python experiments/throughput.py --output experiments/results
+
+writes throughput.csv, a row per optimizer and set of parameters, and throughput.json, how it was
+made. One process and one thread; all optimizers take turns, so that they share the machine's moods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from learned_opt import LearnedOptimizer, make_rule
+from learned_opt.outputs import provenance, write_atomic
+
+BASELINE = "Adam foreach"
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+    BASELINE: lambda params: Adam(params, foreach=True),
+    "Adam fused": lambda params: Adam(params, fused=True),
+    "geodesic_rnn": lambda params: LearnedOptimizer(params, weights=make_rule("geodesic_rnn")),
+    "geodesic_rnn per coordinate, hidden 16": lambda params: LearnedOptimizer(
+        params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16)
+    ),
+    "coordinatewise_lstm": lambda params: LearnedOptimizer(
+        params, weights=make_rule("coordinatewise_lstm")
+    ),
+}
+COLUMNS = 100  # of each matrix
+WARM_UP = 3  # steps: state is made in the first
+SAMPLE = 0.02  # seconds that a sample takes at least, thousands of times the clock's resolution
+SLOW, LARGE = 100.0, 1_000_000  # ms at up to LARGE parameters above which larger sets are left out
+
+
+def make_params(parameters: int, tensors: int) -> list[Tensor]:
+    rows = parameters // tensors // COLUMNS
+    params = [torch.randn(rows, COLUMNS) * COLUMNS**-0.5 for _ in range(tensors)]
+    for p in params:
+        p.grad = 0.01 * torch.randn_like(p)
+    return params
+
+
+def step_seconds(optimizer: Optimizer, steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        optimizer.step()
+    return (time.perf_counter() - start) / steps
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+
+
+def measure(names: list[str], parameters: int, tensors: int, repeats: int) -> list[dict]:
+    """A row per optimizer: medians of `repeats` samples, taken in turn."""
+    optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
+    for optimizer in optimizers.values():
+        step_seconds(optimizer, WARM_UP)
+    steps = {name: 1 + int(SAMPLE / step_seconds(o, 1)) for name, o in optimizers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name, optimizer in optimizers.items():
+            samples[name].append(step_seconds(optimizer, steps[name]))
+    ratios = {
+        name: [x / base for x, base in zip(samples[name], samples[BASELINE], strict=True)]
+        for name in names
+    }
+    return [
+        {
+            "optimizer": name,
+            "parameters": parameters,
+            "tensors": tensors,
+            "ms": 1e3 * statistics.median(samples[name]),
+            "ratio_to_adam_foreach": statistics.median(ratios[name]),
+            "state_bytes_per_parameter": state_bytes(optimizers[name]) / parameters,
+        }
+        for name in names
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = [10_000, 100_000, 1_000_000, 10_000_000]
+    parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="rising")
+    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    record, rows = provenance(), []
+    for parameters in args.parameters:
+        slow = {row["optimizer"] for row in rows if row["ms"] > SLOW}
+        names = [name for name in OPTIMIZERS if parameters <= LARGE or name not in slow]
+        for tensors in args.tensors:
+            for row in measure(names, parameters, tensors, args.repeats):
+                rows.append(row)
+                print("{optimizer:40}{parameters:>10}{tensors:>5}{ms:10.3f} ms"
+                      "{ratio_to_adam_foreach:8.1f} x".format(**row), flush=True)  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.output / "throughput.csv", text.getvalue().encode())
+    record |= {"arguments": {k: v for k, v in vars(args).items() if k != "output"}}
+    write_atomic(args.output / "throughput.json", json.dumps(record, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()

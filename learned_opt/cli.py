@@ -1,0 +1,153 @@
+"""The command line: `learned-opt geodesics`, `train` and `benchmark`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from tqdm import tqdm
+
+from geodesic.dataset import DatasetError, PathDataset
+from learned_opt.benchmark import BenchmarkConfig, run_benchmark
+from learned_opt.config import GeodesicsConfig, TrainConfig
+from learned_opt.errors import ConfigError, LearnedOptError
+from learned_opt.geodesics import describe, make_geodesics
+from learned_opt.outputs import claim_output, write_atomic
+from learned_opt.rules import make_rule
+
+# What torchrun, Lightning and SLURM tell a process of its place in a job.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+PATIENCE = 24 * 3600.0  # seconds that processes wait for the first to make the data set
+
+
+def geodesics(config: GeodesicsConfig, output: Path) -> None:
+    """Make a data set of target paths: SGD runs, and the geodesics that shorten them."""
+    _use_one_thread()
+    with claim_output(output, asdict(config), "geodesics") as folder:
+        _make(config, folder / "geodesics", folder)
+
+
+def train(config: TrainConfig, output: Path) -> None:
+    """Meta-train an update rule, after making the target paths that are missing."""
+    from learned_opt.training.fit import fit  # here: Lightning doubles the time of `--help`
+
+    _use_one_thread()
+    make_rule(config.rule, **config.rule_config)  # a wrong name is said now, not after the data
+    output = output.expanduser().absolute()
+    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    settings, free = asdict(config), ("accelerator", "logger")
+    with claim_output(output, settings, "train", free) if first else nullcontext():
+        paths = None
+        if "imitation" in config.objectives:
+            folder = Path(config.dataset or output / "geodesics").expanduser()
+            paths = _make(config.geodesics, folder, output) if first else wait_for_dataset(folder)
+        weights = fit(config, output, paths)
+    if first:
+        print(
+            f"{weights}\nuse them: LearnedOptimizer(model.parameters(), weights={str(weights)!r})"
+        )
+
+
+def benchmark(config: BenchmarkConfig, output: Path) -> None:
+    """Compare optimizers, tuned on some seeds and reported on others."""
+    run_benchmark(config, output)
+
+
+COMMANDS = {
+    geodesics: GeodesicsConfig,
+    train: TrainConfig,
+    benchmark: BenchmarkConfig,
+}
+
+
+def wait_for_dataset(folder: Path, patience: float = PATIENCE) -> PathDataset:
+    """The data set that the first process of the job is making.
+
+    Raises:
+        DatasetError: it is not there after `patience` seconds.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return PathDataset.open(folder)
+        except DatasetError as error:
+            if time.monotonic() > end:
+                raise DatasetError(
+                    f"after {patience:.0f} s the first process has not made the data set ({error});"
+                    " see its output, or make it beforehand with `learned-opt geodesics`"
+                ) from error
+        time.sleep(1)
+
+
+def _make(config: GeodesicsConfig, folder: Path, output: Path) -> PathDataset:
+    dataset = make_geodesics(config, folder, partial(tqdm, desc="geodesics", disable=None))
+    text = describe(dataset)
+    write_atomic(output / "geodesics.txt", f"{text}\n".encode())
+    print(text)
+    return dataset
+
+
+def _use_one_thread() -> None:
+    """These tensors are small: a second thread costs more than it brings."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def make_parser() -> ArgumentParser:
+    # A `class_path` in `rule_config` or `kwargs` is data: a config must not run what it names.
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    parser = ArgumentParser(
+        prog="learned-opt",
+        description="Learned optimizers for PyTorch: make target paths, train, benchmark.",
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    for run, config_class in COMMANDS.items():
+        sub = ArgumentParser(description=run.__doc__, exit_on_error=False)
+        sub.add_argument("--config", action="config", help="YAML file of the settings below")
+        sub.add_argument("--output", type=str, required=True, help="folder of the results")
+        sub.add_argument("--smoke", action="store_true", help="shrink everything to seconds")
+        sub.add_class_arguments(config_class, as_group=False)
+        commands.add_subcommand(run.__name__, sub, help=run.__doc__)
+    return parser
+
+
+def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
+    """The command, its config and its output folder.
+
+    Raises:
+        ConfigError: an argument is missing, unknown, of another type, or refused by its config.
+    """
+    parser = make_parser()
+    try:
+        namespace = parser.instantiate(parser.parse_args(args))
+        run = next(c for c in COMMANDS if c.__name__ == namespace.command)
+        settings = dict(vars(namespace[namespace.command]))
+        output, smoke, _ = (settings.pop(key) for key in ("output", "smoke", "config"))
+        config = COMMANDS[run](**settings)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
+    return run, config.smoke() if smoke else config, Path(output)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command of `args`, by default those of the process."""
+    try:
+        run, config, output = parse(args)
+        run(config, output)
+    except (LearnedOptError, DatasetError) as error:
+        print(f"learned-opt: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""What all tests share."""
+
+import torch
+
+torch.set_num_threads(1)  # the results of a sum depend on how many threads share it

@@ -1,0 +1,255 @@
+"""Known answers: closed-form geodesics around a ball, in a shell and of the linear 1-p-1 net."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geodesic import LevelProfile, find_geodesic, find_geodesics, sgd_profile
+from geodesic.path import chord, fractions, length, points_at, subdivide
+
+BALL = math.exp(-0.5)  # the level at which the infeasible ball has radius 1
+
+
+def bump(x):
+    return torch.exp(-x.square().sum() / 2)
+
+
+def shell(x):
+    return (x.square().sum() - 1) ** 2
+
+
+def linear_net(x):
+    u, v = x.chunk(2)
+    return 0.5 * (u @ v - 1) ** 2
+
+
+def ends(radius, angle, dimension, dtype=torch.float64):
+    """Two points of one radius with an angle between them, in a random plane."""
+    generator = torch.Generator().manual_seed(dimension)
+    draw = torch.randn(dimension, 2, generator=generator, dtype=torch.float64)
+    x, y = torch.linalg.qr(draw)[0].T
+    return (radius * x).to(dtype), (radius * (math.cos(angle) * x + math.sin(angle) * y)).to(dtype)
+
+
+def around_ball(radius, angle):
+    """Exact length around the unit ball: two tangents and an arc."""
+    return 2 * math.sqrt(radius**2 - 1) + angle - 2 * math.acos(1 / radius)
+
+
+def assert_inside(loss_fn, result, level, tolerance):
+    """Certify afresh, on samples four times as dense as the solver's own."""
+    points = subdivide(result.path, 64)
+    losses = torch.func.vmap(loss_fn)(points)
+    s = fractions(points)
+    level = level(s[None])[0] if callable(level) else torch.full_like(s, level)
+    assert (losses - level).max() <= tolerance * max(1.0, level.abs().max().item())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("dimension", [2, 10, 100])
+@pytest.mark.parametrize(("radius", "angle"), [(1.5, 2.6), (1.5, math.pi), (3.0, 3.0)])
+def test_ball_exterior(radius, angle, dimension, dtype, tolerance):
+    a, b = ends(radius, angle, dimension, dtype)
+    result = find_geodesic(bump, a, b, BALL)
+    assert result.certified and not result.chord_feasible
+    assert result.length == pytest.approx(around_ball(radius, angle), rel=5e-3)
+    assert result.length > around_ball(radius, angle) * (1 - 1e-6)
+    assert result.path.shape == (33, dimension) and result.path.dtype == dtype
+    assert torch.equal(result.path[0], a) and torch.equal(result.path[-1], b)
+    assert result.max_loss <= BALL + tolerance and result.level == pytest.approx(BALL)
+    assert result.gradient_evaluations < 2000 and result.loss_evaluations < 6000
+    assert_inside(bump, result, BALL, tolerance)
+
+
+@pytest.mark.parametrize("angle", [2.6, math.pi])
+def test_ends_on_the_boundary(angle):
+    a, b = ends(1.0, angle, 5)
+    level = bump(a).item()
+    result = find_geodesic(bump, a, b, max(level, bump(b).item()))
+    assert result.certified
+    assert result.length == pytest.approx(angle, rel=5e-3)
+    assert_inside(bump, result, level, 1e-9)
+
+
+@pytest.mark.parametrize("num_segments", [4, 8, 16, 64])
+def test_length_is_between_exact_and_circumscribed(num_segments):
+    # The solver's energy spaces beads evenly; a share of them is on the arc.
+    a, b = ends(1.5, 2.6, 2)
+    exact = around_ball(1.5, 2.6)
+    arc = 2.6 - 2 * math.acos(1 / 1.5)
+    beads = max(1, math.floor(num_segments * arc / exact) - 1)
+    result = find_geodesic(bump, a, b, BALL, num_segments=num_segments)
+    assert result.certified and result.path.shape == (num_segments + 1, 2)
+    circumscribed = exact - arc + 2 * beads * math.tan(arc / (2 * beads))
+    assert exact <= result.length <= circumscribed * 1.001
+
+
+def test_feasible_chord_is_exact_and_costs_one_evaluation():
+    a, b = ends(1.5, 1.0, 10)
+    result = find_geodesic(bump, a, b, BALL, num_segments=7)
+    assert result.certified and result.chord_feasible
+    assert result.normalized_length == 1.0
+    assert result.length == torch.linalg.vector_norm(b - a).item()
+    assert torch.equal(result.path, chord(a, b, 7)) and torch.equal(result.path[-1], b)
+    assert (result.loss_evaluations, result.gradient_evaluations) == (65, 0)
+    assert (result.iterations, result.residual) == (0, 0.0)
+
+
+def test_equal_ends():
+    a = torch.tensor([2.0, 0.0])
+    result = find_geodesic(bump, a, a.clone())
+    assert result.certified and result.length == 0 and result.normalized_length == 1
+
+
+@pytest.mark.parametrize("angle", [1.0, 2.0, 2.8])
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6, 0.95, 1.0, 1.5])
+def test_shell_length_against_level(angle, share):
+    level = share * math.sin(angle / 2) ** 4
+    inner = math.sqrt(1 - math.sqrt(level)) if level < 1 else 0.0
+    exact = 1.0
+    if share < 1:
+        arc = 2 * math.sqrt(1 - inner**2) + inner * (angle - 2 * math.acos(inner))
+        exact = arc / (2 * math.sin(angle / 2))
+    a, b = ends(1.0, angle, 3)
+    result = find_geodesic(shell, a, b, level)
+    assert result.certified
+    assert result.normalized_length == pytest.approx(exact, rel=2e-3)
+    assert_inside(shell, result, level, 1e-9)
+
+
+@pytest.mark.parametrize("width", [2, 10])
+@pytest.mark.parametrize(
+    ("level", "exact"), [(0.01, 1.4743), (0.1, 1.2920), (0.4, 1.0533), (0.5, 1)]
+)
+def test_linear_net_connects(width, level, exact):
+    a = torch.zeros(2 * width, dtype=torch.float64)
+    a[0] = a[width] = 1
+    result = find_geodesic(linear_net, a, -a, level)
+    assert result.certified
+    assert result.normalized_length == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize("level", [0.01, 0.1, 0.4, 0.49])
+def test_linear_net_of_one_neuron_is_disconnected(level):
+    a = torch.ones(2, dtype=torch.float64)
+    result = find_geodesic(linear_net, a, -a, level)
+    assert not result.certified and result.max_loss > level
+    assert torch.equal(result.path[0], a) and torch.equal(result.path[-1], -a)
+
+
+def falling_pair():
+    """A valley bent along a circle, F falling along it; a trajectory that zigzags down it."""
+
+    def loss_fn(x):
+        return 4 * (x[:2].norm() - 1) ** 2 + x[2:].square().sum() + 0.5 * (1 + x[0])
+
+    angle = torch.linspace(0, 2.8, 33, dtype=torch.float64)
+    zigzag = 0.05 * (-1.0) ** torch.arange(33)
+    zigzag[[0, -1]] = 0
+    trajectory = torch.stack((angle.cos(), angle.sin(), zigzag, -zigzag), dim=1)
+    return loss_fn, trajectory, torch.func.vmap(loss_fn)(trajectory)
+
+
+def test_falling_level_shortens_the_trajectory():
+    loss_fn, trajectory, losses = falling_pair()
+    level = sgd_profile(losses, trajectory)
+    result = find_geodesic(loss_fn, trajectory[0], trajectory[-1], level, initial_path=trajectory)
+    assert result.certified and not result.chord_feasible
+    assert result.length < 0.95 * length(trajectory).item()
+    assert result.level == pytest.approx(losses.max().item())
+    assert_inside(loss_fn, result, level, 1e-9)
+    constant = find_geodesic(loss_fn, trajectory[0], trajectory[-1], initial_path=trajectory)
+    assert constant.certified and constant.length <= result.length + 1e-9
+
+
+def test_unevenly_resampled_start_is_never_lengthened():
+    loss_fn, trajectory, losses = falling_pair()
+    s = torch.linspace(0, 1, 21, dtype=torch.float64) ** 2
+    start = points_at(trajectory, s)
+    level = LevelProfile(losses + torch.linspace(0.2, 0, 33))
+    result = find_geodesic(loss_fn, start[0], start[-1], level, 20, initial_path=start)
+    assert result.certified and result.length <= length(start).item()
+
+
+def test_batch_agrees_with_single_pairs():
+    cases = [(1.5, 1.0), (1.5, 2.6), (2.0, math.pi), (1.5, 2.9)]
+    a, b = (torch.stack(end) for end in zip(*(ends(r, phi, 6) for r, phi in cases), strict=True))
+    scales = torch.tensor([1.0, 0.9, 1.1, 1.0], dtype=torch.float64)
+
+    def scaled(x, scale):
+        return bump(scale * x)
+
+    batch = find_geodesics(scaled, a, b, BALL, loss_args=(scales,), chunk_size=50)
+    assert batch.certified.all() and batch.chord_feasible.tolist() == [True, False, False, False]
+    assert batch.path.shape == (4, 33, 6)
+    for i, scale in enumerate(scales):
+        single = find_geodesic(lambda x, k=scale: scaled(x, k), a[i], b[i], BALL)
+        assert single.length == pytest.approx(batch.length[i].item(), rel=1e-6)
+        torch.testing.assert_close(single.path, batch.path[i], atol=1e-3, rtol=0)
+        assert single.chord_feasible == batch.chord_feasible[i].item()
+
+
+def test_same_seed_same_bytes():
+    a, b = ends(1.5, math.pi, 10)
+    first, again, other = (find_geodesic(bump, a, b, BALL, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.path, again.path) and first.residual == again.residual
+    assert not torch.equal(first.path, other.path) and other.certified
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    radius=st.floats(1.1, 3),
+    angle=st.floats(0.1, 3.1),
+    levels=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    dimension=st.integers(2, 8),
+)
+def test_a_higher_level_is_no_longer_way(radius, angle, levels, dimension):
+    a, b = ends(radius, angle, dimension)
+    start = max(bump(a).item(), bump(b).item())
+    results = [
+        find_geodesic(bump, a, b, start + share * (0.95 - start), num_segments=16)
+        for share in sorted(levels)
+    ]
+    for result in results:
+        assert result.certified and result.normalized_length >= 1 - 1e-12
+        assert torch.equal(result.path[0], a) and torch.equal(result.path[-1], b)
+    # Two polylines of 16 segments: each within half a percent of its own geodesic.
+    assert results[1].length <= results[0].length * 1.005
+
+
+A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(theta_a=A[None]), "theta_a must be a"),
+        (dict(theta_b=torch.ones(3)), "theta_b must match"),
+        (dict(theta_b=B.double()), "theta_b must match"),
+        (dict(theta_a=A.half(), theta_b=B.half()), "float32 or float64"),
+        (dict(theta_a=A * torch.nan), "theta_a must be finite"),
+        (dict(level=0.1), r"level must be at least F\(theta_a\)"),
+        (dict(theta_b=0.5 * B), r"level must be at least F\(theta_b\)"),
+        (dict(level=torch.ones(3)), "level must be a float"),
+        (dict(level="high"), "level must be None"),
+        (dict(level=math.inf), "level must be finite"),
+        (dict(level=lambda s: 1 + s), "level must not increase"),
+        (dict(level=lambda s: math.exp(-s)), "level must map"),
+        (dict(num_segments=0), "num_segments"),
+        (dict(initial_path=torch.ones(5, 3)), "initial_path must have"),
+        (dict(initial_path=torch.stack((B, A))), "initial_path must start"),
+        (dict(initial_path=torch.stack((A, A * torch.nan, B))), "initial_path must be finite"),
+        (dict(loss_fn=lambda x: x.sum() / 0), r"loss_fn\(theta_a\) must be finite"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        find_geodesic(**{"loss_fn": bump, "theta_a": A, "theta_b": B, **arguments})
+
+
+def test_loss_args_must_be_batched():
+    with pytest.raises(ValueError, match="loss_args"):
+        find_geodesics(bump, A[None], B[None], loss_args=(torch.ones(2),))

@@ -1,0 +1,210 @@
+"""The command line, and every file in configs/ through it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from geodesic.dataset import DatasetError, PathDataset
+from learned_opt import LearnedOptimizer
+from learned_opt.cli import RANKS, main, make_parser, wait_for_dataset
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+DEMO = ("train", "--config", str(ROOT / "configs/train/demo.yaml"), "--output", "runs/demo")
+TRAIN = (*DEMO, "--smoke", "--learning_rate", "0.002", "--geodesics.seed", "3")
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`learned-opt` as a process of its own, alone in its job."""
+    environment = {k: v for k, v in os.environ.items() if k not in RANKS}
+    path = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-m", "learned_opt.cli", *args],
+        cwd=cwd,
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads():
+    """The commands set torch's threads for their process, here that of the tests."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A working directory with trained weights in runs/demo, and what training printed."""
+    cwd = tmp_path_factory.mktemp("cli")
+    process = run(*TRAIN, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return cwd, process.stdout
+
+
+@pytest.fixture
+def demo(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """runs/demo of `trained`, from its working directory."""
+    monkeypatch.chdir(trained[0])
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    return Path("runs/demo")
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The calls of `fit`, which then trains nothing."""
+    calls = []
+    monkeypatch.setattr("learned_opt.training.fit.fit", lambda *args: calls.append(args))
+    return calls
+
+
+def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
+    """The message with which `main` refuses: one line, exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        main(list(args))
+    message = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message.startswith("learned-opt: error: ") and message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_runs(path, demo, tmp_path, monkeypatch):
+    if any(name in path.read_text() for name in ("mnist", "cifar10")):
+        data = Path(os.environ.get("LEARNED_OPT_DATA", ROOT.parent / "shared" / "data"))
+        if not data.is_dir():
+            pytest.skip("needs MNIST and CIFAR-10 in the folder $LEARNED_OPT_DATA")
+        monkeypatch.setenv("LEARNED_OPT_DATA", str(data))
+    command = path.parent.name
+    main([command, "--config", str(path), "--output", str(tmp_path), "--smoke"])
+    assert (tmp_path / f"config-{command}.yaml").is_file()
+    if command == "geodesics":
+        assert "chord feasible" in (tmp_path / "geodesics.txt").read_text()
+        PathDataset.open(tmp_path / "geodesics").verify()
+    elif command == "train":
+        step_with(tmp_path / "weights.safetensors")
+    else:
+        with open(tmp_path / "results.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert rows and not [row["error"] for row in rows if row["error"]]
+
+
+def step_with(weights: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    model(torch.ones(3)).square().sum().backward()
+    LearnedOptimizer(model.parameters(), weights=weights).step()
+    assert model.weight.isfinite().all() and not model.weight.equal(before)
+
+
+def test_train_says_how_to_use_its_weights(demo, trained):
+    weights = demo.absolute() / "weights.safetensors"
+    assert trained[1].endswith(
+        f"use them: LearnedOptimizer(model.parameters(), weights={str(weights)!r})\n"
+    )
+    step_with(weights)
+
+
+def test_arguments_go_over_the_file_and_the_file_over_the_defaults(demo):
+    config = yaml.safe_load((demo / "config-train.yaml").read_text())
+    assert config["learning_rate"] == 0.002 and config["geodesics"]["seed"] == 3
+    assert config["seed"] == 0
+
+
+def test_the_same_config_resumes_and_computes_nothing_again(demo):
+    shards = sorted((demo / "geodesics").glob("shard-*"))
+    log = [path.read_bytes() for path in demo.glob("log/*/metrics.csv")]
+    before = (demo / "weights.safetensors").read_bytes(), [p.stat().st_mtime_ns for p in shards]
+    main(list(TRAIN))
+    after = (demo / "weights.safetensors").read_bytes(), [p.stat().st_mtime_ns for p in shards]
+    assert shards and log and after == before
+    assert [path.read_bytes() for path in demo.glob("log/*/metrics.csv")] == log
+
+
+def test_another_config_is_refused(demo):
+    process = run(*TRAIN, "--geodesics.family.width", "[8, 40]", cwd=Path.cwd())
+    assert process.returncode == 2
+    assert process.stderr.startswith("learned-opt: error: ") and process.stderr.count("\n") == 1
+    assert "geodesics.family.width.1 was 48, now it is 40" in process.stderr
+
+
+def test_where_it_runs_may_change_on_resume(demo, fits):
+    main([*TRAIN, "--accelerator", "auto"])
+    assert fits[0][0].accelerator == "auto"
+
+
+def test_target_paths_of_other_tasks_are_refused(demo, fits, capsys, tmp_path):
+    other = [*TRAIN, "--output", str(tmp_path), "--dataset", str(demo / "geodesics")]
+    main(other)
+    assert fits[0][2].folder == demo / "geodesics"
+    message = refusal(capsys, *other, "--output", str(tmp_path / "other"), "--geodesics.seed", "4")
+    assert "another dataset" in message and "seed" in message
+
+
+def test_only_the_first_process_of_a_job_claims_the_output(demo, fits, monkeypatch):
+    runs = (demo / "provenance-train.json").read_text()
+    monkeypatch.setenv("RANK", "1")
+    main(list(TRAIN))
+    assert (demo / "provenance-train.json").read_text() == runs and len(json.loads(runs)) >= 1
+    assert len(fits[0][2]) == 2  # it has opened the data set that is there
+
+
+def test_waiting_for_a_data_set_ends(tmp_path):
+    with pytest.raises(DatasetError, match="learned-opt geodesics"):
+        wait_for_dataset(tmp_path, patience=0)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("train --output x --geodesics.targets.horizn 160", "geodesics.targets.horizn"),
+        ("train --output x --updates many", '"updates" Expected int many'),
+        ("train --output x --updates 7", "updates=7 epoch_length=50"),
+        ("train --output x --geodesics.targets.horizon 161", "stride=10 horizon=161"),
+        ("train --output x --rule nonsense", "nonsense geodesic_rnn"),
+        ("train --updates 50", "required output"),
+        ("train --output x --config absent.yaml", "absent.yaml"),
+        ("train --output x --config wrong.yaml", "updatez"),
+        ("benchmark --output x --tuning_seeds [0,9]", "[0] tuning_seeds reporting_seeds"),
+        ("bench --output x", "bench geodesics train benchmark"),
+        ("", "command"),
+    ],
+)
+def test_a_wrong_setting_is_named(args, words, capsys, tmp_path, monkeypatch, fits):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("updatez: 50")
+    message = refusal(capsys, *args.split())
+    assert all(word in message for word in words.split())
+
+
+def test_a_config_cannot_make_objects():
+    spec = {"class_path": "collections.Counter", "init_args": {}}
+    parser = make_parser()
+    args = ["train", "--output", "x", "--rule_config", json.dumps({"hidden": spec})]
+    assert parser.instantiate(parser.parse_args(args)).train.rule_config == {"hidden": spec}
+
+
+@pytest.mark.parametrize("command", ["geodesics", "train", "benchmark"])
+def test_help_has_types_and_the_docstrings(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and "(type: int, default: " in text
+    assert {
+        "geodesics": "least and most hidden layers",
+        "train": "meta-updates in all",
+        "benchmark": "what is optimised, and for how many steps",
+    }[command] in text

@@ -1,0 +1,323 @@
+"""LearnedOptimizer keeps the contract of torch.optim, and trains."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.rules.base import CHUNK
+from learned_opt.tasks.data import load_images
+
+RULES = {
+    "tensor": ("geodesic_rnn", {"hidden": 5}),
+    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
+    "lstm": ("coordinatewise_lstm", {"hidden": 4}),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> UpdateRule:
+    torch.manual_seed(0)
+    name, config = RULES[request.param]
+    rule = make_rule(name, **config)
+    for p in rule.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return rule
+
+
+@pytest.fixture
+def untrained() -> UpdateRule:
+    torch.manual_seed(0)
+    return make_rule("geodesic_rnn", hidden=4)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Small and large ones, one transposed, one 0-dim, one empty."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((150, 120), (150,), (10, 150), (10,), (), (0, 3))
+    assert 150 * 120 > CHUNK
+    params = [torch.randn(s, generator=rng).to(dtype) for s in shapes]
+    params.append(torch.randn(4, 3, generator=rng).to(dtype).t())
+    return [p.requires_grad_() for p in params]
+
+
+def set_gradients(params: list[Tensor], step: int) -> None:
+    rng = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=rng).to(p.dtype)
+
+
+def run(optimizer: LearnedOptimizer, params: list[Tensor], steps: range) -> list[Tensor]:
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def digits_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def digits_loss(model: nn.Module) -> Tensor:
+    data = load_images("digits")
+    return nn.functional.cross_entropy(model(data.train_x), data.train_y)
+
+
+def train_on_digits(optimizer: LearnedOptimizer, model: nn.Module, steps: int = 100) -> float:
+    """The loss on all training data after `steps` minibatches of 64."""
+    data, rng = load_images("digits"), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        index = torch.randint(len(data.train_y), (64,), generator=rng)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data.train_x[index]), data.train_y[index]).backward()
+        optimizer.step()
+    return digits_loss(model).item()
+
+
+def test_it_makes_the_rule_s_updates(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    theta = torch.cat([p.detach().flatten() for p in params])
+    state = rule.init_state(theta, tuple(tuple(p.shape) for p in params))
+    for step in range(4):
+        set_gradients(params, step)
+        update, state = rule.update(torch.cat([p.grad.flatten() for p in params]), theta, state)
+        theta = theta + update
+        optimizer.step()
+        torch.testing.assert_close(torch.cat([p.detach().flatten() for p in params]), theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_run_goes_on_bit_for_bit(rule: UpdateRule, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = LearnedOptimizer(params, weights=rule, lr=0.7, weight_decay=0.1)
+    run(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save({"params": params, "optimizer": optimizer.state_dict()}, file)
+    expected = run(optimizer, params, range(3, 6))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh = LearnedOptimizer(saved["params"], weights=rule)
+    fresh.load_state_dict(saved["optimizer"])
+    assert all(map(torch.equal, run(fresh, saved["params"], range(3, 6)), expected))
+    state = [v for p in saved["params"] for v in fresh.state[p].values()]
+    assert state and all(v.dtype == torch.float32 for v in state)
+
+
+def test_loading_a_state_dict_does_not_tie_two_optimizers(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    first, second = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    expected = run(first, params, range(3))
+    second.load_state_dict(first.state_dict())
+    run(second, others, range(5, 8))
+    expected = run(LearnedOptimizer(twin := parameters(), weights=rule), twin, range(6))
+    assert all(map(torch.equal, run(first, params, range(3, 6)), expected))
+
+
+def test_copies_go_on_alike_and_apart(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    copied = copy.deepcopy((optimizer, params))
+    pickled = pickle.loads(pickle.dumps((optimizer, params)))
+    expected = run(optimizer, params, range(2, 4))
+    for other, its_params in (copied, pickled):
+        assert all(map(torch.equal, run(other, its_params, range(2, 4)), expected))
+
+
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned(rule: UpdateRule) -> None:
+    params, plain = ([torch.ones(3, requires_grad=True)] for _ in range(2))
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, plain))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = params[0].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 3.0
+    plain[0].grad = 2 * torch.ones(3)
+    assert reference.step() is None
+    assert torch.equal(params[0], plain[0])
+
+
+def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:
+    settings = ({"lr": 1.0, "weight_decay": 0.0}, {"lr": 0.5, "weight_decay": 0.2})
+    grouped = (parameters(), parameters())
+    groups = [{"params": p, **s} for p, s in zip(grouped, settings, strict=True)]
+    optimizer = LearnedOptimizer(groups, weights=rule)
+    for step in range(3):
+        for params in grouped:
+            set_gradients(params, step)
+        optimizer.step()
+    for params, setting in zip(grouped, settings, strict=True):
+        alone = parameters()
+        expected = run(LearnedOptimizer(alone, weights=rule, **setting), alone, range(3))
+        assert all(map(torch.equal, params, expected))
+
+
+def test_lr_scales_the_update_and_weight_decay_is_relative(rule: UpdateRule) -> None:
+    """p (1 − lr·wd·|u|/|p|) + lr·u"""
+    lr, decay, start = 0.5, 0.2, parameters()
+    plain, decayed = parameters(), parameters()
+    run(LearnedOptimizer(plain, weights=rule), plain, range(1))
+    run(LearnedOptimizer(decayed, weights=rule, lr=lr, weight_decay=decay), decayed, range(1))
+    for p, moved, found in zip(start, plain, decayed, strict=True):
+        u = moved - p
+        shrink = 1 - lr * decay * u.norm() / p.norm() if p.numel() else 1
+        torch.testing.assert_close(found, p * shrink + lr * u)
+
+
+def test_with_lr_zero_parameters_stay(rule: UpdateRule) -> None:
+    params, start = parameters(), parameters()
+    optimizer = LearnedOptimizer(params, weights=rule, lr=0.0, weight_decay=0.5)
+    assert all(map(torch.equal, run(optimizer, params, range(2)), start))
+
+
+def test_a_parameter_may_join_later_with_its_own_step_count(rule: UpdateRule) -> None:
+    early, late = (torch.randn(5, 4).requires_grad_() for _ in range(2))
+    late_alone, early_alone = (p.detach().clone().requires_grad_() for p in (late, early))
+    optimizer = LearnedOptimizer([early, late], weights=rule)
+    start = late.detach().clone()
+    for step in range(5):
+        set_gradients([early], step)
+        if step >= 3:
+            set_gradients([late], step)
+        else:
+            assert torch.equal(late, start)
+        optimizer.step()
+    run(LearnedOptimizer([early_alone], weights=rule), [early_alone], range(5))
+    run(LearnedOptimizer([late_alone], weights=rule), [late_alone], range(3, 5))
+    torch.testing.assert_close((early, late), (early_alone, late_alone))
+    assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [5, 2]
+
+
+def test_zero_gradients_are_an_exact_no_op() -> None:
+    torch.manual_seed(0)
+    rule = make_rule("geodesic_rnn", hidden=4)
+    nn.init.normal_(rule.head.weight)
+    params, start = parameters(), parameters()
+    optimizer = LearnedOptimizer(params, weights=rule, weight_decay=0.1)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(map(torch.equal, params, start))
+
+
+def test_an_lr_scheduler_drives_it(rule: UpdateRule) -> None:
+    params = [torch.ones(4, requires_grad=True)]
+    optimizer = LearnedOptimizer(params, weights=rule)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    moves = []
+    for step in range(4):
+        before = params[0].detach().clone()
+        run(optimizer, params, range(step, step + 1))
+        moves.append((params[0] - before).norm().item())
+        scheduler.step()
+    assert min(moves[:3]) > 0 and moves[3] == 0  # cos π: the rate is zero
+
+
+def test_a_tensor_lr_of_one_element_is_a_number(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    found = run(LearnedOptimizer(params, torch.tensor(0.5), weights=rule), params, range(2))
+    expected = run(LearnedOptimizer(others, 0.5, weights=rule), others, range(2))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_autocast_does_not_reach_inside(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(LearnedOptimizer(params, weights=rule), params, range(3))
+    expected = run(LearnedOptimizer(others, weights=rule), others, range(3))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_the_state_has_the_documented_size() -> None:
+    for name, config, size in (
+        ("geodesic_rnn", {}, 16),
+        ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}, 16 + 8 * 2),
+        ("coordinatewise_lstm", {}, 320),
+    ):
+        p = torch.ones(5, 40, requires_grad=True)
+        optimizer = LearnedOptimizer([p], weights=make_rule(name, **config))
+        run(optimizer, [p], range(1))
+        state = [s for s in optimizer.state[p].values() if s.shape[:2] == p.shape]
+        assert sum(s.numel() * s.element_size() for s in state) == size * p.numel()
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) -> None:
+    with pytest.raises(ValueError, match=name):
+        LearnedOptimizer([torch.ones(2, requires_grad=True)], weights=untrained, **{name: value})
+
+
+def test_a_tensor_lr_of_two_elements_is_refused(untrained: UpdateRule) -> None:
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+        LearnedOptimizer([torch.ones(2, requires_grad=True)], torch.ones(2), weights=untrained)
+
+
+def test_sparse_gradients_and_complex_parameters_are_refused(untrained: UpdateRule) -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"sparse gradients.*\(5, 3\)"):
+        LearnedOptimizer(embedding.parameters(), weights=untrained).step()
+    p = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="complex"):
+        LearnedOptimizer([p], weights=untrained).step()
+
+
+def test_untrained_it_trains_on_digits(untrained: UpdateRule) -> None:
+    model = digits_model()
+    start = digits_loss(model).item()
+    optimizer = LearnedOptimizer(model.parameters(), weights=untrained)
+    assert train_on_digits(optimizer, model) < 0.3 * start
+
+
+class Digits(L.LightningModule):
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.model, self.learned = digits_model(), rule
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        data = load_images("digits")
+        pairs = torch.utils.data.TensorDataset(data.train_x, data.train_y)
+        return torch.utils.data.DataLoader(pairs, batch_size=64)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = LearnedOptimizer(self.model.parameters(), weights=self.learned)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def test_lightning_trains_with_it(untrained: UpdateRule) -> None:
+    module = Digits(untrained)
+    start = digits_loss(module.model).item()
+    trainer = L.Trainer(
+        max_steps=60,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    assert digits_loss(module.model).item() < 0.3 * start

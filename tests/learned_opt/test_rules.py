@@ -1,0 +1,211 @@
+"""Every update rule keeps the contract of `UpdateRule`; each is what its docstring says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+from learned_opt.rules import State, UpdateRule, make_rule
+from learned_opt.rules.base import CHUNK
+from learned_opt.rules.cell import LSTMCell
+from learned_opt.rules.geodesic_rnn import BIAS_RMS, MAX_STEP, STEP
+
+SHAPES = ((6, 5), (6,), ())
+D = 37
+RULES = {
+    "tensor": ("geodesic_rnn", {"hidden": 5}),
+    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
+    "lstm": ("coordinatewise_lstm", {"hidden": 4}),
+}
+per_tensor = pytest.mark.parametrize("rule", ["tensor"], indirect=True)
+ours = pytest.mark.parametrize("rule", ["tensor", "coordinate"], indirect=True)
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> UpdateRule:
+    """In float64, with weights that are far from the initial ones."""
+    torch.manual_seed(0)
+    name, config = RULES[request.param]
+    rule = make_rule(name, **config).double()
+    for p in rule.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return rule
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(rule: UpdateRule, grads: Tensor, params: Tensor, shapes=SHAPES, in_place=False) -> Tensor:
+    """The updates (steps, *tasks, d) that gradients (steps, *tasks, d) bring about."""
+    state, updates = rule.init_state(params, shapes), []
+    for grad in grads:
+        update, state = rule.update(grad, params, state, in_place)
+        updates.append(update)
+        params = params + update
+    return torch.stack(updates)
+
+
+def test_a_batch_of_tasks_equals_each_task_alone(rule: UpdateRule) -> None:
+    grads, params = numbers(4, 3, D), numbers(3, D, seed=1)
+    together = run(rule, grads, params)
+    for i in range(3):
+        torch.testing.assert_close(together[:, i], run(rule, grads[:, i], params[i]))
+
+
+def test_tensors_together_equal_each_tensor_alone(rule: UpdateRule) -> None:
+    shapes = ((150, 120), (130,), (90, 100))
+    sizes = [math.prod(s) for s in shapes]
+    assert sizes[0] > CHUNK  # and another chunk ends within the last tensor
+    grads, params = numbers(2, sum(sizes)), numbers(sum(sizes), seed=1)
+    together = run(rule, grads, params, shapes).split(sizes, -1)
+    for i, (g, p) in enumerate(zip(grads.split(sizes, -1), params.split(sizes), strict=True)):
+        torch.testing.assert_close(together[i], run(rule, g, p, (shapes[i],)))
+
+
+def test_which_chunk_a_coordinate_is_in_does_not_matter(rule: UpdateRule) -> None:
+    shape = (2, CHUNK + 77)
+    d = math.prod(shape)
+    grads, params = numbers(2, d), numbers(d, seed=1)
+    order = torch.randperm(d, generator=torch.Generator().manual_seed(0))
+    shuffled = run(rule, grads[:, order], params[order], (shape,))
+    torch.testing.assert_close(shuffled, run(rule, grads, params, (shape,))[:, order])
+
+
+def everything(state: State) -> list[Tensor]:
+    return [*state.coordinate.values(), *state.tensor.values()]
+
+
+def test_out_of_place_alters_nothing_and_in_place_gives_the_same(rule: UpdateRule) -> None:
+    grads, params = numbers(4, 2, D), numbers(2, D, seed=1)
+    state = rule.init_state(params, SHAPES)
+    for grad in grads[:-1]:
+        _, state = rule.update(grad, params, state)
+    inputs = [grads[-1], params, *everything(state)]
+    before = [x.clone() for x in inputs]
+    update, after = rule.update(grads[-1], params, state)
+    assert all(map(torch.equal, inputs, before))
+    assert state.step == 3 and after.step == 4
+    same, same_state = rule.update(grads[-1], params, state, in_place=True)
+    assert torch.equal(update, same)
+    assert all(map(torch.equal, everything(after), everything(same_state)))
+
+
+def test_replay_of_some_coordinates_gives_their_updates(rule: UpdateRule) -> None:
+    grads, params = numbers(4, 3, D), numbers(3, D, seed=1)
+    index = torch.randperm(3 * D, generator=torch.Generator().manual_seed(0))[:20]
+    state = rule.init_state(params, SHAPES)
+    hidden = rule.pick_hidden(state, index)
+    for grad in grads:
+        observation, state = rule.observe(grad, params, state)
+        replayed, hidden = rule.respond(observation.pick(index), hidden)
+        with torch.no_grad():
+            update, state = rule.advance(observation, state)
+        assert replayed.requires_grad
+        torch.testing.assert_close(replayed.detach(), update.flatten()[index])
+
+
+def test_the_cell_is_torch_s_lstm_and_runs_under_vmap() -> None:
+    cell, reference = LSTMCell(3, 4), nn.LSTMCell(3, 4)
+    cell.bias.data.normal_()
+    reference.weight_ih.data = cell.weight.data[:, :3].clone()
+    reference.weight_hh.data = cell.weight.data[:, 3:].clone()
+    reference.bias_ih.data = cell.bias.data.clone()
+    reference.bias_hh.data.zero_()
+    x, state = torch.randn(6, 3, 5), torch.randn(6, 8, 5)
+    h, after = cell(x, state)
+    for i in range(6):
+        expected = reference(x[i].T, tuple(s.T for s in state[i].chunk(2)))
+        torch.testing.assert_close(h[i].T, expected[0])
+        torch.testing.assert_close(after[i].T, torch.cat(expected, -1))
+    torch.testing.assert_close(torch.func.vmap(cell)(x, state), (h, after))
+
+
+@ours
+def test_no_gradient_no_update(rule: UpdateRule) -> None:
+    assert (run(rule, torch.zeros(3, 2, D).double(), numbers(2, D)) == 0).all()
+
+
+@ours
+def test_the_update_does_not_see_the_scale_of_the_loss(rule: UpdateRule) -> None:
+    grads, params = numbers(5, D), numbers(D, seed=1)
+    torch.testing.assert_close(run(rule, 1000 * grads, params), run(rule, grads, params))
+
+
+@per_tensor
+def test_the_update_is_odd_in_the_gradient(rule: UpdateRule) -> None:
+    grads, params = numbers(5, D), numbers(D, seed=1)
+    state, mirrored = (rule.init_state(params, SHAPES) for _ in range(2))
+    for grad in grads:
+        update, state = rule.update(grad, params, state)
+        opposite, mirrored = rule.update(-grad, params, mirrored)
+        torch.testing.assert_close(opposite, -update)
+
+
+@per_tensor
+def test_no_tensor_moves_by_more_than_its_size(rule: UpdateRule) -> None:
+    rule.head.bias.data[-1] = 10.0  # asks for the largest step there is
+    params = numbers(D, seed=1)
+    for update in run(rule, numbers(3, D), params):
+        for u, p in zip(update.split([30, 6, 1]), params.split([30, 6, 1]), strict=True):
+            share = u.square().mean().sqrt() / p.square().mean().sqrt().clamp(min=BIAS_RMS)
+            assert 0.5 * MAX_STEP < share <= MAX_STEP * (1 + 1e-9)
+        params = params + update
+
+
+@pytest.mark.parametrize("name", ["tensor", "coordinate"])
+def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
+    """u = −STEP ρ a / (1 + STEP RMS(a) / MAX_STEP) with Adam's a = m̂/√v̂, ρ the tensor's size."""
+    kind, config = RULES[name]
+    rule = make_rule(kind, **config).double()
+    matrix, bias = numbers(6, 5, seed=1), torch.zeros(6, dtype=torch.float64)
+    params = torch.cat([matrix.flatten(), bias])
+    reference = [torch.zeros_like(matrix, requires_grad=True), bias.clone().requires_grad_()]
+    adam = torch.optim.Adam(reference, lr=1.0, betas=(0.9, 0.99), eps=0.0)
+    state = rule.init_state(params, SHAPES[:2])
+    for grad in numbers(5, 36):
+        update, state = rule.update(grad, params, state)
+        before = [p.detach().clone() for p in reference]
+        for p, g in zip(reference, grad.split([30, 6]), strict=True):
+            p.grad = g.view_as(p).clone()
+        adam.step()
+        sizes = (matrix.square().mean().sqrt(), BIAS_RMS)  # the bias starts at zero
+        for u, p, old, rho in zip(update.split([30, 6]), reference, before, sizes, strict=True):
+            a = (old - p.detach()).flatten()
+            limit = 1 + STEP * a.square().mean().sqrt() / MAX_STEP
+            torch.testing.assert_close(u, -STEP * rho * a / limit)
+
+
+def test_log_and_sign_has_the_reference_s_values() -> None:
+    rule = make_rule("coordinatewise_lstm")
+    grads = torch.tensor([1.0, -0.5, math.exp(-5), math.exp(-6), -math.exp(-7), 0.0])
+    observed, _ = rule.observe(grads, grads, rule.init_state(grads, ((6,),)))
+    log = [0.0, math.log(0.5) / 5, -1.0, -1.0, -1.0, -1.0]
+    sign = [1.0, -1.0, 1.0, math.exp(-1), -math.exp(-2), 0.0]
+    torch.testing.assert_close(observed.coordinate, torch.tensor([log, sign]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_published_lstm_moves_a_parameter_without_gradient() -> None:
+    rule, params = make_rule("coordinatewise_lstm"), torch.ones(4)
+    update, _ = rule.update(torch.zeros(4), params, rule.init_state(params, ((4,),)))
+    assert (update != 0).all()
+
+
+def test_unknown_rules_and_arguments_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn"):
+        make_rule("nope")
+    with pytest.raises(ConfigError, match="hiden"):
+        make_rule("geodesic_rnn", hiden=3)
+    with pytest.raises(ConfigError, match="per is 'row'"):
+        make_rule("geodesic_rnn", per="row")
+
+
+def test_config_builds_the_rule_again(rule: UpdateRule) -> None:
+    again = make_rule(rule.name, **rule.config).double()
+    again.load_state_dict(rule.state_dict())
+    grads, params = numbers(2, D), numbers(D, seed=1)
+    assert torch.equal(run(again, grads, params), run(rule, grads, params))

@@ -1,0 +1,142 @@
+"""Weights files: round trips, and damage that is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from learned_opt import LearnedOptimizer, load_rule, make_rule, save_rule
+from learned_opt.errors import WeightsError
+from learned_opt.tasks.data import load_images
+
+RULES = [
+    ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
+    ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}),
+    ("coordinatewise_lstm", {"hidden": 4, "layers": 1, "output_scale": 0.1}),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "mine.safetensors"
+    save_rule(make_rule("geodesic_rnn", hidden=2), path)
+    return path
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Changes entries of the file's JSON header."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["learned-opt"]) | changes
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, path, {"learned-opt": json.dumps(header)})
+
+
+@pytest.mark.parametrize(("name", "config"), RULES)
+def test_round_trip(name: str, config: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rule, path = make_rule(name, **config), tmp_path / "new" / "weights.safetensors"
+    save_rule(rule, path, facts={"updates": 3})
+    state = torch.get_rng_state()
+    loaded = load_rule(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (loaded.name, loaded.config) == (rule.name, rule.config)
+    for key, value in rule.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    params, grads = torch.ones(4), torch.arange(4.0)
+    update, _ = loaded.update(grads, params, loaded.init_state(params, ((4,),)))
+    assert torch.equal(update, rule.update(grads, params, rule.init_state(params, ((4,),)))[0])
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_equal_rules_make_equal_files(path: Path) -> None:
+    save_rule(load_rule(path), again := path.with_name("again.safetensors"))
+    assert again.read_bytes() == path.read_bytes()
+
+
+def refused(path: Path, why: str) -> None:
+    with pytest.raises(WeightsError, match=why) as error:
+        load_rule(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(WeightsError):
+        LearnedOptimizer([torch.ones(2, requires_grad=True)], weights=str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "none.safetensors", "is not a file")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+def test_a_truncated_file_is_refused(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused(path, "truncated")
+
+
+def test_an_altered_tensor_is_refused(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    refused(path, "checksum")
+
+
+def test_a_foreign_file_is_refused(path: Path) -> None:
+    save_file({"weight": torch.ones(3)}, path)
+    refused(path, "not written by learned-opt")
+
+
+def test_a_file_of_a_future_version_is_refused(path: Path) -> None:
+    rewrite(path, version=99)
+    refused(path, "version 99.*upgrade")
+
+
+def test_an_unknown_rule_is_refused(path: Path) -> None:
+    rewrite(path, rule="os.system")
+    refused(path, "'os.system'; known rules are")
+
+
+@pytest.mark.parametrize("config", [{"hidden": 7}, {"hidden": 2, "units": 4}, {"per": "row"}])
+def test_a_config_that_does_not_fit_is_refused(path: Path, config: dict) -> None:
+    rewrite(path, config=config)
+    refused(path, "do not fit")
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_flipped_bit_is_refused_or_harmless(path: Path, data: st.DataObject) -> None:
+    """The facts are not part of the checksum; all that the rule is made of is."""
+    rule, content = load_rule(path), bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = path.with_name("damaged.safetensors")
+    damaged.write_bytes(content)
+    try:
+        loaded = load_rule(damaged)
+    except WeightsError:
+        return
+    assert loaded.config == rule.config
+    for key, value in rule.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_the_shipped_rule_trains_on_digits_without_a_learning_rate() -> None:
+    torch.manual_seed(0)
+    data = load_images("digits")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    optimizer = LearnedOptimizer(model.parameters())
+    for _ in range(100):
+        index = torch.randint(len(data.train_y), (64,))
+        optimizer.zero_grad()
+        logits = model(data.train_x[index])
+        torch.nn.functional.cross_entropy(logits, data.train_y[index]).backward()
+        optimizer.step()
+    loss = torch.nn.functional.cross_entropy(model(data.train_x), data.train_y)
+    assert loss < 0.2  # from 2.3
