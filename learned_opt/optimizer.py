@@ -45,13 +45,13 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         weights: str | Path | UpdateRule | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not 0 <= float(value) < float("inf"):
-                raise ValueError(f"{name} is {value}; use a finite number of at least 0")
+        _check(lr, weight_decay)
         self.rule = weights if isinstance(weights, UpdateRule) else load_rule(weights)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check(self.param_groups[-1]["lr"], self.param_groups[-1]["weight_decay"])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"rule": self.rule}
@@ -105,7 +105,7 @@ class LearnedOptimizer(Optimizer):
         parts = update.split([p.numel() for p in params])
         for p, part in zip(params, parts, strict=True):
             u = part.view_as(p)
-            if weight_decay and (norm := p.norm()) > 0:
+            if weight_decay and (norm := torch.linalg.vector_norm(p, dtype=u.dtype)) > 0:
                 p.mul_(1 - lr * weight_decay * u.norm() / norm)
             p.add_(u, alpha=lr)
 
@@ -143,6 +143,14 @@ class LearnedOptimizer(Optimizer):
                     self.state[p] = {
                         k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in entries
                     }
+
+
+def _check(lr: float | Tensor, weight_decay: float) -> None:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= float(value) < float("inf"):
+            raise ValueError(f"{name} is {value}; use a finite number of at least 0")
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:

@@ -113,6 +113,9 @@ class UpdateRule(nn.Module, ABC):
 
     name: ClassVar[str]
     hidden_per: str  # "coordinate" or "tensor": to what a recurrent state belongs
+    # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)` and
+    # `features(observation)` f without meta-parameters: training is then far cheaper.
+    gains_per_tensor: bool = False
 
     @property
     @abstractmethod

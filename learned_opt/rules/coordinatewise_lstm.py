@@ -56,9 +56,7 @@ class CoordinatewiseLSTM(UpdateRule):
     def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():
             return self._respond(observation.coordinate, hidden)
-        parts = zip(
-            observation.coordinate.split(CHUNK, -1), hidden.split(CHUNK, -1), strict=True
-        )
+        parts = zip(observation.coordinate.split(CHUNK, -1), hidden.split(CHUNK, -1), strict=True)
         updates, states = zip(*(self._respond(x, h) for x, h in parts), strict=True)
         return torch.cat(updates, -1), torch.cat(states, -1)
 

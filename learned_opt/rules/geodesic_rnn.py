@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +49,7 @@ class GeodesicRNN(UpdateRule):
         super().__init__()
         if per not in ("tensor", "coordinate"):
             raise ConfigError(f"per is {per!r}; use 'tensor' or 'coordinate'")
-        self.hidden_per = per
+        self.hidden_per, self.gains_per_tensor = per, per == "tensor"
         self._config = {"hidden": hidden, "per": per}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
@@ -157,8 +155,7 @@ class GeodesicRNN(UpdateRule):
 
     def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.hidden_per == "tensor":
-            tensor = observation.tensor
-            gains, hidden = self._gains(tensor[..., :TENSOR_INPUTS, :], tensor, hidden)
+            gains, hidden = self.gains(observation.tensor, hidden)
             return self._mix(gains, observation), hidden
         d = observation.coordinate.shape[-1]
         width = d if torch.is_grad_enabled() else CHUNK
@@ -172,9 +169,18 @@ class GeodesicRNN(UpdateRule):
             own = torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
             inputs = torch.cat([tensor[..., :TENSOR_INPUTS, :], own], -2)
             gains, state = self._gains(inputs, tensor, hidden[..., lo : lo + width])
-            updates.append(self._weigh(gains, row))
+            updates.append((gains * _features(row)).sum(-2))
             states.append(state)
         return torch.cat(updates, -1), torch.cat(states, -1)
+
+    def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
+        recurrent state; from `Observation.tensor`."""
+        return self._gains(tensor[..., :TENSOR_INPUTS, :], tensor, hidden)
+
+    def features(self, observation: Observation) -> Tensor:
+        """m̂_k/r and m̂_k, (*tasks, 8, d)."""
+        return _features(observation.coordinate)
 
     def _gains(self, inputs: Tensor, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(*tasks, 8, units): what multiplies m̂_k/r (first four) and m̂_k (last four)."""
@@ -188,18 +194,11 @@ class GeodesicRNN(UpdateRule):
         adam, sgd = (scale * mixture).chunk(2, dim=-2)
         return torch.cat([adam, sgd * inverse_r], -2), hidden
 
-    @staticmethod
-    def _weigh(gains: Tensor, row: Tensor) -> Tensor:
-        """Gains (*, 8, n) on rows [g, m̂, r] (*, 5, n) -> (*, n)."""
-        m, r = row[..., :-1, :], row[..., -1, :]
-        adam, sgd = gains.chunk(2, dim=-2)
-        return (adam * m).sum(-2) / r + (sgd * m).sum(-2)
-
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """`_weigh` with gains (*, 8, tensors) that hold for whole tensors."""
+        """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
-            return self._weigh(gains[..., observation.layout], rows)
+            return (gains[..., observation.layout] * _features(rows)).sum(-2)
         updates = torch.empty_like(rows[..., 0, :])
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for lo, hi, spans in observation.layout.chunks:
@@ -209,3 +208,9 @@ class GeodesicRNN(UpdateRule):
             torch.div(mixed[..., 0, :], rows[..., -1, lo:hi], out=updates[..., lo:hi])
             updates[..., lo:hi] += mixed[..., 1, :]
         return updates
+
+
+def _features(rows: Tensor) -> Tensor:
+    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k] (*, 8, n)."""
+    m, r = rows[..., :-1, :], rows[..., -1:, :]
+    return torch.cat([m / r, m], -2)

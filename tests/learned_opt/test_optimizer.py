@@ -177,6 +177,15 @@ def test_lr_scales_the_update_and_weight_decay_is_relative(rule: UpdateRule) -> 
         torch.testing.assert_close(found, p * shrink + lr * u)
 
 
+def test_weight_decay_reaches_half_precision_parameters_of_large_norm(untrained) -> None:
+    start = torch.full((300, 300), 300.0)  # its norm, 90,000, is beyond float16
+    plain, decayed = (start.half().requires_grad_() for _ in range(2))
+    run(LearnedOptimizer([plain], weights=untrained), [plain], range(1))
+    run(LearnedOptimizer([decayed], weights=untrained, weight_decay=1.0), [decayed], range(1))
+    share = (plain - start).norm() / start.norm()
+    torch.testing.assert_close(decayed.float(), plain - share * start, atol=1.0, rtol=0)
+
+
 def test_with_lr_zero_parameters_stay(rule: UpdateRule) -> None:
     params, start = parameters(), parameters()
     optimizer = LearnedOptimizer(params, weights=rule, lr=0.0, weight_decay=0.5)
@@ -260,6 +269,9 @@ def test_the_state_has_the_documented_size() -> None:
 def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) -> None:
     with pytest.raises(ValueError, match=name):
         LearnedOptimizer([torch.ones(2, requires_grad=True)], weights=untrained, **{name: value})
+    group = {"params": [torch.ones(2, requires_grad=True)], name: value}
+    with pytest.raises(ValueError, match=name):
+        LearnedOptimizer([group], weights=untrained)
 
 
 def test_a_tensor_lr_of_two_elements_is_refused(untrained: UpdateRule) -> None:

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geodesic.dataset import PathDataset
@@ -43,6 +42,7 @@ from learned_opt.training.objectives import (
 )
 from learned_opt.weights import load_rule
 
+ROOT = Path(__file__).parents[2]
 ALL = 10**6  # coordinates to learn from: more than there are
 RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 3}),
@@ -119,7 +119,8 @@ class FullBatch(MLPTask):
 
 def test_learning_from_some_coordinates_is_unbiased() -> None:
     torch.manual_seed(0)
-    rule, task = make_rule("geodesic_rnn", hidden=3).double(), tiny_task(FullBatch)
+    rule = make_rule("geodesic_rnn", hidden=3, per="coordinate").double()
+    task = tiny_task(FullBatch)
 
     def estimate(key: int, coordinates: int) -> Tensor:
         run = replace(open_run(rule, task), key=("test", key))
@@ -149,27 +150,29 @@ def paths(task: MLPTask, steps: int) -> Tensor:
     return torch.cat([theta, theta + 0.02 * walk], dim=1)
 
 
+def pseudo_huber(error: Tensor) -> Tensor:
+    return HUBER**2 * ((1 + error.square() / HUBER**2).sqrt() - 1)
+
+
 def test_imitation_off_policy_is_regression_onto_the_path_s_steps(rule: UpdateRule) -> None:
     task, key, lengths = tiny_task(), ("test", 1), torch.tensor([5, 3])
     points = paths(task, 5)
-    errors, state = [], rule.init_state(points[:, 0], task.shapes)
+    every, state = torch.arange(points[:, 0].numel()), rule.init_state(points[:, 0], task.shapes)
+    hidden, losses = rule.pick_hidden(state, every), []
     for t in range(5):
         _, grad = task.loss_and_grad(points[:, t], task.batch(hash_key(key), t))
-        update, state = rule.update(grad, points[:, t], state)
+        with torch.no_grad():
+            observation, state = rule.observe(grad, points[:, t], state)
+        update, hidden = rule.respond(observation.pick(every), hidden)
         step = points[:, t + 1] - points[:, t]
-        for i in range(2):
-            if t < lengths[i]:
-                for u, target in zip(
-                    task.unflatten(update[i]), task.unflatten(step[i]), strict=True
-                ):
-                    sigma = target.square().mean().sqrt()
-                    error = F.smooth_l1_loss(
-                        u / sigma, target / sigma, beta=HUBER, reduction="none"
-                    )
-                    errors.append(error.flatten())
+        for i in (lengths > t).nonzero().flatten():
+            made, wanted = task.unflatten(update.view_as(step)[i]), task.unflatten(step[i])
+            for u, target in zip(made, wanted, strict=True):
+                losses.append(pseudo_huber((u - target).norm() / target.norm()))
     found = imitation_loss(rule, task, points, lengths, ALL, False, key)
-    torch.testing.assert_close(found.detach(), torch.cat(errors).mean())
-    assert gradient(found, rule).norm() > 0
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found, rule), gradient(expected, rule))
 
 
 class Constant(UpdateRule):
@@ -196,8 +199,8 @@ class Constant(UpdateRule):
 
 
 def test_imitation_on_policy_has_its_closed_form_on_a_straight_path() -> None:
-    """Huber of an error e < β is e²/2β. Along the path a student s times as fast as it is wrong
-    by s − 1; one that drifts off by w a step is told to come back by PULL of the way."""
+    """A student that is s times as fast as the path is wrong by s − 1; one that drifts off by w a
+    step is told to take back PULL of the way as well: at step t it is wrong by w (1 + PULL t)."""
     task, steps = tiny_task(), 6
     sizes = (0.1, 0.2, 0.3, 0.4)  # of the path's step in each tensor
     step = torch.cat(
@@ -211,14 +214,18 @@ def test_imitation_on_policy_has_its_closed_form_on_a_straight_path() -> None:
     def loss(updates: Tensor) -> float:
         return imitation_loss(Constant(updates), task, points, lengths, ALL, True, ("test",)).item()
 
-    assert loss(step) == pytest.approx(0, abs=1e-20)
-    assert loss(1.5 * step) == pytest.approx(0.5**2 / (2 * HUBER))
-    assert loss(2 * step) == pytest.approx(1 / (2 * HUBER))
+    assert loss(step) == pytest.approx(0, abs=1e-12)
+    for speed in (1.5, 2.0):
+        expected = pseudo_huber(torch.tensor(speed - 1, dtype=torch.float64)).item()
+        assert loss(speed * step) == pytest.approx(expected)
     aside = step * torch.where(torch.arange(task.dim) % 2 == 0, 0.5, -0.5)
     aside -= step * (aside * step).sum(-1, keepdim=True) / step.square().sum(-1, keepdim=True)
-    scaled = (aside / step).square().mean().item()
-    errors = [scaled * (1 + PULL * t) ** 2 / (2 * HUBER) for t in range(steps)]
-    assert loss(step + aside) == pytest.approx(sum(errors) / steps)
+    drifts = [
+        w.norm() / v.norm()
+        for w, v in zip(task.unflatten(aside[0]), task.unflatten(step[0]), strict=True)
+    ]
+    wrong = torch.stack(drifts) * (1 + PULL * torch.arange(steps))[:, None]
+    assert loss(step + aside) == pytest.approx(pseudo_huber(wrong).mean().item())
 
 
 def test_nearest_on_a_straight_path() -> None:
@@ -305,7 +312,7 @@ def start(folder: Path, dataset: PathDataset, **changes) -> subprocess.Popen:
     script.write_text(FIT)
     return subprocess.Popen(
         [sys.executable, script, folder, dataset.folder, json.dumps(CHANGES | changes)],
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -381,6 +388,8 @@ def test_two_processes_train_one_rule_on_different_tasks_and_resume(
     finish(start(resumed, dataset, devices=2, strategy="ddp"))
     weights = [f / "weights.safetensors" for f in (folder, resumed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    with pytest.raises(ConfigError, match="of 2 processes, this run has 1"):
+        fit(CONFIG, resumed, dataset)
 
 
 def test_wandb_logs_offline(dataset: PathDataset, tmp_path: Path, monkeypatch) -> None:
@@ -400,7 +409,7 @@ from learned_opt.config import TrainConfig
 from learned_opt.training.fit import make_logger
 make_logger(TrainConfig(logger="wandb"), Path("."))
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert "ConfigError: logger is 'wandb', which is not installed; pip install" in found.stderr
 
 

@@ -1,0 +1,140 @@
+"""Replays a rule on what it observed in a rollout, with a graph in its meta-parameters.
+
+A rollout runs without a graph. What the objectives need of the updates u_s made in it are, for
+each tensor, ⟨u_s, y⟩ and |u_s − y|² with given y. Two ways to get them:
+
+- `SampledReplay`, for any rule: the network is run again on a random subset of coordinates.
+  All coordinates share the network, so the subset gives unbiased figures at a fraction of the cost.
+- `TensorReplay`, for rules that mix features with gains per tensor, u = Σ_k c_k f_k: inner products
+  of the f_k with y and with each other are all there is to know. No coordinate is left out, and
+  the network runs once per tensor.
+
+Tensors of all tasks are numbered together, task by task: (steps, tasks · tensors).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.base import Layout, Observation, State, UpdateRule, merge_tasks
+from learned_opt.tasks.base import generator
+
+
+class Replay(ABC):
+    """The updates of one rollout; `see` each observation, then ask."""
+
+    @abstractmethod
+    def see(self, observation: Observation) -> None: ...
+
+    @abstractmethod
+    def inner(self, y: Sequence[Tensor]) -> Tensor:
+        """⟨u_s, y_s⟩ over each tensor, (steps, tasks · tensors), from y_s (tasks, d)."""
+
+    @abstractmethod
+    def squared_error(self, y: Sequence[Tensor]) -> Tensor:
+        """|u_s − y_s|² over each tensor, (steps, tasks · tensors)."""
+
+
+def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object) -> Replay:
+    """The replay that suits `rule`, of a rollout that goes on from `state`.
+
+    Args:
+        coordinates: how many a SampledReplay draws, by `key`.
+    """
+    if rule.gains_per_tensor:
+        return TensorReplay(rule, state)
+    return SampledReplay(rule, state, coordinates, *key)
+
+
+def sum_by_tensor(x: Tensor, layout: Layout) -> Tensor:
+    """(tasks, d) -> (tasks · tensors,)"""
+    return torch.stack([part.sum(-1) for part in x.split(layout.sizes, -1)], -1).flatten()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """A lost task weighs nothing, but 0 · NaN would reach the others. Not 0: rules divide."""
+    return x.nan_to_num(1.0, 1.0, 1.0)
+
+
+class SampledReplay(Replay):
+    def __init__(self, rule: UpdateRule, state: State, coordinates: int, *key: object) -> None:
+        self.rule, layout = rule, state.layout
+        d, tensors = sum(layout.sizes), len(layout.sizes)
+        tasks = rule.hidden(state).shape[0]
+        draw = torch.randperm(tasks * d, generator=generator("coordinates", *key))
+        self.index = draw[:coordinates]
+        self.share = len(self.index) / (tasks * d)
+        self.tensor_of = self.index // d * tensors + layout.tensor_of[self.index % d]
+        self.tensors = tasks * tensors
+        self.hidden = rule.pick_hidden(state, self.index)
+        self.seen: list[Observation] = []
+
+    def see(self, observation: Observation) -> None:
+        self.seen.append(observation.pick(self.index))
+
+    def _updates(self) -> Tensor:
+        updates, hidden = [], _finite(self.hidden)
+        for seen in self.seen:
+            seen = Observation(_finite(seen.coordinate), _finite(seen.tensor), seen.layout)
+            update, hidden = self.rule.respond(seen, hidden)
+            updates.append(update)
+        return torch.stack(updates)
+
+    def _per_tensor(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(len(x), self.tensors)
+        return total.index_add(1, self.tensor_of, x) / self.share
+
+    def inner(self, y: Sequence[Tensor]) -> Tensor:
+        y = torch.stack([v.flatten()[self.index] for v in y])
+        return self._per_tensor(self._updates() * y)
+
+    def squared_error(self, y: Sequence[Tensor]) -> Tensor:
+        y = torch.stack([v.flatten()[self.index] for v in y])
+        return self._per_tensor((self._updates() - y).square())
+
+
+class TensorReplay(Replay):
+    def __init__(self, rule: UpdateRule, state: State) -> None:
+        self.rule = rule
+        self.hidden = merge_tasks(rule.hidden(state))
+        self.seen: list[Observation] = []
+
+    def see(self, observation: Observation) -> None:
+        self.seen.append(observation)
+
+    def _gains(self) -> Tensor:
+        """(steps, features, tasks · tensors)"""
+        gains, hidden = [], _finite(self.hidden)
+        for seen in self.seen:
+            gain, hidden = self.rule.gains(_finite(merge_tasks(seen.tensor)), hidden)
+            gains.append(gain)
+        return torch.stack(gains)
+
+    def _products(self, observation: Observation, y: Tensor | None = None) -> Tensor:
+        """⟨f_k, y⟩, (features, 1, tasks · tensors); without y ⟨f_j, f_k⟩ in place of it."""
+        sizes = observation.layout.sizes
+        features = self.rule.features(observation).split(sizes, -1)
+        others = features if y is None else y.unsqueeze(-2).split(sizes, -1)
+        products = [f @ o.mT for f, o in zip(features, others, strict=True)]
+        products = torch.stack(products, -1).movedim(0, -2).flatten(-2)
+        return products.nan_to_num(0.0, 0.0, 0.0)  # of lost tasks, see _finite
+
+    def inner(self, y: Sequence[Tensor]) -> Tensor:
+        products = [self._products(*pair) for pair in zip(self.seen, y, strict=True)]
+        return (self._gains() * torch.stack(products).squeeze(2)).sum(1)
+
+    def squared_error(self, y: Sequence[Tensor]) -> Tensor:
+        gram = torch.stack([self._products(seen) for seen in self.seen])
+        gains = self._gains()
+        own = (gains.unsqueeze(1) * gram * gains.unsqueeze(2)).sum((1, 2))
+        products = [self._products(*pair) for pair in zip(self.seen, y, strict=True)]
+        cross = (gains * torch.stack(products).squeeze(2)).sum(1)
+        return (
+            own
+            - 2 * cross
+            + torch.stack([sum_by_tensor(v.square(), self.seen[0].layout) for v in y])
+        ).clamp(min=0)
