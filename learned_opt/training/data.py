@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from geodesic.dataset import PathDataset
 from geodesic.targets import target_paths
 from learned_opt.config import TrainConfig
+from learned_opt.errors import DataError
 from learned_opt.tasks.base import generator
 
 
@@ -40,7 +41,7 @@ class Updates(Dataset):
                 runs = self.paths.facts(shard)["runs"]
                 points, lengths = target_paths(self.paths.shard(shard), updates, runs)
                 return {"shard": shard, "points": points, "lengths": lengths}
-        raise ValueError(
+        raise DataError(
             f"the data set {self.paths.folder} has no pairs: every SGD run diverged or was stuck; "
             "make it from other tasks or with more steps"
         )
