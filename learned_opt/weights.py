@@ -18,8 +18,9 @@ FORMAT, VERSION = "learned-opt", 1
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
+def digest(rule: str, config: dict, tensors: dict[str, Tensor]) -> str:
+    """Checksum of all that a rule is made of."""
+    sha = hashlib.sha256(json.dumps([rule, config], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -38,7 +39,7 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
         "version": VERSION,
         "rule": rule.name,
         "config": rule.config,
-        "sha256": _digest(tensors),
+        "sha256": digest(rule.name, rule.config, tensors),
         "facts": facts or {},
     }
     path = Path(path)
@@ -78,12 +79,13 @@ def load_rule(path: str | Path | None = None) -> UpdateRule:
     if version > VERSION:
         raise WeightsError(f"weights={str(path)!r} has format version {version}, this "
                            f"package reads up to {VERSION}; upgrade learned-opt")  # fmt: skip
-    if _digest(tensors) != header.get("sha256"):
+    rule_name, config = header.get("rule"), header.get("config")
+    if digest(rule_name, config, tensors) != header.get("sha256"):
         raise WeightsError(f"weights={str(path)!r} was altered: its checksum does not match; "
                            "copy it anew")  # fmt: skip
     try:
         with torch.random.fork_rng(devices=[]):
-            rule = make_rule(header["rule"], **header["config"])
+            rule = make_rule(rule_name, **config)
         rule.load_state_dict(tensors)
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None

@@ -17,8 +17,9 @@ STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on defa
 MAX_STEP = 1.0  # no tensor moves by more than this share of its RMS in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
 DIRECTIONS = 1 + len(BETAS)
+FEATURES = 2 * DIRECTIONS + 3
 # Observation.tensor: network inputs first, then these, which the mixing needs.
-EXTRA = 2 * DIRECTIONS + 2  # RMS of each direction, 1 / RMS of gradients, size of the tensor
+EXTRA = FEATURES + 2  # bounds on the features' RMS, 1 / RMS of gradients, size of the tensor
 TENSOR_INPUTS = 20
 
 
@@ -53,7 +54,7 @@ class GeodesicRNN(UpdateRule):
         self._config = {"hidden": hidden, "per": per}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
-        self.head = nn.Linear(hidden, 2 * DIRECTIONS + 1)
+        self.head = nn.Linear(hidden, FEATURES + 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
@@ -149,7 +150,9 @@ class GeodesicRNN(UpdateRule):
             (raw[..., 0] + 1e-6).log() / 2,
         ]
         assert len(inputs) == TENSOR_INPUTS
-        extra = [*direction.unbind(-1), *raw.unbind(-1), 1 / r_bar, size]
+        between = (direction[..., 2] * raw[..., 2]).sqrt()  # by Cauchy and Schwarz
+        bounds = [*direction.unbind(-1), *raw.unbind(-1), between, *direction[..., 2:].unbind(-1)]
+        extra = [*bounds, 1 / r_bar, size]
         kept = {"initial_rms": start.unsqueeze(-2), "peak_gradient": peak.unsqueeze(-2)}
         return torch.stack(inputs + extra, dim=-2), kept
 
@@ -174,16 +177,16 @@ class GeodesicRNN(UpdateRule):
         return torch.cat(updates, -1), torch.cat(states, -1)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
+        """What multiplies the `features` of each tensor, (*tasks, 11, tensors), and the next
         recurrent state; from `Observation.tensor`."""
         return self._gains(tensor[..., :TENSOR_INPUTS, :], tensor, hidden)
 
     def features(self, observation: Observation) -> Tensor:
-        """m̂_k/r and m̂_k, (*tasks, 8, d)."""
+        """m̂_k/r and m̂_k, (*tasks, 11, d)."""
         return _features(observation.coordinate)
 
     def _gains(self, inputs: Tensor, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(*tasks, 8, units): what multiplies m̂_k/r (first four) and m̂_k (last four)."""
+        """(*tasks, 11, units): what multiplies m̂_k/r (first four) and m̂_k (last four)."""
         h, hidden = self.cell(inputs, hidden)
         out = self.head.weight @ h + self.head.bias.unsqueeze(-1)
         mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
@@ -191,26 +194,29 @@ class GeodesicRNN(UpdateRule):
         step = STEP * log_step.exp()
         moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
         scale = -step * size / (1 + moved / MAX_STEP)
-        adam, sgd = (scale * mixture).chunk(2, dim=-2)
-        return torch.cat([adam, sgd * inverse_r], -2), hidden
+        gains = scale * mixture
+        n = DIRECTIONS
+        return torch.cat([gains[..., :n, :], gains[..., n : 2 * n, :] * inverse_r, gains[..., 2 * n : 2 * n + 1, :] * inverse_r.sqrt(), gains[..., 2 * n + 1 :, :]], -2), hidden
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
+        """Σ_k gains_k features_k, with gains (*, 11, tensors) of whole tensors."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _features(rows)).sum(-2)
         updates = torch.empty_like(rows[..., 0, :])
-        weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
+        weights = gains.mT.unsqueeze(-2)  # (*, tensors, 1, features)
         for lo, hi, spans in observation.layout.chunks:
-            mixed = rows.new_empty(*rows.shape[:-2], 2, hi - lo)
+            features = _features(rows[..., lo:hi])
             for i, a, b in spans:
-                mixed[..., a - lo : b - lo] = weights[..., i, :, :] @ rows[..., :-1, a:b]
-            torch.div(mixed[..., 0, :], rows[..., -1, lo:hi], out=updates[..., lo:hi])
-            updates[..., lo:hi] += mixed[..., 1, :]
+                mixed = weights[..., i, :, :] @ features[..., a - lo : b - lo]
+                updates[..., a:b] = mixed.squeeze(-2)
         return updates
 
 
 def _features(rows: Tensor) -> Tensor:
-    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k] (*, 8, n)."""
+    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k, m̂/√r, soft-thresholded m̂/r] (*, 11, n)."""
     m, r = rows[..., :-1, :], rows[..., -1:, :]
-    return torch.cat([m / r, m], -2)
+    normal = m / r
+    steady = normal[..., 2:, :]
+    size = steady.abs()
+    return torch.cat([normal, m, m[..., 2:3, :] * r.rsqrt(), steady * (size / (1 + size))], -2)

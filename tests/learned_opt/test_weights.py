@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from learned_opt import LearnedOptimizer, load_rule, make_rule, save_rule
 from learned_opt.errors import WeightsError
 from learned_opt.tasks.data import load_images
+from learned_opt.weights import digest
 
 RULES = [
     ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
@@ -32,10 +33,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, **changes) -> None:
-    """Changes entries of the file's JSON header."""
+    """Changes entries of the file's JSON header, and signs it anew as another package would."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["learned-opt"]) | changes
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    header["sha256"] = digest(header["rule"], header["config"], tensors)
     save_file(tensors, path, {"learned-opt": json.dumps(header)})
 
 
@@ -84,6 +86,14 @@ def test_an_altered_tensor_is_refused(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
+    refused(path, "checksum")
+
+
+def test_an_altered_config_is_refused(tmp_path: Path) -> None:
+    save_rule(make_rule("coordinatewise_lstm", hidden=2), path := tmp_path / "w.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'log_scale\\": 5.0', b'log_scale\\": 7.0'))
+    assert path.read_bytes() != content
     refused(path, "checksum")
 
 
