@@ -12,44 +12,44 @@ from learned_opt.rules.cell import LSTMCell
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
 BETA_V = 0.99  # second moment
 EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
-BIAS_RMS = 0.03  # stands in for the RMS of tensors that start at zero
+MIN_SIZE = 0.03  # in place of a smaller RMS: tensors that start at zero, and very wide ones
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
-MAX_STEP = 1.0  # no tensor moves by more than this share of its RMS in one update
+MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
 DIRECTIONS = 1 + len(BETAS)
-FEATURES = 2 * DIRECTIONS + 3
-# Observation.tensor: network inputs first, then these, which the mixing needs.
-EXTRA = FEATURES + 2  # bounds on the features' RMS, 1 / RMS of gradients, size of the tensor
-TENSOR_INPUTS = 20
+FEATURES = 2 * DIRECTIONS
+TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
+MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size of the tensor
 
 
 @register
 class GeodesicRNN(UpdateRule):
-    """u = −a ρ Σ_k (c_k m̂_k/r + d_k m̂_k/r̄): odd in the gradient, so no gradient, no update.
+    """u = −a ρ Σ_k (c_k m̂_k/r + d_k m̂_k/r̄): no gradient, no update.
 
     m̂_k: the gradient and its bias-corrected averages at β = .5, .9, .99; r = √v̂ at β = .99,
     r̄ its RMS over the tensor: c mixes as Adam does, d as SGD with momentum does, free of the
-    loss's scale. ρ = max(RMS(θ), floor) is the tensor's size, with 1/√(3 fan_in) or 0.03 as
-    floor. An LSTM emits c, d and o, a = 0.1 e^o softly limited to move no tensor by more than
-    its size; its output layer starts at zero, with a bias that makes the rule Adam (β = .9, .99)
-    with a relative step of 10 %.
+    loss's scale. ρ = max(RMS(θ), 0.03) is the tensor's size. An LSTM emits c, d and o,
+    a = 0.1 e^o, softly limited to move no tensor by more than its size; its output layer starts
+    at zero, with a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
 
     Args:
         hidden: LSTM units.
         per: "tensor", one LSTM state for each tensor: it sees RMS and cosines of the m̂_k/r,
             that is how noisy and how curved the way is, the gradient's decline, the tensor's
-            size, shape and growth, and the time. "coordinate": one for each coordinate, which
-            sees its own m̂_k/r besides.
+            size, shape and growth, and the time; u is then odd in the gradients. "coordinate":
+            one for each coordinate, which sees its own m̂_k/r besides.
 
-    State: 16 bytes per parameter; with per="coordinate" 8 more for each hidden unit.
+    State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit.
     """
 
     name = "geodesic_rnn"
 
     def __init__(self, hidden: int = 32, per: str = "tensor") -> None:
         super().__init__()
-        if per not in ("tensor", "coordinate"):
-            raise ConfigError(f"per is {per!r}; use 'tensor' or 'coordinate'")
+        if per not in ("tensor", "coordinate") or hidden < 1:
+            raise ConfigError(
+                f"per is {per!r} and hidden {hidden}; use 'tensor' or 'coordinate', and at least 1"
+            )
         self.hidden_per, self.gains_per_tensor = per, per == "tensor"
         self._config = {"hidden": hidden, "per": per}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
@@ -66,10 +66,8 @@ class GeodesicRNN(UpdateRule):
 
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
         layout, lead, d = Layout(tuple(shapes)), params.shape[:-1], params.shape[-1]
-        coordinate = {
-            "momentum": params.new_zeros(*lead, len(BETAS), d),
-            "second_moment": params.new_zeros(*lead, 1, d),
-        }
+        # the last gradient, its averages and r: one block, so that observing copies nothing
+        coordinate = {"averages": params.new_zeros(*lead, DIRECTIONS + 1, d)}
         tensor = {
             "initial_rms": params.new_zeros(*lead, 1, len(shapes)),
             "peak_gradient": params.new_zeros(*lead, 1, len(shapes)),
@@ -78,83 +76,72 @@ class GeodesicRNN(UpdateRule):
         where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden, units)
         return State(layout, 0, coordinate, tensor)
 
-    def observe(self, grads: Tensor, params: Tensor, state: State,
-                in_place: bool = False) -> tuple[Observation, State]:  # fmt: skip
-        lead, tensors = grads.shape[:-1], len(state.layout.shapes)
-        momentum, second = state.coordinate["momentum"], state.coordinate["second_moment"]
+    def observe(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Observation, State]:
+        lead, tensors, step = grads.shape[:-1], len(state.layout.shapes), state.step + 1
+        rows = state.coordinate["averages"]
         if not in_place:
-            momentum, second = momentum.clone(), second.clone()
-        step = state.step + 1
+            rows = rows.clone()
         # (1 − β) / (1 − βᵗ): the weight with which an average is its own bias-corrected one
         weights = [(1 - b) / (1 - b**step) for b in (*BETAS, BETA_V)]
-        rows = grads.new_empty(*lead, DIRECTIONS + 1, grads.shape[-1])  # g, m̂, r
+        momentum_weights = grads.new_tensor(weights[:-1]).unsqueeze(-1)
         gram = grads.new_zeros(*lead, tensors, DIRECTIONS, DIRECTIONS)
         squares = grads.new_zeros(*lead, tensors, DIRECTIONS + 2)  # of g, m̂, r and θ
         for lo, hi, spans in state.layout.chunks:
             g, row = grads[..., lo:hi], rows[..., lo:hi]
             row[..., 0, :] = g
-            for k, w in enumerate(weights[:-1]):
-                torch.lerp(momentum[..., k, lo:hi], g, w, out=momentum[..., k, lo:hi])
-            row[..., 1:-1, :] = momentum[..., lo:hi]
-            v = second[..., 0, lo:hi]
-            v.lerp_(g * g, weights[-1])
-            torch.sqrt(v, out=row[..., -1, :]).add_(EPS)
+            row[..., 1:-1, :].lerp_(g.unsqueeze(-2), momentum_weights)
+            row[..., -1, :].square_().lerp_(g * g, weights[-1]).sqrt_().clamp_(min=EPS)
             normal = row[..., :-1, :] / row[..., -1:, :]
             for i, a, b in spans:
                 n, p = normal[..., a - lo : b - lo], params[..., a:b]
                 gram[..., i, :, :] += n @ n.mT
-                squares[..., i, :-1] += row[..., a - lo : b - lo].square().sum(-1)
+                squares[..., i, :-1] += torch.linalg.vector_norm(rows[..., a:b], dim=-1) ** 2
                 squares[..., i, -1] += torch.linalg.vecdot(p, p)
-        sizes = torch.tensor(state.layout.sizes, dtype=grads.dtype, device=grads.device)
+        sizes = grads.new_tensor(state.layout.sizes)
         tensor, kept = self._tensor_features(
             gram / sizes[:, None, None], (squares / sizes[:, None]).sqrt(), state, step
         )
-        coordinate = state.coordinate | {"momentum": momentum, "second_moment": second}
         return (
             Observation(rows, tensor, state.layout),
-            State(state.layout, step, coordinate, state.tensor | kept),
+            State(state.layout, step, state.coordinate | {"averages": rows}, state.tensor | kept),
         )
 
     @staticmethod
     def _tensor_features(
         gram: Tensor, rms: Tensor, state: State, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Network inputs and EXTRA, (*tasks, Q, tensors), from the second moments
+        """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
         (*tasks, tensors, 4, 4) of m̂_k/r and the RMS (*tasks, tensors, 6) of m̂_k, r and θ."""
         r_bar, rms_p = rms[..., -2] + EPS, rms[..., -1]
         start = state.tensor["initial_rms"].squeeze(-2) if state.step else rms_p
         peak = torch.maximum(state.tensor["peak_gradient"].squeeze(-2), r_bar)
-        direction = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
-        raw = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
-        safe = direction + 1e-6
+        adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
+        sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
+        safe = adam + 1e-6
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
-        matrix = torch.tensor([float(len(s) > 1) for s in state.layout.shapes]).to(rms)
-        fan_in = torch.tensor(
-            [s[1:].numel() if len(s) > 1 else 1 for s in map(torch.Size, state.layout.shapes)]
-        ).to(rms)
-        floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), BIAS_RMS).clamp(max=BIAS_RMS)
-        size = torch.maximum(rms_p, floor)
+        matrix = rms.new_tensor([len(s) > 1 for s in state.layout.shapes])
+        fan_in = rms.new_tensor([s[1:].numel() for s in map(torch.Size, state.layout.shapes)])
+        size = rms_p.clamp(min=MIN_SIZE)
         clock = torch.full_like(rms_p, min(step, LONGEST)).log()
         inputs = [
             *safe.log().clamp(min=-5).unbind(-1),
             *(cosine[..., i, j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))),
             (r_bar / peak).log() / 3,
-            (size / torch.maximum(start, floor)).log(),
+            (size / start.clamp(min=MIN_SIZE)).log(),
             size.log() / 3 + 1,
             clock / 5 - 1,
             (clock / 2 - 1).tanh(),
             (clock - 5).tanh(),
             matrix.expand_as(rms_p),
             (fan_in.log() / 3).clamp(max=2.0).expand_as(rms_p),
-            (rms_p / size),
-            (raw[..., 0] + 1e-6).log() / 2,
+            rms_p / size,
+            (sgd[..., 0] + 1e-6).log() / 2,
         ]
-        assert len(inputs) == TENSOR_INPUTS
-        between = (direction[..., 2] * raw[..., 2]).sqrt()  # by Cauchy and Schwarz
-        bounds = [*direction.unbind(-1), *raw.unbind(-1), between, *direction[..., 2:].unbind(-1)]
-        extra = [*bounds, 1 / r_bar, size]
+        mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size]
         kept = {"initial_rms": start.unsqueeze(-2), "peak_gradient": peak.unsqueeze(-2)}
-        return torch.stack(inputs + extra, dim=-2), kept
+        return torch.stack(inputs + mixing, dim=-2), kept
 
     def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.hidden_per == "tensor":
@@ -177,46 +164,42 @@ class GeodesicRNN(UpdateRule):
         return torch.cat(updates, -1), torch.cat(states, -1)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the `features` of each tensor, (*tasks, 11, tensors), and the next
+        """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
         recurrent state; from `Observation.tensor`."""
         return self._gains(tensor[..., :TENSOR_INPUTS, :], tensor, hidden)
 
     def features(self, observation: Observation) -> Tensor:
-        """m̂_k/r and m̂_k, (*tasks, 11, d)."""
+        """m̂_k/r and m̂_k, (*tasks, 8, d)."""
         return _features(observation.coordinate)
 
     def _gains(self, inputs: Tensor, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(*tasks, 11, units): what multiplies m̂_k/r (first four) and m̂_k (last four)."""
         h, hidden = self.cell(inputs, hidden)
         out = self.head.weight @ h + self.head.bias.unsqueeze(-1)
         mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
-        rms, inverse_r, size = tensor[..., -EXTRA:-2, :], tensor[..., -2:-1, :], tensor[..., -1:, :]
+        mixing = tensor[..., -MIXING:, :]
+        rms, inverse_r, size = mixing[..., :-2, :], mixing[..., -2:-1, :], mixing[..., -1:, :]
         step = STEP * log_step.exp()
         moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
-        scale = -step * size / (1 + moved / MAX_STEP)
-        gains = scale * mixture
-        n = DIRECTIONS
-        return torch.cat([gains[..., :n, :], gains[..., n : 2 * n, :] * inverse_r, gains[..., 2 * n : 2 * n + 1, :] * inverse_r.sqrt(), gains[..., 2 * n + 1 :, :]], -2), hidden
+        adam, sgd = (-step * size / (1 + moved / MAX_STEP) * mixture).chunk(2, dim=-2)
+        return torch.cat([adam, sgd * inverse_r], -2), hidden
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Σ_k gains_k features_k, with gains (*, 11, tensors) of whole tensors."""
+        """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _features(rows)).sum(-2)
         updates = torch.empty_like(rows[..., 0, :])
-        weights = gains.mT.unsqueeze(-2)  # (*, tensors, 1, features)
+        weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for lo, hi, spans in observation.layout.chunks:
-            features = _features(rows[..., lo:hi])
+            mixed = rows.new_empty(*rows.shape[:-2], 2, hi - lo)
             for i, a, b in spans:
-                mixed = weights[..., i, :, :] @ features[..., a - lo : b - lo]
-                updates[..., a:b] = mixed.squeeze(-2)
+                mixed[..., a - lo : b - lo] = weights[..., i, :, :] @ rows[..., :-1, a:b]
+            adam, sgd = mixed.unbind(-2)
+            updates[..., lo:hi] = torch.addcdiv(sgd, adam, rows[..., -1, lo:hi])
         return updates
 
 
 def _features(rows: Tensor) -> Tensor:
-    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k, m̂/√r, soft-thresholded m̂/r] (*, 11, n)."""
+    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k] (*, 8, n)."""
     m, r = rows[..., :-1, :], rows[..., -1:, :]
-    normal = m / r
-    steady = normal[..., 2:, :]
-    size = steady.abs()
-    return torch.cat([normal, m, m[..., 2:3, :] * r.rsqrt(), steady * (size / (1 + size))], -2)
+    return torch.cat([m / r, m], -2)

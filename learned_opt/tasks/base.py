@@ -48,9 +48,7 @@ class Task(ABC):
     def unflatten(self, theta: Tensor) -> list[Tensor]:
         """(*tasks, d) -> views of shapes (*tasks, *shape)."""
         parts = theta.split([math.prod(s) for s in self.shapes], dim=-1)
-        return [
-            p.view(*theta.shape[:-1], *s) for p, s in zip(parts, self.shapes, strict=True)
-        ]
+        return [p.view(*theta.shape[:-1], *s) for p, s in zip(parts, self.shapes, strict=True)]
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:

@@ -62,7 +62,7 @@ class MetaTraining(L.LightningModule):
         draw = float(torch.rand((), generator=generator("driver", *key)))
         geodesics = self.config.geodesics
         task = self.tasks(geodesics.family, "train", geodesics.seed, item["shard"])
-        return imitation_loss(
+        return self.config.imitation_weight * imitation_loss(
             self.rule, task, item["points"], item["lengths"], self.config.coordinates,
             student_drives=draw >= share, key=key,
         )  # fmt: skip

@@ -38,7 +38,7 @@ def imitation_loss(
 ) -> Tensor:
     """Regression of the rule's updates onto steps along a geodesic.
 
-    The mean over steps and tensors of the pseudo-Huber loss β²(√(1 + e²/β²) − 1), where e is the
+    The mean over steps and tensors, weighed by their size, of the pseudo-Huber loss β²(√(1 + e²/β²) − 1), where e is the
     RMS over the tensor of u − target, in units of σ, that of the path's step.
 
     Off policy θ follows the path itself and the target is the path's next step. On policy the
@@ -79,7 +79,7 @@ def imitation_loss(
                 theta = theta + ahead
                 progress = (progress + 1).minimum(lengths.float())
     error = replay.squared_error(targets) / torch.stack(scales).clamp(min=1e-20)
-    mask = torch.stack(masks)
+    mask = torch.stack(masks) * torch.tensor(state.layout.sizes).repeat(len(points))
     loss = HUBER**2 * ((1 + torch.where(mask > 0, error, 0) / HUBER**2).sqrt() - 1)
     return (mask * loss).sum() / mask.sum().clamp(min=1)
 

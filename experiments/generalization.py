@@ -1,0 +1,226 @@
+"""Do rules trained on digits work elsewhere? What does each objective contribute?
+
+Trains the arms below on the same families, each for the same number of inner steps and from
+three seeds, and runs them, untuned, on the validation tasks. Tuned baselines on the same tasks
+come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
+
+    python experiments/generalization.py train --arm both --seed 0
+    python experiments/generalization.py evaluate --arm both --seed 0
+    python experiments/generalization.py long
+    python experiments/generalization.py table
+
+`train` leaves weights under --work, with the data set that all arms share; `evaluate` writes
+results/generalization/<arm>-<seed>.csv, a row per task and run; `long` runs the shipped weights
+for 10,000 steps; `table` prints Markdown from the committed files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.config import TrainConfig
+from learned_opt.outputs import provenance, write_atomic
+from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.tasks.data import load_images
+from learned_opt.tasks.mlp import MLPTask
+from learned_opt.weights import load_rule
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results" / "generalization"
+RUNS = 5  # inits and minibatch streams of every task, side by side
+SCALES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # of the untrained rule's step
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm changes in configs/train/default.yaml; None of it for `both`."""
+
+    text: str
+    objectives: tuple[str, ...] | None = None
+    rule: str = "geodesic_rnn"
+    num_tasks: int = 8
+
+
+ARMS = {
+    "both": Arm("geodesic_rnn, imitation and meta-loss"),
+    "meta_loss": Arm("geodesic_rnn, meta-loss alone", ("meta_loss",)),
+    "imitation": Arm("geodesic_rnn, imitation alone", ("imitation",)),
+    # A step of this rule costs forty times as much: two tasks at a time instead of eight.
+    "l2l": Arm("coordinatewise_lstm, meta-loss (L2L)", ("meta_loss",), "coordinatewise_lstm", 2),
+}
+UNTRAINED = {
+    "initial": "geodesic_rnn, untrained",
+    "scaled": "geodesic_rnn, untrained, step tuned on these tasks",
+}
+
+
+def parse(config_class: type, path: str):
+    parser = ArgumentParser()
+    parser.add_class_arguments(config_class, "config")
+    values = yaml.safe_load((ROOT / path).read_text())
+    return parser.instantiate(parser.parse_object({"config": values})).config
+
+
+def inner_steps(config: TrainConfig) -> int:
+    targets = config.geodesics.targets
+    cost = {"imitation": targets.updates * targets.pairs_per_run, "meta_loss": config.window}
+    cycle = len(config.objectives)
+    return sum(cost[config.objectives[i % cycle]] for i in range(config.updates))
+
+
+def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
+    arm, config = ARMS[name], parse(TrainConfig, "configs/train/default.yaml")
+    config = replace(config, seed=seed, dataset=str(dataset))
+    if arm.objectives is None:
+        return config
+    family = replace(config.family or config.geodesics.family, num_tasks=arm.num_tasks)
+    changed = replace(config, objectives=arm.objectives, family=family, rule=arm.rule)
+    if arm.rule != config.rule:
+        changed = replace(changed, rule_config={})
+    updates = config.updates * inner_steps(config) / inner_steps(changed)
+    return replace(changed, updates=math.ceil(updates / config.epoch_length) * config.epoch_length)
+
+
+def train(name: str, seed: int, work: Path) -> None:
+    from learned_opt.cli import train as run
+
+    run(arm_config(name, seed, work / "geodesics"), work / f"{name}-{seed}")
+
+
+def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.0) -> list[dict]:
+    """A row for each run and each number of steps in `marks`, from one run to the last of them."""
+    theta = task.init(0)
+    state = rule.init_state(theta, task.shapes)
+    losses, rows = [], []
+    for step in range(1, max(marks) + 1):
+        loss, grad = task.loss_and_grad(theta, task.batch(0, step))
+        losses.append(loss)
+        update, state = rule.update(grad, theta, state, in_place=True)
+        theta = theta + scale * update
+        if step in marks:
+            found = task.evaluate(theta)
+            mean, curve = torch.stack(losses).mean(0), torch.stack(losses)
+            smooth = curve.unfold(0, min(100, step), min(100, step)).mean(-1)
+            for run in range(RUNS):
+                rows.append({
+                    "steps": step,
+                    "run": run,
+                    "final_train_loss": float(found["train_loss"][run]),
+                    "mean_loss": float(mean[run]),
+                    "test_accuracy": float(found["test_accuracy"][run]),
+                    "largest_rise": float((smooth / smooth.cummin(0).values).max(0).values[run]),
+                })  # fmt: skip
+    return rows
+
+
+def validation_tasks() -> dict[str, tuple[MLPTask, list[int]]]:
+    """The tasks of configs/benchmark/validation.yaml, RUNS at once, and their step counts."""
+    config = parse(BenchmarkConfig, "configs/benchmark/validation.yaml")
+    marks = defaultdict(list)
+    tasks = {}
+    for entry in config.tasks:
+        label = entry.label.rsplit(" ", 1)[0]
+        marks[label].append(entry.steps)
+        tasks[label] = MLPTask(entry.task, load_images(entry.task.data), RUNS)
+    return {label: (task, marks[label]) for label, task in tasks.items()}
+
+
+def save(name: str, rows: list[dict], **facts) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULTS / f"{name}.csv", text.getvalue().encode())
+    write_atomic(RESULTS / f"{name}.json", json.dumps(provenance() | facts, indent=1).encode())
+
+
+def evaluate(name: str, seed: int, work: Path) -> None:
+    if name == "initial":
+        return save("initial-0", measure(make_rule("geodesic_rnn")))
+    if name == "scaled":
+        tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
+        score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
+        best = min(score, key=score.get)
+        return save("scaled-0", tried[best], scale=best, mean_log_mean_loss=score)
+    rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
+    # L2L's cost is out of proportion on the widest net, where it breaks within 200 steps
+    rows = measure(rule, skip=("cifar10 relu", 1000) if name == "l2l" else None)
+    return save(f"{name}-{seed}", rows, inner_steps=inner_steps(arm_config(name, seed, work)))
+
+
+def measure(rule: UpdateRule, scale: float = 1.0, skip: tuple | None = None) -> list[dict]:
+    rows = []
+    for label, (task, marks) in validation_tasks().items():
+        kept = [m for m in marks if (label, m) != skip]
+        rows += [{"task": label} | row for row in rollout(task, rule, kept, scale)]
+    return rows
+
+
+def long(weights: Path | None) -> None:
+    rule = load_rule(weights)
+    rows = []
+    for label, (task, _) in validation_tasks().items():
+        rows += [{"task": label} | row for row in rollout(task, rule, [1000, 5000, 10000])]
+        save("long", rows)
+
+
+def table() -> None:
+    """Mean over runs and seeds of final / mean loss; ± the spread of the seeds' means."""
+    cells: dict = defaultdict(lambda: defaultdict(list))
+    for path in sorted(RESULTS.glob("*-*.csv")):
+        arm = path.stem.rsplit("-", 1)[0]
+        rows = list(csv.DictReader(path.open()))
+        groups = defaultdict(list)
+        for row in rows:
+            groups[row["task"], int(row["steps"])].append(row)
+        for key, group in groups.items():
+            cells[key][arm].append(
+                [np.mean([float(r[k]) for r in group]) for k in ("final_train_loss", "mean_loss")]
+            )
+    names = {**{k: a.text for k, a in ARMS.items()}, **UNTRAINED}
+    arms = [a for a in names if any(a in row for row in cells.values())]
+    print("| task, steps | " + " | ".join(names[a] for a in arms) + " |")
+    print("|---" * (len(arms) + 1) + "|")
+    for (task, steps), row in cells.items():
+        texts = []
+        for arm in arms:
+            seeds = np.array(row[arm]) if arm in row else np.empty((0, 2))
+            spread = f" (±{seeds[:, 0].std(ddof=1):.2g})" if len(seeds) > 1 else ""
+            texts.append("{:.3g}{} / {:.3g}".format(seeds[:, 0].mean(), spread, seeds[:, 1].mean())
+                         if len(seeds) else "–")  # fmt: skip
+        print(f"| {task}, {steps} | " + " | ".join(texts) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["train", "evaluate", "long", "table"])
+    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="both")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "generalization")
+    parser.add_argument("--weights", type=Path, help="of `long`; by default the shipped ones")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command in ("train", "evaluate"):
+        {"train": train, "evaluate": evaluate}[args.command](args.arm, args.seed, args.work)
+    elif args.command == "long":
+        long(args.weights)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
