@@ -200,7 +200,7 @@ def table() -> None:
         for arm in arms:
             seeds = np.array(row[arm]) if arm in row else np.empty((0, 2))
             spread = f" (±{seeds[:, 0].std(ddof=1):.2g})" if len(seeds) > 1 else ""
-            texts.append("{:.3g}{} / {:.3g}".format(seeds[:, 0].mean(), spread, seeds[:, 1].mean())
+            texts.append(f"{seeds[:, 0].mean():.3g}{spread} / {seeds[:, 1].mean():.3g}"
                          if len(seeds) else "–")  # fmt: skip
         print(f"| {task}, {steps} | " + " | ".join(texts) + " |")
 

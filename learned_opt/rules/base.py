@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class Layout:
             hi = min(lo + CHUNK, ends[-1])
             spans = [
                 (i, max(a, lo), min(b, hi))
-                for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+                for i, (a, b) in enumerate(pairwise(ends))
                 if max(a, lo) < min(b, hi)
             ]
             chunks.append((lo, hi, spans))

@@ -59,7 +59,10 @@ class FamilyConfig:
 
 
 def sample_tasks(
-    family: FamilyConfig, key: tuple[object, ...], data_root: str | Path | None = None
+    family: FamilyConfig,
+    key: tuple[object, ...],
+    data_root: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> MLPTask:
     """The tasks of `key`: the same key gives the same tasks, on any machine."""
     rng = generator("family", *key)
@@ -89,4 +92,4 @@ def sample_tasks(
     noise = None
     if float(uniform(0, 1)) < family.noise_probability:
         noise = uniform(*family.input_noise, (n,))
-    return MLPTask(config, data, n, projections, labels, scales, noise)
+    return MLPTask(config, data, n, projections, labels, scales, noise, device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -73,6 +74,8 @@ class MLPTask(Task):
         labels: (tasks, classes), what each task calls each class.
         init_scales: (tasks,), multiplies the initial weights of each task.
         noise: (tasks,), standard deviation of Gaussian noise on the inputs of each minibatch.
+        device: of theta and of the data. Random numbers are drawn on the CPU, so that a key means
+            the same everywhere.
     """
 
     def __init__(
@@ -84,23 +87,25 @@ class MLPTask(Task):
         labels: Tensor | None = None,
         init_scales: Tensor | None = None,
         noise: Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        if config.train_size is not None:
-            n = config.train_size
-            data = replace(data, train_x=data.train_x[:n], train_y=data.train_y[:n])
-        self.config, self.num_tasks, self._data = config, num_tasks, data
+        n = config.train_size
+        tensors = (data.train_x[:n], data.train_y[:n], data.test_x, data.test_y)
+        moved = (t.to(device) for t in tensors)
+        self._train_x, self._train_y, self._test_x, self._test_y = moved
+        self.config, self.num_tasks, self.device = config, num_tasks, device
         self._activation = ACTIVATIONS[config.activation]
-        self._projections, self._labels, self._noise = projections, labels, noise
+        self._projections, self._labels, self._noise = (
+            t if t is None else t.to(device) for t in (projections, labels, noise)
+        )
         self._init_scales = torch.ones(self.lead) if init_scales is None else init_scales
         inputs = data.train_x.shape[1] if projections is None else projections.shape[-1]
         sizes = (inputs, *config.hidden, data.num_classes)
         self.name = config.name or "{} {} {}".format(
             data.name, "-".join(map(str, sizes)), config.activation
         )
-        self.shapes = tuple(
-            shape for i, o in zip(sizes, sizes[1:], strict=False) for shape in ((o, i), (o,))
-        )
-        self._train = self._view(data.train_x, data.train_y)
+        self.shapes = tuple(shape for i, o in pairwise(sizes) for shape in ((o, i), (o,)))
+        self._train = self._view(self._train_x, self._train_y)
 
     def _view(self, x: Tensor, y: Tensor) -> Batch:
         """Images and labels as the tasks see them: (n, …), or (tasks, n, …) where they differ."""
@@ -131,20 +136,20 @@ class MLPTask(Task):
             if len(shape) > 1:
                 part *= self._init_scales.reshape(*self.lead, 1, 1) * self.config.init_scale
             parts.append(part.flatten(len(self.lead)))
-        return torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1).to(self.device)
 
     def batch(self, seed: int, step: int) -> Batch:
         size, rng = (*self.lead, self.config.batch_size), generator("batch", seed, step)
-        x, y = self._take(torch.randint(len(self._data.train_y), size, generator=rng))
+        index = torch.randint(len(self._train_y), size, generator=rng)
+        x, y = self._take(index.to(self.device))
         if self._noise is not None:
             scale = self._noise.reshape(*self.lead, 1, 1)
-            x = x + scale * torch.randn(x.shape, generator=rng)
+            x = x + scale * torch.randn(x.shape, generator=rng).to(self.device)
         return x, y
 
     def fixed_batch(self, size: int | None = None) -> Batch:
-        n = len(self._data.train_y)
-        index = torch.randperm(n, generator=generator("fixed"))[:size]
-        return self._take(index.expand(*self.lead, -1))
+        index = torch.randperm(len(self._train_y), generator=generator("fixed"))[:size]
+        return self._take(index.to(self.device).expand(*self.lead, -1))
 
     def logits(self, theta: Tensor | Sequence[Tensor], x: Tensor) -> Tensor:
         tensors = self.unflatten(theta) if isinstance(theta, Tensor) else list(theta)
@@ -162,12 +167,12 @@ class MLPTask(Task):
     def evaluate(self, theta: Tensor, chunk: int = 4096) -> dict[str, Tensor]:
         """Full-data losses and accuracy. With many tasks the images go through in chunks."""
         with torch.no_grad():
-            train, _ = self._score(theta, self._data.train_x, self._data.train_y, chunk)
-            test, hits = self._score(theta, self._data.test_x, self._data.test_y, chunk)
+            train, _ = self._score(theta, self._train_x, self._train_y, chunk)
+            test, hits = self._score(theta, self._test_x, self._test_y, chunk)
         return {"train_loss": train, "test_loss": test, "test_accuracy": hits}
 
     def _score(self, theta: Tensor, x: Tensor, y: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        total, hits = torch.zeros(self.lead), torch.zeros(self.lead)
+        total, hits = theta.new_zeros(self.lead), theta.new_zeros(self.lead)
         for cx, cy in zip(x.split(chunk), y.split(chunk), strict=True):
             vx, vy = self._view(cx, cy)
             log_p = self.logits(theta, vx).log_softmax(-1)

@@ -48,7 +48,7 @@ class MetaTraining(L.LightningModule):
         }
 
     def tasks(self, family: FamilyConfig, *key: object) -> MLPTask:
-        return sample_tasks(family, key, self.config.geodesics.data_root)
+        return sample_tasks(family, key, self.config.geodesics.data_root, self.device)
 
     def training_step(self, item: dict) -> Tensor:
         loss = getattr(self, "_" + item["objective"])(item)

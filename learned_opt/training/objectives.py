@@ -1,6 +1,6 @@
 """What a rule is trained on: geodesic imitation, and the loss of its own runs.
 
-Both roll the rule out without a graph and replay its network once (learned_opt.training.replay).
+Both roll the rule out without a graph and replay its network once, see replay.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def imitation_loss(
 ) -> Tensor:
     """Regression of the rule's updates onto steps along a geodesic.
 
-    The mean over steps and tensors, weighed by their size, of the pseudo-Huber loss β²(√(1 + e²/β²) − 1), where e is the
-    RMS over the tensor of u − target, in units of σ, that of the path's step.
+    The mean over steps and tensors, weighed by their size, of the pseudo-Huber loss
+    β²(√(1 + e²/β²) − 1), where e is the RMS over the tensor of u − target, in units of that of
+    the path's step.
 
     Off policy θ follows the path itself and the target is the path's next step. On policy the
     rule drives; its progress τ is the nearest point of the path ahead, and the target is the
@@ -53,10 +54,10 @@ def imitation_loss(
         key: of the randomness.
     """
     steps = points.shape[1] - 1
-    theta, tasks = points[:, 0], torch.arange(len(points))
+    theta, tasks = points[:, 0], torch.arange(len(points), device=points.device)
     state = rule.init_state(theta, task.shapes)
     replay = start_replay(rule, state, coordinates, *key)
-    progress = torch.zeros(len(points))
+    progress = points.new_zeros(len(points))
     targets, scales, masks = [], [], []
     with torch.no_grad():
         for step in range(steps):
@@ -79,7 +80,8 @@ def imitation_loss(
                 theta = theta + ahead
                 progress = (progress + 1).minimum(lengths.float())
     error = replay.squared_error(targets) / torch.stack(scales).clamp(min=1e-20)
-    mask = torch.stack(masks) * torch.tensor(state.layout.sizes).repeat(len(points))
+    sizes = points.new_tensor(state.layout.sizes)
+    mask = torch.stack(masks) * sizes.repeat(len(points))
     loss = HUBER**2 * ((1 + torch.where(mask > 0, error, 0) / HUBER**2).sqrt() - 1)
     return (mask * loss).sum() / mask.sum().clamp(min=1)
 
@@ -88,8 +90,10 @@ def nearest(theta: Tensor, points: Tensor, progress: Tensor) -> Tensor:
     """Where along `points` (tasks, steps + 1, d) theta (tasks, d) is, in steps, (tasks,): the
     nearest point of the next AHEAD segments, at least MIN_PROGRESS further than `progress`."""
     last = points.shape[1] - 2
-    segments = (progress.long()[:, None] + torch.arange(AHEAD)).clamp(max=last)
-    tasks = torch.arange(len(points))[:, None]
+    segments = (progress.long()[:, None] + torch.arange(AHEAD, device=points.device)).clamp(
+        max=last
+    )
+    tasks = torch.arange(len(points), device=points.device)[:, None]
     start, end = points[tasks, segments], points[tasks, segments + 1]
     along, to = end - start, theta[:, None] - start
     share = (to * along).sum(-1) / along.square().sum(-1).clamp(min=1e-30)

@@ -86,7 +86,7 @@ class SampledReplay(Replay):
 
     def _per_tensor(self, x: Tensor) -> Tensor:
         total = x.new_zeros(len(x), self.tensors)
-        return total.index_add(1, self.tensor_of, x) / self.share
+        return total.index_add(1, self.tensor_of.to(x.device), x) / self.share
 
     def inner(self, y: Sequence[Tensor]) -> Tensor:
         y = torch.stack([v.flatten()[self.index] for v in y])

@@ -12,7 +12,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules import State, UpdateRule, make_rule
 from learned_opt.rules.base import CHUNK
 from learned_opt.rules.cell import LSTMCell
-from learned_opt.rules.geodesic_rnn import MIN_SIZE, MAX_STEP, STEP
+from learned_opt.rules.geodesic_rnn import MAX_STEP, MIN_SIZE, STEP
 
 SHAPES = ((6, 5), (6,), ())
 D = 37
