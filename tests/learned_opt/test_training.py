@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -226,7 +227,9 @@ def test_imitation_on_policy_has_its_closed_form_on_a_straight_path() -> None:
         for w, v in zip(task.unflatten(aside[0]), task.unflatten(step[0]), strict=True)
     ]
     wrong = torch.stack(drifts) * (1 + PULL * torch.arange(steps))[:, None]
-    assert loss(step + aside) == pytest.approx(pseudo_huber(wrong).mean().item())
+    weights = torch.tensor([math.prod(s) for s in task.shapes]) / task.dim
+    expected = (pseudo_huber(wrong) * weights).sum(-1).mean()
+    assert loss(step + aside) == pytest.approx(expected.item())
 
 
 def test_nearest_on_a_straight_path() -> None:
