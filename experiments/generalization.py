@@ -7,11 +7,10 @@ come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
     python experiments/generalization.py train --arm both --seed 0
     python experiments/generalization.py evaluate --arm both --seed 0
     python experiments/generalization.py long
-    python experiments/generalization.py table
 
 `train` leaves weights under --work, with the data set that all arms share; `evaluate` writes
 results/generalization/<arm>-<seed>.csv, a row per task and run; `long` runs the shipped weights
-for 10,000 steps; `table` prints Markdown from the committed files.
+for 10,000 steps. experiments/readme.py makes the table and the picture of them.
 """
 
 from __future__ import annotations
@@ -178,36 +177,9 @@ def long(weights: Path | None) -> None:
         save("long", rows)
 
 
-def table() -> None:
-    """Mean over runs and seeds of final / mean loss; ± the spread of the seeds' means."""
-    cells: dict = defaultdict(lambda: defaultdict(list))
-    for path in sorted(RESULTS.glob("*-*.csv")):
-        arm = path.stem.rsplit("-", 1)[0]
-        rows = list(csv.DictReader(path.open()))
-        groups = defaultdict(list)
-        for row in rows:
-            groups[row["task"], int(row["steps"])].append(row)
-        for key, group in groups.items():
-            cells[key][arm].append(
-                [np.mean([float(r[k]) for r in group]) for k in ("final_train_loss", "mean_loss")]
-            )
-    names = {**{k: a.text for k, a in ARMS.items()}, **UNTRAINED}
-    arms = [a for a in names if any(a in row for row in cells.values())]
-    print("| task, steps | " + " | ".join(names[a] for a in arms) + " |")
-    print("|---" * (len(arms) + 1) + "|")
-    for (task, steps), row in cells.items():
-        texts = []
-        for arm in arms:
-            seeds = np.array(row[arm]) if arm in row else np.empty((0, 2))
-            spread = f" (±{seeds[:, 0].std(ddof=1):.2g})" if len(seeds) > 1 else ""
-            texts.append(f"{seeds[:, 0].mean():.3g}{spread} / {seeds[:, 1].mean():.3g}"
-                         if len(seeds) else "–")  # fmt: skip
-        print(f"| {task}, {steps} | " + " | ".join(texts) + " |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["train", "evaluate", "long", "table"])
+    parser.add_argument("command", choices=["train", "evaluate", "long"])
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "generalization")
@@ -216,10 +188,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.command in ("train", "evaluate"):
         {"train": train, "evaluate": evaluate}[args.command](args.arm, args.seed, args.work)
-    elif args.command == "long":
-        long(args.weights)
     else:
-        table()
+        long(args.weights)
 
 
 if __name__ == "__main__":

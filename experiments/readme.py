@@ -1,0 +1,194 @@
+"""Writes the tables and the picture of README.md from the committed results.
+
+python experiments/readme.py           # rewrites README.md and docs/validation.png
+python experiments/readme.py --check   # exit code 1 if README.md is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from feasibility import table as feasibility_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+PICTURE = ROOT / "docs" / "validation.png"
+ARMS = {  # files of results/generalization: what README calls them
+    "both": "**shipped recipe**",
+    "meta_loss": "meta-loss alone",
+    "imitation": "imitation alone",
+    "l2l": "L2L LSTM",
+    "initial": "untrained rule",
+    "scaled": "untrained, step tuned",
+}
+BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
+METRICS = ("final_train_loss", "mean_loss")
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = {"both": "#D55E00", "meta_loss": "#0072B2", "imitation": "#009E73", "l2l": "#CC79A7"}
+
+Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def load() -> Cells:
+    """Means over runs, for each training seed where a rule was trained from several."""
+    groups: dict = defaultdict(list)
+    for row in read(RESULTS / "validation" / "results.csv"):
+        if row["entrant"] in BASELINES:
+            key = (row["task"].rsplit(" ", 1)[0], row["steps"])
+            groups[key, row["entrant"], ""].append([float(row[m]) for m in METRICS])
+    for path in sorted((RESULTS / "generalization").glob("*-[0-9].csv")):
+        arm, seed = path.stem.rsplit("-", 1)
+        for row in read(path):
+            groups[(row["task"], row["steps"]), arm, seed].append([float(row[m]) for m in METRICS])
+    cells: dict = defaultdict(lambda: defaultdict(list))
+    for (key, entrant, _), values in groups.items():
+        cells[key][entrant].append(np.mean(values, axis=0))
+    return {k: {e: np.array(v) for e, v in row.items()} for k, row in cells.items()}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results(cells: Cells) -> str:
+    entrants = {b: b for b in BASELINES} | ARMS
+    entrants = {e: t for e, t in entrants.items() if any(e in row for row in cells.values())}
+    rows = []
+    for (task, steps), row in cells.items():
+        line = [f"{task}, {steps}"]
+        for entrant in entrants:
+            seeds = row.get(entrant)
+            if seeds is None:
+                line.append("–")
+                continue
+            final, mean = seeds.mean(0)
+            spread = f" ± {seeds[:, 0].std(ddof=1):.1g}" if len(seeds) > 1 else ""
+            line.append(f"{final:.3g}{spread} / {mean:.3g}")
+        rows.append(line)
+    seeds = max(len(row["both"]) for row in cells.values())
+    return (
+        f"Final loss on all training data / mean loss over the run; mean of 5 runs, for trained "
+        f"rules of {seeds} training seeds, ± their standard deviation.\n\n"
+        + markdown(["task, steps", *entrants.values()], rows)
+        + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
+        + long_runs()
+    )
+
+
+def long_runs() -> str:
+    rows = read(RESULTS / "generalization" / "long.csv")
+    groups: dict = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["steps"]].append(row)
+    lines = []
+    for (task, steps), group in groups.items():
+        final = [float(r["final_train_loss"]) for r in group]
+        rise = max(float(r["largest_rise"]) for r in group)
+        bad = sum(not np.isfinite(f) for f in final)
+        lines.append(
+            [task, steps, f"{np.mean(final):.2g}", f"{rise:.2g}", f"{bad} of {len(final)}"]
+        )
+    return (
+        "Long runs of the shipped weights, far past the longest they were trained on. The rise is "
+        "that of the loss, smoothed over 100 steps, above its running minimum, as a factor.\n\n"
+        + markdown(["task", "steps", "final loss", "largest rise", "diverged"], lines)
+    )
+
+
+def picture(cells: Cells) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for metric, (axis, title) in enumerate(
+        zip(axes, ("final training loss", "mean loss over the run"), strict=True)
+    ):
+        for i, row in enumerate(cells.values()):
+            base = row["Adam (tuned)"][0, metric]
+            for arm, colour in COLOURS.items():
+                if arm in row:
+                    ratios = row[arm][:, metric] / base
+                    axis.plot(ratios, [i] * len(ratios), "o", color=colour, alpha=0.45, ms=4, mew=0)
+                    name = ARMS[arm].strip("*") if i == 0 else None
+                    axis.plot(ratios.mean(), i, "o", color=colour, ms=8, label=name)
+            ratio = row["SGD momentum (tuned)"][0, metric] / base
+            label = "SGD momentum (tuned)" if i == 0 else None
+            axis.plot(ratio, i, "|", color="0.4", ms=14, mew=2, label=label)
+        axis.axvline(1, color="0.2", lw=1)
+        axis.set(xscale="log", xlabel=f"{title}, relative to tuned Adam (less is better)")
+        axis.grid(axis="x", color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(cells)), [f"{task}, {steps} steps" for task, steps in cells])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  frameon=False)  # fmt: skip
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
+
+
+def throughput() -> str:
+    lines = [
+        [
+            row["optimizer"],
+            f"{int(row['parameters']):,}",
+            row["tensors"],
+            f"{float(row['ms']):.3g}",
+            f"{float(row['ratio_to_adam_foreach']):.2g}",
+            f"{float(row['state_bytes_per_parameter']):.0f}",
+        ]
+        for row in read(RESULTS / "throughput.csv")
+        if int(row["parameters"]) == 1_000_000
+    ]
+    header = [
+        "optimizer",
+        "parameters",
+        "tensors",
+        "ms",
+        "× Adam foreach",
+        "state, bytes/parameter",
+    ]
+    return markdown(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    cells = load()
+    readme = ROOT / "README.md"
+    before = text = readme.read_text()
+    blocks = {
+        "results": results(cells),
+        "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
+        "throughput": throughput(),
+    }
+    for name, block in blocks.items():
+        text = re.sub(
+            rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
+            lambda match, block=block: f"{match[1]}{block}\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    if check:
+        sys.exit("README.md is not what the results give; run experiments/readme.py"
+                 if text != before else 0)  # fmt: skip
+    readme.write_text(text)
+    picture(cells)
+
+
+if __name__ == "__main__":
+    main()
