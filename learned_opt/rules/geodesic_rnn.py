@@ -12,7 +12,7 @@ from learned_opt.rules.cell import LSTMCell
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
 BETA_V = 0.99  # second moment
 EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
-MIN_SIZE = 0.03  # in place of a smaller RMS: tensors that start at zero, and very wide ones
+MIN_SIZE = 0.03  # least size of a tensor, for biases that start at zero; of wide matrices less
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
@@ -28,9 +28,10 @@ class GeodesicRNN(UpdateRule):
 
     m̂_k: the gradient and its bias-corrected averages at β = .5, .9, .99; r = √v̂ at β = .99,
     r̄ its RMS over the tensor: c mixes as Adam does, d as SGD with momentum does, free of the
-    loss's scale. ρ = max(RMS(θ), 0.03) is the tensor's size. An LSTM emits c, d and o,
-    a = 0.1 e^o, softly limited to move no tensor by more than its size; its output layer starts
-    at zero, with a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
+    loss's scale. ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than
+    370 inputs, the RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o,
+    softly limited to move no tensor by more than its size; its output layer starts at zero, with
+    a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
 
     Args:
         hidden: LSTM units.
@@ -123,13 +124,14 @@ class GeodesicRNN(UpdateRule):
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
         matrix = rms.new_tensor([len(s) > 1 for s in state.layout.shapes])
         fan_in = rms.new_tensor([s[1:].numel() for s in map(torch.Size, state.layout.shapes)])
-        size = rms_p.clamp(min=MIN_SIZE)
+        floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
+        size = torch.maximum(rms_p, floor)
         clock = torch.full_like(rms_p, min(step, LONGEST)).log()
         inputs = [
             *safe.log().clamp(min=-5).unbind(-1),
             *(cosine[..., i, j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))),
             (r_bar / peak).log() / 3,
-            (size / start.clamp(min=MIN_SIZE)).log(),
+            (size / torch.maximum(start, floor)).log(),
             size.log() / 3 + 1,
             clock / 5 - 1,
             (clock / 2 - 1).tanh(),

@@ -27,6 +27,9 @@ class FamilyConfig:
         input_sizes: with `projection_probability` the images go through a random linear map
             to one of these sizes, scaled to keep the pixels' mean square.
         log10_init_scale: initial weights are multiplied by 10^U(low, high).
+        log10_input_scale: inputs are multiplied by 10^U(low, high), one number a task: curvature
+            goes with its square and with the number of inputs, so that large scales stand in for
+            inputs wider than can be trained on.
         input_noise: with `noise_probability` every minibatch's inputs get fresh Gaussian noise
             of a standard deviation U(low, high) (the data's is 1): no network can learn such
             tasks by heart, so gradients stay noisy as they do on data sets larger than digits.
@@ -41,11 +44,18 @@ class FamilyConfig:
     input_sizes: tuple[int, ...] = (16, 64, 128, 512)
     projection_probability: float = 0.7
     log10_init_scale: tuple[float, float] = (-0.2, 0.2)
+    log10_input_scale: tuple[float, float] = (0.0, 0.0)
     input_noise: tuple[float, float] = (0.2, 1.0)
     noise_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_layers", "width", "log10_init_scale", "input_noise"):
+        for name in (
+            "hidden_layers",
+            "width",
+            "log10_init_scale",
+            "log10_input_scale",
+            "input_noise",
+        ):
             low, high = getattr(self, name)
             if low > high:
                 raise ConfigError(f"{name}=({low}, {high}): give the lower bound first")
@@ -92,4 +102,8 @@ def sample_tasks(
     noise = None
     if float(uniform(0, 1)) < family.noise_probability:
         noise = uniform(*family.input_noise, (n,))
+    if any(family.log10_input_scale):
+        if projections is None:
+            projections = torch.eye(pixels).expand(n, -1, -1)
+        projections = projections * 10 ** uniform(*family.log10_input_scale, (n, 1, 1))
     return MLPTask(config, data, n, projections, labels, scales, noise, device)

@@ -1,0 +1,59 @@
+"""README.md does what it says: its Python runs, its commands parse, its figures are the results'."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from learned_opt.cli import main
+from learned_opt.weights import DEFAULT
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = Path("runs/mine/weights.safetensors")
+    mine.parent.mkdir(parents=True)
+    shutil.copy(DEFAULT, mine)
+    start, end = torch.tensor([-1.5, 0.1]), torch.tensor([1.5, 0.0])
+    names = {
+        "loss_fn": lambda x: (-x.square().sum() / 2).exp(),
+        "theta_a": start.double(),
+        "theta_b": end.double(),
+    }
+    for block in blocks("python"):
+        exec(block, names)  # the README's own
+    assert names["result"].certified and names["result"].normalized_length > 1
+    assert len(names["optimizer"].param_groups) == 1
+
+
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = re.findall(r"^learned-opt (.*)$", README, re.MULTILINE)
+    assert {c.split()[0] for c in commands} == {"geodesics", "train", "benchmark"}
+    threads = torch.get_num_threads()
+    for number, command in enumerate(commands):
+        words = command.partition("#")[0].split()
+        words[words.index("--output") + 1] += str(number)
+        main([*words, "--smoke"])
+    torch.set_num_threads(threads)
+    assert (tmp_path / "runs" / "benchmark2" / "report.html").exists()
+
+
+def test_the_figures_are_those_of_the_committed_results() -> None:
+    check = [sys.executable, str(ROOT / "experiments" / "readme.py"), "--check"]
+    process = subprocess.run(check, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stdout + process.stderr
