@@ -79,18 +79,18 @@ class TrainConfig:
     rule_config: dict[str, Any] = field(default_factory=dict)
     geodesics: GeodesicsConfig = field(default_factory=GeodesicsConfig)
     dataset: str | None = None
-    objectives: tuple[str, ...] = ("imitation", "meta_loss", "meta_loss", "meta_loss", "meta_loss")
-    updates: int = 2000
-    epoch_length: int = 50
+    objectives: tuple[str, ...] = ("imitation", "meta_loss", "meta_loss")
+    updates: int = 900
+    epoch_length: int = 60
     learning_rate: float = 3e-3
     clip: float = 1.0
     coordinates: int = 2400
     teacher_share: tuple[float, float] = (1.0, 0.3)
-    imitation_weight: float = 1.0
+    imitation_weight: float = 0.15
     window: int = 20
-    horizon: tuple[int, int] = (20, 1600)
+    horizon: tuple[int, int] = (20, 800)
     open_runs: int = 5
-    loss_floor: float = 0.001
+    loss_floor: float = 0.003
     family: FamilyConfig | None = None
     validation_steps: int = 200
     seed: int = 0

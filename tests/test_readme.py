@@ -1,4 +1,4 @@
-"""README.md does what it says: its Python runs, its commands parse, its figures are the results'."""
+"""README.md does what it says: its Python and commands run, its figures are the results'."""
 
 from __future__ import annotations
 
