@@ -29,7 +29,7 @@ class LearnedOptimizer(Optimizer):
         weights: a weights file of `learned-opt train`, or a rule; by default the shipped one.
 
     State of a parameter p, in float32: "step"; per coordinate the rule's averages, of shape
-    (*p.shape, features); per tensor a few small vectors. The shipped rule keeps 16 bytes per
+    (*p.shape, features); per tensor a few small vectors. The shipped rule keeps 20 bytes per
     parameter (Adam: 8).
 
     Raises:

@@ -41,8 +41,8 @@ def untrained() -> UpdateRule:
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Small and large ones, one transposed, one 0-dim, one empty."""
     rng = torch.Generator().manual_seed(0)
-    shapes = ((150, 120), (150,), (10, 150), (10,), (), (0, 3))
-    assert 150 * 120 > CHUNK
+    shapes = ((250, 140), (150,), (10, 150), (10,), (), (0, 3))
+    assert 250 * 140 > CHUNK
     params = [torch.randn(s, generator=rng).to(dtype) for s in shapes]
     params.append(torch.randn(4, 3, generator=rng).to(dtype).t())
     return [p.requires_grad_() for p in params]
@@ -253,8 +253,8 @@ def test_autocast_does_not_reach_inside(rule: UpdateRule) -> None:
 
 def test_the_state_has_the_documented_size() -> None:
     for name, config, size in (
-        ("geodesic_rnn", {}, 16),
-        ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}, 16 + 8 * 2),
+        ("geodesic_rnn", {}, 20),
+        ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}, 20 + 8 * 2),
         ("coordinatewise_lstm", {}, 320),
     ):
         p = torch.ones(5, 40, requires_grad=True)
