@@ -154,6 +154,11 @@ class PathDataset:
             if fault is not None:
                 raise self._error(index, fault)
 
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was called: the manifest records all shards."""
+        return self._records is not None
+
     def missing(self) -> list[int]:
         """The shards to write: those never written, half written, or damaged since."""
         return [index for index in range(len(self)) if self._written(index) is None]

@@ -178,7 +178,10 @@ def write_dataset(
     """
     dataset = PathDataset.create(folder, header | {"targets": asdict(config)}, num_shards)
     rank, world = share
-    for index in progress([i for i in dataset.missing() if i % world == rank]):
+    missing = dataset.missing()
+    if not missing and dataset.finished:
+        return dataset
+    for index in progress([i for i in missing if i % world == rank]):
         dataset.write_shard(index, *solve_problem(problems(index), config))
     if not dataset.missing():
         dataset.finish()
