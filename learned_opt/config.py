@@ -63,7 +63,8 @@ class TrainConfig:
         coordinates: coordinates that a meta-update learns from.
         teacher_share: share of imitation sequences driven by the teacher, at the start and
             at the end; (1, 1) is off policy throughout.
-        imitation_weight: multiplies the imitation loss, before its gradient is clipped.
+        imitation_weight: multiplies the imitation loss before its gradient is clipped, at the
+            start and at the end: most weight to what is robust first, to what is fast later.
         window: updates per meta_loss window; states are carried from one to the next.
         horizon: least and most steps of a meta_loss run, log-uniform.
         open_runs: meta_loss runs under way at once, so that long ones do not crowd out others.
@@ -86,7 +87,7 @@ class TrainConfig:
     clip: float = 1.0
     coordinates: int = 2400
     teacher_share: tuple[float, float] = (1.0, 0.3)
-    imitation_weight: float = 0.15
+    imitation_weight: tuple[float, float] = (0.15, 0.02)
     window: int = 20
     horizon: tuple[int, int] = (20, 800)
     open_runs: int = 5

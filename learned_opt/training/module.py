@@ -56,13 +56,13 @@ class MetaTraining(L.LightningModule):
         return loss
 
     def _imitation(self, item: dict) -> Tensor:
-        first, last = self.config.teacher_share
-        share = first + (last - first) * min(1.0, 2 * item["number"] / self.config.updates)
+        done = item["number"] / self.config.updates
+        share = _between(self.config.teacher_share, min(1.0, 2 * done))
         key = (self.config.seed, self.global_rank, item["number"])
         draw = float(torch.rand((), generator=generator("driver", *key)))
         geodesics = self.config.geodesics
         task = self.tasks(geodesics.family, "train", geodesics.seed, item["shard"])
-        return self.config.imitation_weight * imitation_loss(
+        return _between(self.config.imitation_weight, done) * imitation_loss(
             self.rule, task, item["points"], item["lengths"], self.config.coordinates,
             student_drives=draw >= share, key=key,
         )  # fmt: skip
@@ -111,6 +111,10 @@ class MetaTraining(L.LightningModule):
                 f"{self.trainer.world_size}; resume with the same devices and num_nodes"
             )
         self.runs = [packed and _unpack(packed) for packed in ranks[self.global_rank]]
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * share
 
 
 def _pack(run: OpenRun) -> dict:
