@@ -41,7 +41,7 @@ from learned_opt.weights import load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
 RUNS = 5  # inits and minibatch streams of every task, side by side
-SCALES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # of the untrained rule's step
+SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ class TrainConfig:
         family: tasks of meta_loss runs; by default those of `geodesics`.
         validation_steps: length of the validation runs.
         seed: of everything random but the data set.
-        accelerator, devices, num_nodes, strategy, precision: passed to Lightning's Trainer.
+        accelerator: Lightning's, as are the next four: "cpu", "gpu", "auto".
+        devices: processes or GPUs per node.
+        num_nodes: machines.
+        strategy: "ddp" for several devices.
+        precision: "32-true", "bf16-mixed", …
         logger: "csv" or "wandb".
     """
 
@@ -105,6 +109,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.objectives or set(self.objectives) - set(OBJECTIVES):
             raise ConfigError(f"objectives={self.objectives}; use some of {OBJECTIVES}")
+        for name in ("updates", "epoch_length", "coordinates", "window", "open_runs",
+                     "validation_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use at least 1")
+        if min(self.learning_rate, self.clip, self.loss_floor) <= 0:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate}, clip={self.clip} and "
+                f"loss_floor={self.loss_floor} must be positive"
+            )
+        if not all(0 <= share <= 1 for share in self.teacher_share):
+            raise ConfigError(f"teacher_share is {self.teacher_share}; use two shares in [0, 1]")
         if self.updates % self.epoch_length:
             raise ConfigError(
                 f"updates={self.updates} is not a multiple of epoch_length={self.epoch_length}"

@@ -99,7 +99,8 @@ class BenchmarkConfig:
         entrants: the optimizers.
         reporting_seeds: seeds of the runs that are reported, or how many.
         tuning_seeds: seeds on which learning rates are chosen, or how many; never reported.
-        learning_rate_min, learning_rate_max: ends of the half-decade grid 10^(k/2).
+        learning_rate_min: lower end of the half-decade grid 10^(k/2).
+        learning_rate_max: its upper end.
         max_grid_extensions: half-decades by which the grid may grow, one at a time, while the
             best learning rate is at an end of it.
         data_root: folder of data sets; by default $LEARNED_OPT_DATA.

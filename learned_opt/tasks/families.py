@@ -23,16 +23,19 @@ class FamilyConfig:
         num_tasks: tasks per draw; they differ in init, input map and what labels are called.
         hidden_layers: least and most hidden layers.
         width: least and most units of a hidden layer, log-uniform.
-        activations, batch_sizes: one of these, uniformly.
-        input_sizes: with `projection_probability` the images go through a random linear map
-            to one of these sizes, scaled to keep the pixels' mean square.
+        activations: one of these, uniformly.
+        batch_sizes: one of these, uniformly.
+        input_sizes: to one of these sizes a random linear map takes the images, scaled to keep
+            the pixels' mean square.
+        projection_probability: share of draws with such a map.
         log10_init_scale: initial weights are multiplied by 10^U(low, high).
         log10_input_scale: inputs are multiplied by 10^U(low, high), one number a task: curvature
             goes with its square and with the number of inputs, so that large scales stand in for
             inputs wider than can be trained on.
-        input_noise: with `noise_probability` every minibatch's inputs get fresh Gaussian noise
-            of a standard deviation U(low, high) (the data's is 1): no network can learn such
-            tasks by heart, so gradients stay noisy as they do on data sets larger than digits.
+        input_noise: every minibatch's inputs get fresh Gaussian noise of a standard deviation
+            U(low, high) (the data's is 1): no network can learn such tasks by heart, so gradients
+            stay noisy as they do on data sets larger than digits.
+        noise_probability: share of draws with such noise.
     """
 
     data: str = "digits"
@@ -61,8 +64,20 @@ class FamilyConfig:
                 raise ConfigError(f"{name}=({low}, {high}): give the lower bound first")
         if unknown := set(self.activations) - set(ACTIVATIONS):
             raise ConfigError(f"activations={sorted(unknown)}; use some of {list(ACTIVATIONS)}")
-        if self.num_tasks < 1:
-            raise ConfigError(f"num_tasks is {self.num_tasks}; use at least 1")
+        sizes = {
+            "num_tasks": (self.num_tasks,),
+            "width": self.width,
+            "batch_sizes": self.batch_sizes,
+            "input_sizes": self.input_sizes,
+        }
+        for name, values in sizes.items():
+            if not values or min(values) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; use at least 1")
+        if self.hidden_layers[0] < 0 or self.input_noise[0] < 0 or not self.activations:
+            raise ConfigError(
+                f"hidden_layers={self.hidden_layers} and input_noise={self.input_noise} must not "
+                f"be negative, activations={self.activations} not be empty"
+            )
         for name in ("projection_probability", "noise_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 0 to 1")
