@@ -36,10 +36,11 @@ from learned_opt.outputs import provenance, write_atomic
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask
-from learned_opt.weights import load_rule
+from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
+FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
 RUNS = 5  # inits and minibatch streams of every task, side by side
 SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
@@ -113,7 +114,8 @@ def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.
         if step in marks:
             found = task.evaluate(theta)
             mean, curve = torch.stack(losses).mean(0), torch.stack(losses)
-            smooth = curve.unfold(0, min(100, step), min(100, step)).mean(-1)
+            smooth = curve.unfold(0, min(100, step), min(100, step)).mean(-1) + FLOOR
+            rise = (smooth / smooth.cummin(0).values).max(0).values
             for run in range(RUNS):
                 rows.append({
                     "steps": step,
@@ -121,7 +123,7 @@ def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.
                     "final_train_loss": float(found["train_loss"][run]),
                     "mean_loss": float(mean[run]),
                     "test_accuracy": float(found["test_accuracy"][run]),
-                    "largest_rise": float((smooth / smooth.cummin(0).values).max(0).values[run]),
+                    "largest_rise": float(rise[run]),
                 })  # fmt: skip
     return rows
 
@@ -160,7 +162,11 @@ def evaluate(name: str, seed: int, work: Path) -> None:
     # L2L's cost is out of proportion on the larger nets: the short runs have to do there
     skip = {("mnist relu", 1000), ("cifar10 relu", 1000)} if name == "l2l" else set()
     rows = measure(rule, skip=skip)
-    return save(f"{name}-{seed}", rows, inner_steps=inner_steps(arm_config(name, seed, work)))
+    facts = {
+        "inner_steps": inner_steps(arm_config(name, seed, work)),
+        "weights": digest(rule.name, rule.config, rule.state_dict()),
+    }
+    return save(f"{name}-{seed}", rows, **facts)
 
 
 def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list[dict]:
@@ -176,7 +182,7 @@ def long(weights: Path | None) -> None:
     rows = []
     for label, (task, _) in validation_tasks().items():
         rows += [{"task": label} | row for row in rollout(task, rule, [1000, 5000, 10000])]
-        save("long", rows)
+        save("long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
 
 
 def main() -> None:

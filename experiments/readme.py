@@ -77,14 +77,21 @@ def results(cells: Cells) -> str:
             spread = f" ± {seeds[:, 0].std(ddof=1):.1g}" if len(seeds) > 1 else ""
             line.append(f"{final:.3g}{spread} / {mean:.3g}")
         rows.append(line)
-    seeds = max(len(row["both"]) for row in cells.values())
     return (
-        f"Final loss on all training data / mean loss over the run; mean of 5 runs, for trained "
-        f"rules of {seeds} training seeds, ± their standard deviation.\n\n"
+        "Final loss on all training data / mean loss over the run, mean of 5 runs. Trained rules: "
+        "mean over training seeds (" + seeds_text(cells) + "), ± the standard deviation of their "
+        "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
+        "tuned for the mean loss, on the very runs reported.\n\n"
         + markdown(["task, steps", *entrants.values()], rows)
         + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
         + long_runs()
     )
+
+
+def seeds_text(cells: Cells) -> str:
+    """How many training seeds each arm has."""
+    counts = {a: max(len(row.get(a, ())) for row in cells.values()) for a in COLOURS}
+    return ", ".join(f"{ARMS[a].strip('*')} {n}" for a, n in counts.items() if n)
 
 
 def long_runs() -> str:
@@ -95,15 +102,15 @@ def long_runs() -> str:
     lines = []
     for (task, steps), group in groups.items():
         final = [float(r["final_train_loss"]) for r in group]
-        rise = max(float(r["largest_rise"]) for r in group)
+        rise = np.max([float(r["largest_rise"]) for r in group])
         bad = sum(not np.isfinite(f) for f in final)
         lines.append(
             [task, steps, f"{np.mean(final):.2g}", f"{rise:.2g}", f"{bad} of {len(final)}"]
         )
     return (
         "Long runs of the shipped weights, far past the longest they were trained on. The rise is "
-        "that of the loss, smoothed over 100 steps, above its running minimum, as a factor.\n\n"
-        + markdown(["task", "steps", "final loss", "largest rise", "diverged"], lines)
+        "that of the loss, smoothed over 100 steps, plus .001, above its running minimum, as a "
+        "factor.\n\n" + markdown(["task", "steps", "final loss", "largest rise", "diverged"], lines)
     )
 
 

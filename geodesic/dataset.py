@@ -212,9 +212,6 @@ class PathDataset:
             "shards": list(records.values()),
         }
         _write_atomically(self.folder / "manifest.json", _to_json(manifest, "manifest"))
-        for pattern in (".shard-*.tmp", ".manifest.json.*.tmp"):  # left by writers that were killed
-            for leftover in self.folder.glob(pattern):
-                leftover.unlink()
         self._records = manifest["shards"]
 
     def _check_index(self, index: int) -> None:

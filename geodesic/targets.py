@@ -44,7 +44,7 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if self.level not in ("constant", "sgd_profile"):
             raise ValueError(f"level is {self.level!r}; use 'constant' or 'sgd_profile'")
-        if self.stride < 1 or self.horizon % self.stride:
+        if self.stride < 1 or self.horizon < 1 or self.horizon % self.stride:
             raise ValueError(f"stride={self.stride} must divide horizon={self.horizon}")
         if self.updates < 1 or self.pairs_per_run < 1 or self.num_segments < 2:
             raise ValueError(
@@ -85,16 +85,16 @@ class Pairs(NamedTuple):
 
 
 def run_teacher(problem: Problem, steps: int, stride: int) -> Trajectory:
-    """SGD from `problem.theta`, each run at its own probed learning rate."""
+    """SGD from `problem.theta`, each run at 0.32 to 1 times its own probed learning rate."""
     rate = probe_learning_rate(problem.grad_fn, problem.losses, problem.theta)
     rate = rate * 10 ** torch.linspace(-0.5, 0, len(rate))  # teachers of several speeds
     return sgd_trajectory(problem.grad_fn, problem.losses, problem.theta, rate, steps, stride)
 
 
-def consecutive_pairs(trajectory: Trajectory, horizon: int, limit: int | None = None) -> Pairs:
+def consecutive_pairs(trajectory: Trajectory, horizon: int) -> Pairs:
     """For each good run its joined-up pairs θ_t, θ_{t+T}, up to the first with F(θ_b) > F(θ_a)."""
     span = horizon // trajectory.stride
-    starts = torch.arange(0, len(trajectory.points) - span, span)[:limit]
+    starts = torch.arange(0, len(trajectory.points) - span, span)
     ends = trajectory.losses[starts + span]
     admissible = (ends <= trajectory.losses[starts]).cumprod(0).bool()
     admissible &= ~(trajectory.diverged | trajectory.stuck)
@@ -166,7 +166,6 @@ def write_dataset(
     config: TargetConfig,
     header: dict,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    share: tuple[int, int] = (0, 1),
 ) -> PathDataset:
     """Makes the shards that `folder` lacks, and returns the finished data set.
 
@@ -174,14 +173,12 @@ def write_dataset(
         problems: the problem of each shard, by its number.
         header: identifies the problems; a folder with another header is refused.
         progress: wraps the shard numbers, for a progress bar.
-        share: (rank, world size): this process makes every world-size-th missing shard.
     """
     dataset = PathDataset.create(folder, header | {"targets": asdict(config)}, num_shards)
-    rank, world = share
     missing = dataset.missing()
     if not missing and dataset.finished:
         return dataset
-    for index in progress([i for i in missing if i % world == rank]):
+    for index in progress(missing):
         dataset.write_shard(index, *solve_problem(problems(index), config))
     if not dataset.missing():
         dataset.finish()

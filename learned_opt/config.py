@@ -60,23 +60,24 @@ class TrainConfig:
         epoch_length: meta-updates between validations and checkpoints.
         learning_rate: of Adam; falls linearly to 5 %.
         clip: largest norm of a meta-gradient.
-        coordinates: coordinates that a meta-update learns from.
+        coordinates: coordinates that a meta-update learns from, where the rule does not have
+            gains per tensor, which allow for all.
         teacher_share: share of imitation sequences driven by the teacher, at the start and
-            at the end; (1, 1) is off policy throughout.
+            from half way on; (1, 1) is off policy throughout.
         imitation_weight: multiplies the imitation loss before its gradient is clipped, at the
             start and at the end: most weight to what is robust first, to what is fast later.
         window: updates per meta_loss window; states are carried from one to the next.
         horizon: least and most steps of a meta_loss run, log-uniform.
-        open_runs: meta_loss runs under way at once, so that long ones do not crowd out others.
+        open_runs: meta_loss runs under way at once, so that long ones do not crowd out others;
+            share no factor with the number of `objectives`, as slots go by the update's number.
         loss_floor: meta_loss weighs tasks by 1 / (mean loss + loss_floor).
         family: tasks of meta_loss runs; by default those of `geodesics`.
         validation_steps: length of the validation runs.
         seed: of everything random but the data set.
-        accelerator: Lightning's, as are the next four: "cpu", "gpu", "auto".
+        accelerator: Lightning's, as are the next three: "cpu", "gpu", "auto".
         devices: processes or GPUs per node.
         num_nodes: machines.
         strategy: "ddp" for several devices.
-        precision: "32-true", "bf16-mixed", …
         logger: "csv" or "wandb".
     """
 
@@ -103,7 +104,6 @@ class TrainConfig:
     devices: int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
-    precision: str = "32-true"
     logger: str = "csv"
 
     def __post_init__(self) -> None:

@@ -32,7 +32,6 @@ def make_geodesics(
     config: GeodesicsConfig,
     folder: str | Path,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    share: tuple[int, int] = (0, 1),
 ) -> PathDataset:
     """The data set of `config` in `folder`: what is missing is made, what is there is kept."""
     header = {
@@ -47,7 +46,6 @@ def make_geodesics(
         config.targets,
         header,
         progress,
-        share,
     )
 
 

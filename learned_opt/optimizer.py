@@ -24,8 +24,8 @@ class LearnedOptimizer(Optimizer):
         params: tensors, or dicts of groups with their own `lr` and `weight_decay`.
         lr: multiplies the whole update; 1 is what the rule was trained for.
         weight_decay: decoupled and relative to the tensor's own step |u|/|θ|, so dimensionless:
-            1 takes back as much of θ as the update adds. A tensor that does not move does not
-            decay.
+            1 takes back as much of θ as the update adds, but never more than all of it. A tensor
+            that does not move does not decay.
         weights: a weights file of `learned-opt train`, or a rule; by default the shipped one.
 
     State of a parameter p, in float32: "step"; per coordinate the rule's averages, of shape
@@ -106,7 +106,7 @@ class LearnedOptimizer(Optimizer):
         for p, part in zip(params, parts, strict=True):
             u = part.view_as(p)
             if weight_decay and (norm := torch.linalg.vector_norm(p, dtype=u.dtype)) > 0:
-                p.mul_(1 - lr * weight_decay * u.norm() / norm)
+                p.mul_((1 - lr * weight_decay * u.norm() / norm).clamp(min=0))
             p.add_(u, alpha=lr)
 
     def _gather(self, params: list[Tensor], step: int, theta: Tensor) -> State:

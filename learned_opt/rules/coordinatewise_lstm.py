@@ -21,7 +21,7 @@ class CoordinatewiseLSTM(UpdateRule):
     (Andrychowicz et al. 2016, arXiv 1606.04474) in k and in the output scale. As published it
     is not gated by the gradient: a zero gradient does move a parameter.
 
-    State: 16 bytes per hidden unit of each layer and coordinate, 320 at the published size.
+    State: 8 bytes per hidden unit of each layer and coordinate, 320 at the published size.
     """
 
     name = "coordinatewise_lstm"

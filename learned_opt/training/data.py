@@ -34,21 +34,22 @@ class Updates(Dataset):
         return item
 
     def _paths(self, key: tuple[int, ...]) -> dict[str, Tensor | int]:
-        """Target paths of a random shard; shards without a pair are passed over."""
+        """Target paths of a random shard; shards without a path are passed over."""
         for shard in torch.randperm(len(self.paths), generator=generator("shard", *key)).tolist():
             if self.paths.facts(shard)["pairs"]:
                 updates = self.paths.header["targets"]["updates"]
                 runs = self.paths.facts(shard)["runs"]
                 points, lengths = target_paths(self.paths.shard(shard), updates, runs)
-                return {"shard": shard, "points": points, "lengths": lengths}
+                if lengths.any():
+                    return {"shard": shard, "points": points, "lengths": lengths}
         raise DataError(
-            f"the data set {self.paths.folder} has no pairs: every SGD run diverged or was stuck; "
-            "make it from other tasks or with more steps"
+            f"the data set {self.paths.folder} has no certified path to learn from; "
+            "make it from other tasks, with more steps or with another level"
         )
 
 
 class UpdatesModule(L.LightningDataModule):
-    """Items for this rank: they differ between ranks and never repeat."""
+    """Items for this rank, keyed by rank and update."""
 
     def __init__(self, config: TrainConfig, paths: PathDataset | None) -> None:
         super().__init__()

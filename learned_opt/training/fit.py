@@ -32,6 +32,13 @@ def make_logger(config: TrainConfig, folder: Path) -> Logger:
     return WandbLogger(project="learned-opt", save_dir=folder, config=asdict(config))
 
 
+def recipe(config: TrainConfig) -> dict:
+    """What made the weights: the config, but for where files lie on this machine."""
+    facts = asdict(config)
+    del facts["dataset"], facts["geodesics"]["data_root"]
+    return facts
+
+
 def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     """Trains, resuming from the last checkpoint in `folder`, and writes weights.safetensors.
 
@@ -46,7 +53,6 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision=config.precision,
         gradient_clip_val=config.clip,
         logger=make_logger(config, folder),
         # not save_last, which with save_top_k=0 writes nothing before the end
@@ -61,6 +67,6 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     weights = folder / "weights.safetensors"
     if trainer.is_global_zero:
-        save_rule(module.rule.cpu(), weights, facts={"train": asdict(config)})
+        save_rule(module.rule.cpu(), weights, facts={"train": recipe(config)})
     trainer.strategy.barrier()
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import lightning as L
@@ -18,13 +19,13 @@ from learned_opt.tasks.mlp import MLPTask
 from learned_opt.training.objectives import OpenRun, imitation_loss, meta_loss
 
 FINAL_LEARNING_RATE = 0.05  # of the initial one
-LOST = 3.0  # a run is given up when all tasks' losses are this many times the loss of chance
+LOST = 3.0  # a run ends when all its losses are so many times that of chance, or θ overflows
 
 
 class MetaTraining(L.LightningModule):
     """Trains `rule` by the config's objectives in turn, one of them each update.
 
-    Randomness is keyed by (seed, rank, update), and the runs under way are part of the
+    Randomness is keyed by (seed, rank, update), inits by the update, and the runs under way are part of the
     checkpoint: a resumed run makes the updates that an uninterrupted one would.
     """
 
@@ -74,7 +75,8 @@ class MetaTraining(L.LightningModule):
         steps = min(config.window, run.horizon - run.state.step)
         loss, losses = meta_loss(self.rule, task, run, steps, config.coordinates, config.loss_floor)
         self.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
-        lost = ~(losses < LOST * 2.3).any() or not run.theta.isfinite().all()
+        chance = math.log(task.shapes[-1][0])
+        lost = ~(losses < LOST * chance).any() or not run.theta.isfinite().all()
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run
         return loss
 
@@ -110,7 +112,7 @@ class MetaTraining(L.LightningModule):
                 f"the checkpoint is of {len(ranks)} processes, this run has "
                 f"{self.trainer.world_size}; resume with the same devices and num_nodes"
             )
-        self.runs = [packed and _unpack(packed) for packed in ranks[self.global_rank]]
+        self.runs = [packed and _unpack(packed, self.device) for packed in ranks[self.global_rank]]
 
 
 def _between(ends: tuple[float, float], share: float) -> float:
@@ -119,11 +121,18 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 def _pack(run: OpenRun) -> dict:
     """Tensors and plain values only, so that the checkpoint loads with weights_only=True."""
-    packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta}
-    return packed | asdict(run.state)
+    packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta.cpu()}
+    packed |= {"layout": asdict(run.state.layout), "step": run.state.step}
+    for kind in ("coordinate", "tensor"):
+        packed[kind] = {name: value.cpu() for name, value in getattr(run.state, kind).items()}
+    return packed
 
 
-def _unpack(packed: dict) -> OpenRun:
+def _unpack(packed: dict, device: torch.device) -> OpenRun:
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
-    state = State(layout, packed["step"], packed["coordinate"], packed["tensor"])
-    return OpenRun(tuple(packed["key"]), packed["horizon"], packed["theta"], state)
+    coordinate, tensor = (
+        {name: value.to(device) for name, value in packed[kind].items()}
+        for kind in ("coordinate", "tensor")
+    )
+    state = State(layout, packed["step"], coordinate, tensor)
+    return OpenRun(tuple(packed["key"]), packed["horizon"], packed["theta"].to(device), state)

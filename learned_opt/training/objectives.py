@@ -114,7 +114,7 @@ class OpenRun:
     """A run that meta-training comes back to, window after window.
 
     Attributes:
-        key: of its tasks, init and minibatches.
+        key: of its tasks and minibatches.
         horizon: steps after which it ends.
         theta: (tasks, d).
         state: the rule's.

@@ -103,9 +103,3 @@ def test_consecutive_pairs_are_admissible_and_join_up() -> None:
         assert torch.equal(pairs.points[i], points[first : first + 3, run])
         assert torch.equal(pairs.losses[i], LOSSES[first : first + 3, run])
     assert torch.equal(pairs.points[0, -1], pairs.points[1, 0])  # θ_b of one is θ_a of the next
-
-
-def test_pairs_per_run_are_limited() -> None:
-    trajectory = Trajectory(torch.zeros(7, 5, 1), LOSSES, torch.ones(5), stride=10)
-    assert consecutive_pairs(trajectory, horizon=20, limit=2).run.tolist() == [0, 0, 1, 4, 4]
-    assert consecutive_pairs(trajectory, horizon=70).run.tolist() == []
