@@ -420,11 +420,14 @@ make_logger(TrainConfig(logger="wandb"), Path("."))
 def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
     first, again = (Updates(CONFIG, dataset, 0, rank=0) for _ in range(2))
     later = Updates(CONFIG, dataset, CONFIG.epoch_length, rank=0)
-    n = CONFIG.epoch_length
-    assert [first[i]["objective"] for i in range(n)] == list(CONFIG.objectives)
+    n, cycle = CONFIG.epoch_length, CONFIG.objectives
+    assert [first[i]["objective"] for i in range(n)] == [cycle[i % len(cycle)] for i in range(n)]
     assert [later[i]["number"] for i in range(n)] == list(range(n, 2 * n))
     assert torch.equal(first[0]["points"], again[0]["points"])
-    shards = [[Updates(CONFIG, dataset, n * e, r)[0]["shard"] for e in range(12)] for r in (0, 1)]
+    shards = [
+        [Updates(CONFIG, dataset, len(cycle) * i, rank)[0]["shard"] for i in range(12)]
+        for rank in (0, 1)
+    ]
     assert shards[0] != shards[1] and set(shards[0]) == {0, 1}
 
 
