@@ -13,10 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from learned_opt import LearnedOptimizer, load_rule, make_rule, save_rule
+from learned_opt.cli import parse
 from learned_opt.errors import WeightsError
 from learned_opt.tasks.data import load_images
-from learned_opt.weights import digest
+from learned_opt.training.fit import recipe
+from learned_opt.weights import DEFAULT, digest
 
+TRAIN = Path(__file__).parents[2] / "configs" / "train" / "default.yaml"
 RULES = [
     ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
     ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}),
@@ -150,3 +153,13 @@ def test_the_shipped_rule_trains_on_digits_without_a_learning_rate() -> None:
         optimizer.step()
     loss = torch.nn.functional.cross_entropy(model(data.train_x), data.train_y)
     assert loss < 0.2  # from 2.3
+
+
+def test_the_shipped_weights_are_those_of_the_default_config() -> None:
+    with safe_open(DEFAULT, "pt") as file:
+        facts = json.loads(file.metadata()["learned-opt"])["facts"]["train"]
+    _, config, _ = parse(["train", "--config", str(TRAIN), "--output", "unused"])
+    expected = json.loads(json.dumps(recipe(config)))
+    assert {k: v for k, v in facts.items() if k != "seed"} == {
+        k: v for k, v in expected.items() if k != "seed"
+    }
