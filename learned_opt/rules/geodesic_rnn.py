@@ -12,6 +12,8 @@ from learned_opt.rules.cell import LSTMCell
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
 BETA_V = 0.99  # second moment
 EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
+CLIP = 1.5  # a tensor's gradient counts at most so many times its usual RMS: outliers make no spike
+VANISHED = 1e-3  # r is at least this share of its peak: gradients that vanish are not blown up
 MIN_SIZE = 0.03  # least size of a tensor, for biases that start at zero; of wide matrices less
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one update
@@ -26,9 +28,9 @@ MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size of 
 class GeodesicRNN(UpdateRule):
     """u = −a ρ Σ_k (c_k m̂_k/r + d_k m̂_k/r̄): no gradient, no update.
 
-    m̂_k: the gradient and its bias-corrected averages at β = .5, .9, .99; r = √v̂ at β = .99,
-    r̄ its RMS over the tensor: c mixes as Adam does, d as SGD with momentum does, free of the
-    loss's scale. ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than
+    m̂_k: the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected averages
+    at β = .5, .9, .99; r = √v̂ at β = .99, r̄ its RMS over the tensor: c mixes as Adam does, d as
+    SGD with momentum does, free of the loss's scale. ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than
     370 inputs, the RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o,
     softly limited to move no tensor by more than its size; its output layer starts at zero, with
     a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
@@ -72,6 +74,7 @@ class GeodesicRNN(UpdateRule):
         tensor = {
             "initial_rms": params.new_zeros(*lead, 1, len(shapes)),
             "peak_gradient": params.new_zeros(*lead, 1, len(shapes)),
+            "gradient_rms": params.new_zeros(*lead, 1, len(shapes)),
         }
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
         where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden, units)
@@ -89,18 +92,25 @@ class GeodesicRNN(UpdateRule):
         momentum_weights = grads.new_tensor(weights[:-1]).unsqueeze(-1)
         gram = grads.new_zeros(*lead, tensors, DIRECTIONS, DIRECTIONS)
         squares = grads.new_zeros(*lead, tensors, DIRECTIONS + 2)  # of g, m̂, r and θ
+        sizes = grads.new_tensor(state.layout.sizes)
+        share = self._clip(grads, state, sizes)
+        floor = (VANISHED * state.tensor["peak_gradient"]).clamp(min=EPS)
         for lo, hi, spans in state.layout.chunks:
-            g, row = grads[..., lo:hi], rows[..., lo:hi]
-            row[..., 0, :] = g
+            row = rows[..., lo:hi]
+            g = row[..., 0, :]
+            for i, a, b in spans:
+                torch.mul(grads[..., a:b], share[..., i : i + 1], out=rows[..., 0, a:b])
             row[..., 1:-1, :].lerp_(g.unsqueeze(-2), momentum_weights)
-            row[..., -1, :].square_().lerp_(g * g, weights[-1]).sqrt_().clamp_(min=EPS)
+            row[..., -1, :].square_().lerp_(g * g, weights[-1]).sqrt_()
+            for i, a, b in spans:
+                r = rows[..., -1, a:b]
+                torch.maximum(r, floor[..., 0, i : i + 1], out=r)
             normal = row[..., :-1, :] / row[..., -1:, :]
             for i, a, b in spans:
                 n, p = normal[..., a - lo : b - lo], params[..., a:b]
                 gram[..., i, :, :] += n @ n.mT
                 squares[..., i, :-1] += torch.linalg.vector_norm(rows[..., a:b], dim=-1) ** 2
                 squares[..., i, -1] += torch.linalg.vecdot(p, p)
-        sizes = grads.new_tensor(state.layout.sizes)
         tensor, kept = self._tensor_features(
             gram / sizes[:, None, None], (squares / sizes[:, None]).sqrt(), state, step
         )
@@ -108,6 +118,18 @@ class GeodesicRNN(UpdateRule):
             Observation(rows, tensor, state.layout),
             State(state.layout, step, state.coordinate | {"averages": rows}, state.tensor | kept),
         )
+
+    @staticmethod
+    def _clip(grads: Tensor, state: State, sizes: Tensor) -> Tensor:
+        """What is left of each tensor's gradient, (*tasks, tensors): min(1, CLIP · r̄ / RMS(g)),
+        with the r̄ of the step before."""
+        squares = torch.zeros_like(state.tensor["gradient_rms"][..., 0, :])
+        for _, _, spans in state.layout.chunks:
+            for i, a, b in spans:
+                squares[..., i] += torch.linalg.vecdot(grads[..., a:b], grads[..., a:b])
+        usual, rms = state.tensor["gradient_rms"][..., 0, :], (squares / sizes).sqrt()
+        left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
+        return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 
     @staticmethod
     def _tensor_features(
@@ -130,7 +152,7 @@ class GeodesicRNN(UpdateRule):
         inputs = [
             *safe.log().clamp(min=-5).unbind(-1),
             *(cosine[..., i, j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))),
-            (r_bar / peak).log() / 3,
+            (r_bar / peak).log().clamp(min=-7) / 3,
             (size / torch.maximum(start, floor)).log(),
             size.log() / 3 + 1,
             clock / 5 - 1,
@@ -142,7 +164,8 @@ class GeodesicRNN(UpdateRule):
             (sgd[..., 0] + 1e-6).log() / 2,
         ]
         mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size]
-        kept = {"initial_rms": start.unsqueeze(-2), "peak_gradient": peak.unsqueeze(-2)}
+        kept = {"initial_rms": start, "peak_gradient": peak, "gradient_rms": r_bar}
+        kept = {name: value.unsqueeze(-2) for name, value in kept.items()}
         return torch.stack(inputs + mixing, dim=-2), kept
 
     def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:

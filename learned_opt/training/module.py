@@ -25,8 +25,8 @@ LOST = 3.0  # a run ends when all its losses are so many times that of chance, o
 class MetaTraining(L.LightningModule):
     """Trains `rule` by the config's objectives in turn, one of them each update.
 
-    Randomness is keyed by (seed, rank, update), inits by the update, and the runs under way are part of the
-    checkpoint: a resumed run makes the updates that an uninterrupted one would.
+    Randomness is keyed by (seed, rank, update), inits by the update, and the runs under way are
+    part of the checkpoint: a resumed run makes the updates that an uninterrupted one would.
     """
 
     def __init__(self, config: TrainConfig) -> None:
