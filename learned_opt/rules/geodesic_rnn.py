@@ -30,10 +30,11 @@ class GeodesicRNN(UpdateRule):
 
     m̂_k: the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected averages
     at β = .5, .9, .99; r = √v̂ at β = .99, r̄ its RMS over the tensor: c mixes as Adam does, d as
-    SGD with momentum does, free of the loss's scale. ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than
-    370 inputs, the RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o,
-    softly limited to move no tensor by more than its size; its output layer starts at zero, with
-    a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
+    SGD with momentum does, free of the loss's scale; r is at least a thousandth of its peak.
+    ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than 370 inputs, the
+    RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o, softly limited to
+    move no tensor by more than its size; its output layer starts at zero, with a bias that makes
+    the rule Adam (β = .9, .99) with a relative step of 10 %.
 
     Args:
         hidden: LSTM units.
