@@ -41,6 +41,7 @@ from learned_opt.weights import digest, load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
 FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
+LONG_RUNS = 3
 RUNS = 5  # inits and minibatch streams of every task, side by side
 SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
@@ -116,7 +117,7 @@ def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.
             mean, curve = torch.stack(losses).mean(0), torch.stack(losses)
             smooth = curve.unfold(0, min(100, step), min(100, step)).mean(-1) + FLOOR
             rise = (smooth / smooth.cummin(0).values).max(0).values
-            for run in range(RUNS):
+            for run in range(len(theta)):
                 rows.append({
                     "steps": step,
                     "run": run,
@@ -128,15 +129,15 @@ def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.
     return rows
 
 
-def validation_tasks() -> dict[str, tuple[MLPTask, list[int]]]:
-    """The tasks of configs/benchmark/validation.yaml, RUNS at once, and their step counts."""
+def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:
+    """The tasks of configs/benchmark/validation.yaml, `runs` at once, and their step counts."""
     config = parse(BenchmarkConfig, "configs/benchmark/validation.yaml")
     marks = defaultdict(list)
     tasks = {}
     for entry in config.tasks:
         label = entry.label.rsplit(" ", 1)[0]
         marks[label].append(entry.steps)
-        tasks[label] = MLPTask(entry.task, load_images(entry.task.data), RUNS)
+        tasks[label] = MLPTask(entry.task, load_images(entry.task.data), runs)
     return {label: (task, marks[label]) for label, task in tasks.items()}
 
 
@@ -180,7 +181,7 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list
 def long(weights: Path | None) -> None:
     rule = load_rule(weights)
     rows = []
-    for label, (task, _) in validation_tasks().items():
+    for label, (task, _) in validation_tasks(LONG_RUNS).items():
         rows += [{"task": label} | row for row in rollout(task, rule, [1000, 5000, 10000])]
         save("long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
 
