@@ -14,6 +14,9 @@ from learned_opt.rules import Layout, State, UpdateRule
 from learned_opt.rules.base import CHUNK
 from learned_opt.weights import load_rule
 
+# Coordinates of small tensors that are updated together: enough to hide what a call costs.
+BLOCK = 8 * CHUNK
+
 
 class LearnedOptimizer(Optimizer):
     """θ ← θ + lr · u − lr · weight_decay · (|u| / |θ|) θ, with u a learned rule's update.
@@ -89,7 +92,7 @@ class LearnedOptimizer(Optimizer):
                 continue
             block = small.setdefault((step, p.device), [])
             block.append(p)
-            if sum(q.numel() for q in block) >= CHUNK:
+            if sum(q.numel() for q in block) >= BLOCK:
                 yield step, small.pop((step, p.device))
         yield from ((step, block) for (step, _), block in small.items())
 
