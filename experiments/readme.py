@@ -119,6 +119,7 @@ def picture(cells: Cells) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for metric, (axis, title) in enumerate(
@@ -136,11 +137,15 @@ def picture(cells: Cells) -> None:
             label = "SGD momentum (tuned)" if i == 0 else None
             axis.plot(ratio, i, "|", color="0.4", ms=14, mew=2, label=label)
         axis.axvline(1, color="0.2", lw=1)
-        axis.set(xscale="log", xlabel=f"{title}, relative to tuned Adam (less is better)")
+        axis.set(xscale="log", title=title)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(cells)), [f"{task}, {steps} steps" for task, steps in cells])
     axes[0].invert_yaxis()
+    figure.supxlabel("relative to tuned Adam, less is better", fontsize="medium")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                   frameon=False)  # fmt: skip
     PICTURE.parent.mkdir(exist_ok=True)
