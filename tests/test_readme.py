@@ -27,7 +27,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     mine = Path("runs/seed1/weights.safetensors")
     mine.parent.mkdir(parents=True)
     shutil.copy(DEFAULT, mine)
-    start, end = torch.tensor([-1.5, 0.1]), torch.tensor([1.5, 0.0])
+    start, end = torch.tensor([-1.5, 0.0]), torch.tensor([1.5, 0.1])
     names = {
         "loss_fn": lambda x: (-x.square().sum() / 2).exp(),
         "theta_a": start.double(),

@@ -84,7 +84,7 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_runs(path, demo, tmp_path, monkeypatch):
     if any(name in path.read_text() for name in ("mnist", "cifar10")):
-        data = Path(os.environ.get("LEARNED_OPT_DATA", ROOT.parent / "shared" / "data"))
+        data = Path(os.environ.get("LEARNED_OPT_DATA") or ROOT.parent / "shared" / "data")
         if not data.is_dir():
             pytest.skip("needs MNIST and CIFAR-10 in the folder $LEARNED_OPT_DATA")
         monkeypatch.setenv("LEARNED_OPT_DATA", str(data))
@@ -172,7 +172,7 @@ def test_waiting_for_a_data_set_ends(tmp_path):
     [
         ("train --output x --geodesics.targets.horizn 160", "geodesics.targets.horizn"),
         ("train --output x --updates many", '"updates" Expected int many'),
-        ("train --output x --updates 7", "updates=7 epoch_length=50"),
+        ("train --output x --updates 7", "updates=7 epoch_length=60"),
         ("train --output x --geodesics.targets.horizon 161", "stride=10 horizon=161"),
         ("train --output x --rule nonsense", "nonsense geodesic_rnn"),
         ("train --updates 50", "required output"),
