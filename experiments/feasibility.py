@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from rows import save
 from tqdm import tqdm
 
 from geodesic.targets import Pairs, Problem, run_teacher, solve_pairs
 from geodesic.trajectory import Trajectory
 from learned_opt.config import GeodesicsConfig
 from learned_opt.geodesics import make_problem
-from learned_opt.outputs import provenance, write_atomic
 from learned_opt.tasks.base import generator
 
 STAGES = ("early", "middle", "late")  # thirds of a run
@@ -110,7 +108,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("experiments/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config, record, rows = GeodesicsConfig(), provenance(), []
+    config, rows = GeodesicsConfig(), []
     for draw in tqdm(range(args.draws)):
         problem = make_problem(config, draw)
         trajectory = run_teacher(problem, args.steps, STRIDE)
@@ -118,14 +116,8 @@ def main() -> None:
             pairs, stages = choose_pairs(trajectory, horizon, args.pairs, draw)
             if stages:
                 rows += [row for level in LEVELS for row in solve(problem, pairs, stages, level)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.output / "feasibility.csv", text.getvalue().encode())
-    record |= {"arguments": {k: v for k, v in vars(args).items() if k != "output"}}
-    write_atomic(args.output / "feasibility.json", json.dumps(record, indent=2).encode())
+    arguments = {k: v for k, v in vars(args).items() if k != "output"}
+    save(args.output, "feasibility", rows, arguments=arguments)
     print(table(args.output / "feasibility.csv"))
 
 

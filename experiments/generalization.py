@@ -16,9 +16,6 @@ for 10,000 steps. experiments/readme.py makes the table and the picture of them.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Collection
@@ -29,10 +26,10 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from rows import save
 
 from learned_opt.benchmark import BenchmarkConfig
 from learned_opt.config import TrainConfig
-from learned_opt.outputs import provenance, write_atomic
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask
@@ -141,24 +138,14 @@ def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:
     return {label: (task, marks[label]) for label, task in tasks.items()}
 
 
-def save(name: str, rows: list[dict], **facts) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS / f"{name}.csv", text.getvalue().encode())
-    write_atomic(RESULTS / f"{name}.json", json.dumps(provenance() | facts, indent=1).encode())
-
-
 def evaluate(name: str, seed: int, work: Path) -> None:
     if name == "initial":
-        return save("initial-0", measure(make_rule("geodesic_rnn")))
+        return save(RESULTS, "initial-0", measure(make_rule("geodesic_rnn")))
     if name == "scaled":
         tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
         score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
         best = min(score, key=score.get)
-        return save("scaled-0", tried[best], scale=best, mean_log_mean_loss=score)
+        return save(RESULTS, "scaled-0", tried[best], scale=best, mean_log_mean_loss=score)
     rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
     # L2L's cost is out of proportion on the larger nets: the short runs have to do there
     skip = {("mnist relu", 1000), ("cifar10 relu", 1000)} if name == "l2l" else set()
@@ -167,7 +154,7 @@ def evaluate(name: str, seed: int, work: Path) -> None:
         "inner_steps": inner_steps(arm_config(name, seed, work)),
         "weights": digest(rule.name, rule.config, rule.state_dict()),
     }
-    return save(f"{name}-{seed}", rows, **facts)
+    return save(RESULTS, f"{name}-{seed}", rows, **facts)
 
 
 def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list[dict]:
@@ -183,7 +170,7 @@ def long(weights: Path | None) -> None:
     rows = []
     for label, (task, _) in validation_tasks(LONG_RUNS).items():
         rows += [{"task": label} | row for row in rollout(task, rule, [1000, 5000, 10000])]
-        save("long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
+        save(RESULTS, "long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
 
 
 def main() -> None:

@@ -9,20 +9,17 @@ made. One process and one thread; all optimizers take turns, so that they share 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rows import save
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer, make_rule
-from learned_opt.outputs import provenance, write_atomic
 
 BASELINE = "Adam foreach"
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
@@ -102,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    record, rows = provenance(), []
+    rows = []
     for parameters in args.parameters:
         slow = {row["optimizer"] for row in rows if row["ms"] > SLOW}
         names = [name for name in OPTIMIZERS if parameters <= LARGE or name not in slow]
@@ -111,14 +108,8 @@ def main() -> None:
                 rows.append(row)
                 print("{optimizer:40}{parameters:>10}{tensors:>5}{ms:10.3f} ms"
                       "{ratio_to_adam_foreach:8.1f} x".format(**row), flush=True)  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.output / "throughput.csv", text.getvalue().encode())
-    record |= {"arguments": {k: v for k, v in vars(args).items() if k != "output"}}
-    write_atomic(args.output / "throughput.json", json.dumps(record, indent=2).encode())
+    arguments = {k: v for k, v in vars(args).items() if k != "output"}
+    save(args.output, "throughput", rows, arguments=arguments)
 
 
 if __name__ == "__main__":

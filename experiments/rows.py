@@ -1,0 +1,21 @@
+"""Raw results: rows as CSV, and beside them how they were made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from learned_opt.outputs import provenance, write_atomic
+
+
+def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
+    """Writes name.csv and name.json: versions, hardware, commit and `facts`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / f"{name}.csv", text.getvalue().encode())
+    write_atomic(folder / f"{name}.json", json.dumps(provenance() | facts, indent=2).encode())
