@@ -68,8 +68,7 @@ class TrainConfig:
             start and at the end: most weight to what is robust first, to what is fast later.
         window: updates per meta_loss window; states are carried from one to the next.
         horizon: least and most steps of a meta_loss run, log-uniform.
-        open_runs: meta_loss runs under way at once, so that long ones do not crowd out others;
-            share no factor with the number of `objectives`, as slots go by the update's number.
+        open_runs: meta_loss runs under way at once, so that long ones do not crowd out others.
         loss_floor: meta_loss weighs tasks by 1 / (mean loss + loss_floor).
         family: tasks of meta_loss runs; by default those of `geodesics`.
         validation_steps: length of the validation runs.

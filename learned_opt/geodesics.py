@@ -11,20 +11,22 @@ from torch import Tensor
 from geodesic.dataset import PathDataset
 from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
+from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.families import sample_tasks
 
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
     """The runs of shard `index`: one draw of the family."""
-    task = sample_tasks(config.family, ("train", config.seed, index), config.data_root)
+    key = ("train", config.seed, index)
+    task, seed = sample_tasks(config.family, key, config.data_root), seed_of("sgd", *key)
 
-    def grad_fn(theta: Tensor, key: int) -> tuple[Tensor, Tensor]:
-        return task.loss_and_grad(theta, task.batch(index, key))
+    def grad_fn(theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return task.loss_and_grad(theta, task.batch(seed, step))
 
     x, y = task.fixed_batch(config.evaluation_size)
     facts = {"index": index, "task": task.name, "batch_size": task.config.batch_size}
     return Problem(
-        task.init(index), grad_fn, lambda theta, *batch: task.loss(theta, batch), (x, y), facts
+        task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), (x, y), facts
     )
 
 

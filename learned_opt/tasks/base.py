@@ -24,6 +24,11 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def seed_of(*key: object) -> int:
+    """A seed for `Task.init` and `Task.batch` from a key."""
+    return generator(*key).initial_seed()
+
+
 class Task(ABC):
     """F(theta; batch) for one task, or for `num_tasks` tasks of one shape evaluated together.
 

@@ -13,7 +13,7 @@ from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, make_rule
 from learned_opt.run import run_rule
-from learned_opt.tasks.base import generator
+from learned_opt.tasks.base import generator, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 from learned_opt.tasks.mlp import MLPTask
 from learned_opt.training.objectives import OpenRun, imitation_loss, meta_loss
@@ -25,8 +25,8 @@ LOST = 3.0  # a run ends when all its losses are so many times that of chance, o
 class MetaTraining(L.LightningModule):
     """Trains `rule` by the config's objectives in turn, one of them each update.
 
-    Randomness is keyed by (seed, rank, update), inits by the update, and the runs under way are
-    part of the checkpoint: a resumed run makes the updates that an uninterrupted one would.
+    Randomness is keyed by (seed, rank, update), and the runs under way are part of the
+    checkpoint: a resumed run makes the updates that an uninterrupted one would.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -69,7 +69,7 @@ class MetaTraining(L.LightningModule):
         )  # fmt: skip
 
     def _meta_loss(self, item: dict) -> Tensor:
-        config, slot = self.config, item["number"] % len(self.runs)
+        config, slot = self.config, self._meta_updates_before(item["number"]) % len(self.runs)
         run = self.runs[slot] or self._open_run(item["number"])
         task = self.tasks(self.family, *run.key)
         steps = min(config.window, run.horizon - run.state.step)
@@ -80,19 +80,26 @@ class MetaTraining(L.LightningModule):
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run
         return loss
 
+    def _meta_updates_before(self, number: int) -> int:
+        cycles, rest = divmod(number, len(self.config.objectives))
+        cycle = self.config.objectives
+        return cycles * cycle.count("meta_loss") + cycle[:rest].count("meta_loss")
+
     def _open_run(self, number: int) -> OpenRun:
         key = ("train", self.config.seed, self.global_rank, number)
         low, high = torch.tensor(self.config.horizon).double().log()
         share = torch.rand((), generator=generator("horizon", *key), dtype=torch.double)
         task = self.tasks(self.family, *key)
-        theta = task.init(number)
+        theta = task.init(seed_of(*key))
         state = self.rule.init_state(theta, task.shapes)
         return OpenRun(key, round(float((low + share * (high - low)).exp())), theta, state)
 
     def validation_step(self, draw: int) -> None:
         """log10 of final and of mean loss on validation draws of the family."""
         task = self.tasks(self.family, "validation", draw)
-        losses, theta = run_rule(task, self.rule, draw, self.config.validation_steps)
+        losses, theta = run_rule(
+            task, self.rule, seed_of("validation", draw), self.config.validation_steps
+        )
         final = task.evaluate(theta)["train_loss"]
         for name, value in (("final", final), ("mean", losses.mean(0))):
             score = value.nan_to_num(nan=1e6, posinf=1e6).clamp(1e-6, 1e6).log10().mean()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules.base import State, UpdateRule
-from learned_opt.tasks.base import Task, generator
+from learned_opt.tasks.base import Task, seed_of
 from learned_opt.training.replay import start_replay, sum_by_tensor
 
 PULL = 0.2  # share of the distance to the path that a target takes back
@@ -61,7 +61,7 @@ def imitation_loss(
     targets, scales, masks = [], [], []
     with torch.no_grad():
         for step in range(steps):
-            _, grad = task.loss_and_grad(theta, task.batch(hash_key(key), step))
+            _, grad = task.loss_and_grad(theta, task.batch(seed_of(*key), step))
             observation, state = rule.observe(grad, theta, state)
             replay.see(observation)
             segment = progress.long().clamp(max=steps - 1)
@@ -104,11 +104,6 @@ def nearest(theta: Tensor, points: Tensor, progress: Tensor) -> Tensor:
     return torch.maximum(found, progress + MIN_PROGRESS)
 
 
-def hash_key(key: tuple[object, ...]) -> int:
-    """A seed for `Task.batch` from a key."""
-    return generator(*key).initial_seed()
-
-
 @dataclass
 class OpenRun:
     """A run that meta-training comes back to, window after window.
@@ -139,7 +134,7 @@ def meta_loss(
     Returns:
         the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
     """
-    seed = hash_key(run.key)
+    seed = seed_of(*run.key)
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
     losses, grads = [], []
     with torch.no_grad():

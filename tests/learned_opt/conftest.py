@@ -1,0 +1,25 @@
+"""What the tests of rules and of their training share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learned_opt.rules import UpdateRule, make_rule
+
+RULES = {
+    "tensor": ("geodesic_rnn", {"hidden": 5}),
+    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
+    "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> UpdateRule:
+    """Each rule in float64, with weights that are far from the initial ones."""
+    torch.manual_seed(0)
+    name, config = RULES[request.param]
+    rule = make_rule(name, **config).double()
+    for p in rule.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return rule
