@@ -1,12 +1,14 @@
 """Geodesics of sublevel sets: the shortest path from θ_a to θ_b along which F ≤ λ(s)."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from geodesic.level_set import TOLERANCE, Samples, SublevelSet
+from geodesic.arguments import Level, check_arguments, describe, errors_of_points, set_level
+from geodesic.level_set import Samples, SublevelSet
 from geodesic.path import chord, length, resample
 from geodesic.shortening import shorten
 
@@ -18,8 +20,6 @@ SHORTENING_SAMPLES = 4
 CERTIFICATE_SAMPLES = 16
 # Sideways bulges of the chord, over its length, tried in turn where nothing else is feasible.
 BULGES = (0.1, 0.5)
-
-Level = float | Tensor | Callable[[Tensor], Tensor] | None
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Geodesic:
         iterations: quadratic programs solved; 0 for the chord.
         residual: H¹ norm of the last projected gradient over the length: about √(2 × the share of
             the length still to gain). 0 for the chord.
+        error: what is wrong with the pair as given, "" if nothing; it is then not searched.
     """
 
     path: Tensor
@@ -54,6 +55,7 @@ class Geodesic:
     gradient_evaluations: int | Tensor
     iterations: int | Tensor
     residual: float | Tensor
+    error: str | list[str]
 
 
 def find_geodesic(
@@ -75,7 +77,7 @@ def find_geodesic(
     for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
         if not torch.is_tensor(value) or value.ndim != 1:
             raise ValueError(
-                f"{name} must be a (d,) tensor, got {_describe(value)}; flatten the parameters "
+                f"{name} must be a (d,) tensor, got {describe(value)}; flatten the parameters "
                 "(torch.nn.utils.parameters_to_vector), or use find_geodesics for a batch"
             )
     if torch.is_tensor(initial_path):
@@ -86,7 +88,7 @@ def find_geodesic(
         loss_fn, theta_a[None], theta_b[None], level, num_segments, initial_path, seed=seed
     )
     first = {field.name: getattr(batch, field.name)[0] for field in fields(batch)}
-    return Geodesic(**{k: v if k == "path" else v.item() for k, v in first.items()})
+    return Geodesic(**{k: v if k in ("path", "error") else v.item() for k, v in first.items()})
 
 
 def find_geodesics(
@@ -109,6 +111,8 @@ def find_geodesics(
     side is pushed into the set. That finds simple ways round only; a failure is reported, not
     raised, with the path that exceeds the level least. A certified path is never longer than a
     feasible initial one. It is a local minimum of the length, in the homotopy class of its start.
+    A pair that cannot be searched, such as one with NaN, spoils no other: its `error` says why, its
+    path is the chord, not certified, and a warning counts such pairs.
 
     Args:
         loss_fn: F, ``loss_fn(theta, *args)`` from ``(d,)`` to a scalar; deterministic, and made of
@@ -128,11 +132,11 @@ def find_geodesics(
         max_iterations: quadratic programs a pair and start.
 
     Raises:
-        ValueError: for wrong shapes, mixed or unsupported dtypes, values that are not finite, an
-            initial path that does not join the pair, and a level that increases or that θ_a or θ_b
-            exceeds.
+        ValueError: for wrong shapes, devices and dtypes, and where no pair can be searched: values
+            that are not finite, θ_a equal to θ_b, an initial path that does not join them, a level
+            that increases or that F(θ_a) or F(θ_b) exceeds.
     """
-    _check_arguments(
+    check_arguments(
         theta_a, theta_b, num_segments, initial_path, loss_args, chunk_size, max_iterations
     )
     theta_a, theta_b = theta_a.detach(), theta_b.detach()
@@ -143,9 +147,20 @@ def find_geodesics(
 
     straight = chord(theta_a, theta_b, 1)
     losses = sublevel.losses(straight, max(CHORD_SAMPLES, 2 * num_segments), every)
-    start_loss, end_loss = losses[:, 0, 0], losses[:, -1, -1]
-    _set_level(sublevel, level, start_loss, end_loss)
+    errors = errors_of_points(theta_a, theta_b, initial_path)
+    set_level(sublevel, level, losses[:, 0, 0], losses[:, -1, -1], errors)
+    good = torch.tensor([not error for error in errors])
+    if not good.any():
+        raise ValueError(errors[0])
+    if not good.all():
+        first = next(i for i, error in enumerate(errors) if error)
+        warnings.warn(
+            f"{int((~good).sum())} of {pairs} pairs are not searched, see `error`; pair {first}: "
+            f"{errors[first]}",
+            stacklevel=2,
+        )
     samples = sublevel.sample(straight, losses.shape[2] - 1, every, losses)
+    samples.feasible &= good
     best = _Best(chord(theta_a, theta_b, num_segments), samples)
     chord_feasible = samples.feasible.clone()
     iterations = torch.zeros(pairs, dtype=torch.long)
@@ -161,7 +176,7 @@ def find_geodesics(
     if num_segments > 1:
         starts += [_bulge(theta_a, theta_b, num_segments, size, seed) for size in BULGES]
     for start in starts:
-        rows = (~best.certified).nonzero().squeeze(1)
+        rows = (~best.certified & good).nonzero().squeeze(1)
         path, limit = start[rows], max_iterations
         for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
             if len(rows) == 0 or num_segments == 1:
@@ -176,7 +191,7 @@ def find_geodesics(
     if initial_path is not None:
         # Shortening lowers the energy, which for unevenly spaced beads need not lower the length.
         longer = best.length > length(initial_path)
-        rows = (~chord_feasible & (longer | ~best.certified)).nonzero().squeeze(1)
+        rows = (good & ~chord_feasible & (longer | ~best.certified)).nonzero().squeeze(1)
         if len(rows):
             best.update(
                 rows,
@@ -197,6 +212,7 @@ def find_geodesics(
         gradient_evaluations=sublevel.gradient_evaluations,
         iterations=iterations,
         residual=residual,
+        error=errors,
     )
 
 
@@ -237,127 +253,3 @@ def _bulge(theta_a: Tensor, theta_b: Tensor, num_segments: int, size: float, see
     height = size * torch.linalg.vector_norm(span, dim=1)[:, None] * (torch.pi * s).sin()
     path[:, 1:-1] += height[..., None] * across[:, None]
     return path
-
-
-def _set_level(sublevel: SublevelSet, level: Level, start_loss: Tensor, end_loss: Tensor) -> None:
-    pairs, dtype = len(start_loss), start_loss.dtype
-    for name, losses in (("theta_a", start_loss), ("theta_b", end_loss)):
-        if not losses.isfinite().all():
-            row = int((~losses.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"loss_fn({name}) must be finite, got {losses[row].item()} for pair {row}; "
-                "drop pairs from a diverged run"
-            )
-    if level is None:
-        level = start_loss
-    elif not callable(level):
-        try:
-            level = torch.as_tensor(level, dtype=dtype, device=start_loss.device).detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"level must be None, a number, a (pairs,) tensor or a callable, got {level!r}; "
-                "None means F(theta_a)"
-            ) from None
-        if level.ndim > 1 or level.numel() not in (1, pairs):
-            raise ValueError(
-                f"level must be a float or ({pairs},) for {pairs} pairs, got shape "
-                f"{tuple(level.shape)}; for a level that falls along the path use LevelProfile"
-            )
-        level = level.expand(pairs)
-    sublevel.set_level(level)
-    s = torch.linspace(0, 1, 257).to(start_loss).expand(pairs, -1)
-    try:
-        values = sublevel.level(s, torch.arange(pairs))
-    except Exception as error:
-        raise ValueError(
-            f"level must map a ({pairs}, m) tensor of fractions to levels, got {error!r}; write it "
-            "with tensor operations, and a LevelProfile with one profile a pair"
-        ) from error
-    if not values.isfinite().all():
-        row = int((~values.isfinite()).any(1).nonzero()[0])
-        raise ValueError(
-            f"level must be finite, got {values[row]} for pair {row}; None is F(theta_a)"
-        )
-    allowed = TOLERANCE[dtype] * values.abs().clamp_min(1)
-    rise = values.diff(dim=1) - allowed[:, 1:]
-    if (rise > 0).any():
-        row, k = (int(i) for i in (rise > 0).nonzero()[0])
-        raise ValueError(
-            f"level must not increase in s, got {values[row, k].item()} at s = {k / 256:.3f} and "
-            f"{values[row, k + 1].item()} after it for pair {row}; LevelProfile makes it monotone"
-        )
-    for name, losses, k, end in (("theta_a", start_loss, 0, 0), ("theta_b", end_loss, -1, 1)):
-        above = losses > values[:, k] + allowed[:, k]
-        if above.any():
-            row = int(above.nonzero()[0])
-            raise ValueError(
-                f"level must be at least F({name}) = {losses[row].item()} at s = {end}, got "
-                f"{values[row, k].item()} for pair {row}; the usual level is F(theta_a), with "
-                "theta_b the later, lower point"
-            )
-
-
-def _check_arguments(
-    theta_a, theta_b, num_segments, initial_path, loss_args, chunk_size, max_iterations
-) -> None:
-    for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
-        if not torch.is_tensor(value) or value.ndim != 2 or 0 in value.shape:
-            raise ValueError(
-                f"{name} must be a non-empty (pairs, d) tensor, got {_describe(value)}; "
-                "use find_geodesic for one pair, or add a dimension with [None]"
-            )
-        if value.dtype not in TOLERANCE:
-            raise ValueError(
-                f"{name} must be float32 or float64, got {value.dtype}; convert it with .float(): "
-                "lower precision cannot certify a level"
-            )
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite, got inf or nan; drop pairs of a diverged run")
-    if theta_b.shape != theta_a.shape or theta_b.dtype != theta_a.dtype:
-        raise ValueError(
-            f"theta_b must match theta_a, {_describe(theta_a)}, got {_describe(theta_b)}; "
-            "convert with theta_b.to(theta_a)"
-        )
-    for name, value in (
-        ("num_segments", num_segments),
-        ("chunk_size", chunk_size),
-        ("max_iterations", max_iterations),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{name} must be a positive integer, got {value!r}; 32 serves for most"
-            )
-    for argument in loss_args:
-        if not torch.is_tensor(argument) or argument.shape[:1] != theta_a.shape[:1]:
-            raise ValueError(
-                f"loss_args must be tensors with a leading dimension of {len(theta_a)} pairs, got "
-                f"{_describe(argument)}; close over what all pairs share"
-            )
-    if initial_path is None:
-        return
-    if (
-        not torch.is_tensor(initial_path)
-        or initial_path.ndim != theta_a.ndim + 1
-        or initial_path.shape[1] < 2
-        or initial_path.shape[::2] != theta_a.shape
-        or initial_path.dtype != theta_a.dtype
-    ):
-        raise ValueError(
-            f"initial_path must have n ≥ 2 points of each pair's dimension and dtype, beside "
-            f"theta_a {_describe(theta_a)}, got {_describe(initial_path)}; include both ends"
-        )
-    if not initial_path.isfinite().all():
-        raise ValueError(
-            "initial_path must be finite, got inf or nan; drop pairs of a diverged run"
-        )
-    for name, end, point in (("theta_a", theta_a, 0), ("theta_b", theta_b, -1)):
-        gap = (initial_path[:, point] - end).abs().amax().item()
-        if gap > 1e-5 * max(1.0, end.abs().amax().item()):
-            raise ValueError(
-                f"initial_path must start at theta_a and end at theta_b, got a gap of {gap} to "
-                f"{name}; add the end points to the subsampled trajectory"
-            )
-
-
-def _describe(value) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if torch.is_tensor(value) else repr(value)

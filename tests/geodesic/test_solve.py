@@ -98,12 +98,6 @@ def test_feasible_chord_is_exact_and_costs_one_evaluation():
     assert (result.iterations, result.residual) == (0, 0.0)
 
 
-def test_equal_ends():
-    a = torch.tensor([2.0, 0.0])
-    result = find_geodesic(bump, a, a.clone())
-    assert result.certified and result.length == 0 and result.normalized_length == 1
-
-
 @pytest.mark.parametrize("angle", [1.0, 2.0, 2.8])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.6, 0.95, 1.0, 1.5])
 def test_shell_length_against_level(angle, share):
@@ -232,10 +226,13 @@ A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
         (dict(theta_a=A.half(), theta_b=B.half()), "float32 or float64"),
         (dict(theta_a=A * torch.nan), "theta_a must be finite"),
         (dict(level=0.1), r"level must be at least F\(theta_a\)"),
+        (dict(theta_b=A.clone()), "theta_b must differ from theta_a"),
+        (dict(theta_b=torch.ones(2, device="meta")), "theta_b must match"),
         (dict(theta_b=0.5 * B), r"level must be at least F\(theta_b\)"),
         (dict(level=torch.ones(3)), "level must be a float"),
         (dict(level="high"), "level must be None"),
         (dict(level=math.inf), "level must be finite"),
+        (dict(level=-math.inf), "level must be finite"),
         (dict(level=lambda s: 1 + s), "level must not increase"),
         (dict(level=lambda s: math.exp(-s)), "level must map"),
         (dict(num_segments=0), "num_segments"),
@@ -253,3 +250,24 @@ def test_bad_input_is_named(arguments, message):
 def test_loss_args_must_be_batched():
     with pytest.raises(ValueError, match="loss_args"):
         find_geodesics(bump, A[None], B[None], loss_args=(torch.ones(2),))
+
+
+def test_bad_pairs_are_named_and_spoil_no_other():
+    a, b = (torch.stack([end] * 6) for end in ends(1.5, 2.6, 4))
+    level = torch.full((6,), BALL, dtype=torch.float64)
+    a[1, 2], b[2], level[3] = torch.nan, a[2], 0.1
+    b[4] *= 1e200  # F underflows to 0, fine; its gradient too
+    scale = torch.ones(6, dtype=torch.float64)
+    scale[5] = torch.inf
+
+    def loss_fn(x, scale):
+        return bump(x) * scale
+
+    with pytest.warns(UserWarning, match="4 of 6 pairs are not searched, see `error`; pair 1"):
+        batch = find_geodesics(loss_fn, a, b, level, loss_args=(scale,))
+    reasons = ["theta_a must be finite", "theta_b must differ", "level must be at least"]
+    reasons = ["", *reasons, "", "loss_fn(theta_a) must be finite"]
+    assert all(e.startswith(r) for e, r in zip(batch.error, reasons, strict=True))
+    assert batch.certified.tolist() == [True, False, False, False, True, False]
+    alone = find_geodesic(bump, a[0], b[0], BALL)
+    assert alone.length == batch.length[0].item() and alone.error == ""

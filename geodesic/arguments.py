@@ -1,0 +1,161 @@
+"""What `find_geodesics` is given: errors that name the argument, the value and the usual fix.
+
+What is wrong with the call is raised; what is wrong with one pair is noted, and spoils no other.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from geodesic.level_set import TOLERANCE, SublevelSet
+
+Level = float | Tensor | Callable[[Tensor], Tensor] | None
+
+
+def errors_of_points(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor | None) -> list[str]:
+    errors = []
+    for i, (a, b) in enumerate(zip(theta_a, theta_b, strict=True)):
+        error = ""
+        for name, value in (("theta_a", a), ("theta_b", b)):
+            if not value.isfinite().all():
+                error = error or f"{name} must be finite, got inf or nan; drop pairs of a lost run"
+        if torch.equal(a, b):
+            error = (
+                error or "theta_b must differ from theta_a; drop pairs of a run that stands still"
+            )
+        if initial_path is not None and not error:
+            error = _error_of_start(a, b, initial_path[i])
+        errors.append(error)
+    return errors
+
+
+def _error_of_start(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor) -> str:
+    if not initial_path.isfinite().all():
+        return "initial_path must be finite, got inf or nan; drop pairs of a diverged run"
+    for name, end, point in (("theta_a", theta_a, 0), ("theta_b", theta_b, -1)):
+        gap = (initial_path[point] - end).abs().amax().item()
+        if gap > 1e-5 * max(1.0, end.abs().amax().item()):
+            return (
+                f"initial_path must start at theta_a and end at theta_b, got a gap of {gap} to "
+                f"{name}; add the end points to the subsampled trajectory"
+            )
+    return ""
+
+
+def set_level(
+    sublevel: SublevelSet, level: Level, start_loss: Tensor, end_loss: Tensor, errors: list[str]
+) -> None:
+    """Sets λ, and notes in `errors` the pairs for which it cannot be."""
+    pairs, dtype = len(start_loss), start_loss.dtype
+    if level is None:
+        level = start_loss
+    elif not callable(level):
+        try:
+            level = torch.as_tensor(level, dtype=dtype, device=start_loss.device).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"level must be None, a number, a (pairs,) tensor or a callable, got {level!r}; "
+                "None means F(theta_a)"
+            ) from None
+        if level.ndim > 1 or level.numel() not in (1, pairs):
+            raise ValueError(
+                f"level must be a float or ({pairs},) for {pairs} pairs, got shape "
+                f"{tuple(level.shape)}; for a level that falls along the path use LevelProfile"
+            )
+        level = level.expand(pairs)
+    sublevel.set_level(level)
+    s = torch.linspace(0, 1, 257).to(start_loss).expand(pairs, -1)
+    try:
+        values = sublevel.level(s, torch.arange(pairs))
+    except Exception as error:
+        raise ValueError(
+            f"level must map a ({pairs}, m) tensor of fractions to levels, got {error!r}; write it "
+            "with tensor operations, and a LevelProfile with one profile a pair"
+        ) from error
+    allowed = TOLERANCE[dtype] * values.abs().clamp_min(1)
+    for i, (a, b) in enumerate(zip(start_loss.tolist(), end_loss.tolist(), strict=True)):
+        errors[i] = errors[i] or _error_of_level(a, b, values[i], allowed[i])
+
+
+def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed: Tensor) -> str:
+    ends = (("theta_a", start_loss, 0, 0), ("theta_b", end_loss, -1, 1))
+    for name, loss, _, _ in ends:
+        if not math.isfinite(loss):
+            return f"loss_fn({name}) must be finite, got inf or nan; drop pairs from a diverged run"
+    if not values.isfinite().all():
+        return f"level must be finite, got {values[0].item()}; None is F(theta_a)"
+    rise = values.diff() - allowed[1:]
+    if (rise > 0).any():
+        k = int((rise > 0).nonzero()[0])
+        return (
+            f"level must not increase in s, got {values[k].item()} at s = {k / 256:.3f} and "
+            f"{values[k + 1].item()} after it; LevelProfile makes it monotone"
+        )
+    for name, loss, k, end in ends:
+        if loss > values[k] + allowed[k]:
+            return (
+                f"level must be at least F({name}) = {loss} at s = {end}, got {values[k].item()}; "
+                "the usual level is F(theta_a), with theta_b the later, lower point"
+            )
+    return ""
+
+
+def check_arguments(
+    theta_a, theta_b, num_segments, initial_path, loss_args, chunk_size, max_iterations
+) -> None:
+    for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
+        if not torch.is_tensor(value) or value.ndim != 2 or 0 in value.shape:
+            raise ValueError(
+                f"{name} must be a non-empty (pairs, d) tensor, got {describe(value)}; "
+                "use find_geodesic for one pair, or add a dimension with [None]"
+            )
+        if value.dtype not in TOLERANCE:
+            raise ValueError(
+                f"{name} must be float32 or float64, got {value.dtype}; convert it with .float(): "
+                "lower precision cannot certify a level"
+            )
+    if _kind(theta_b) != _kind(theta_a):
+        raise ValueError(
+            f"theta_b must match theta_a, {describe(theta_a)}, got {describe(theta_b)}; "
+            "convert with theta_b.to(theta_a)"
+        )
+    for name, value in (
+        ("num_segments", num_segments),
+        ("chunk_size", chunk_size),
+        ("max_iterations", max_iterations),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{name} must be a positive integer, got {value!r}; 32 serves for most"
+            )
+    for argument in loss_args:
+        if not torch.is_tensor(argument) or argument.shape[:1] != theta_a.shape[:1]:
+            raise ValueError(
+                f"loss_args must be tensors with a leading dimension of {len(theta_a)} pairs, got "
+                f"{describe(argument)}; close over what all pairs share"
+            )
+    if initial_path is None:
+        return
+    if (
+        not torch.is_tensor(initial_path)
+        or initial_path.ndim != theta_a.ndim + 1
+        or initial_path.shape[1] < 2
+        or initial_path.shape[::2] != theta_a.shape
+        or _kind(initial_path)[1:] != _kind(theta_a)[1:]
+    ):
+        raise ValueError(
+            "initial_path must have n ≥ 2 points of each pair's dimension, dtype and device, as "
+            f"theta_a {describe(theta_a)} has, got {describe(initial_path)}; include both ends"
+        )
+
+
+def _kind(value: Tensor) -> tuple:
+    return value.shape, value.dtype, value.device
+
+
+def describe(value) -> str:
+    if torch.is_tensor(value):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return repr(value)
