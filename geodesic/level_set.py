@@ -13,6 +13,8 @@ from torch.func import grad_and_value, vmap
 
 from geodesic.path import fractions, subdivide
 
+# Evaluations of F between the samples around the largest of a segment, see `certify`.
+REFINEMENT = 8
 # F - λ(s) ≤ tolerance · max(1, |λ(s)|) counts as inside.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
@@ -96,6 +98,7 @@ class Samples:
     losses: Tensor  # (rows, K, n + 1)
     excess: Tensor  # (rows, K, 4n + 1): F - λ(s), F interpolated by parabolas between samples
     peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
+    max_loss: Tensor  # (rows,): the largest F that was computed
     feasible: Tensor  # (rows,): peak ≤ tolerance · max(1, |λ|) on every segment
 
 
@@ -152,13 +155,17 @@ class SublevelSet:
     def losses(self, path: Tensor, per_segment: int, rows: Tensor) -> Tensor:
         """F at every sample of the paths, ``(rows, K, n + 1)``; where it is not a number, inf."""
         count = (path.shape[1] - 1) * per_segment + 1
+        losses = self._evaluate(lambda part: subdivide(path[part], per_segment), count, rows)
+        return losses.unfold(1, per_segment + 1, per_segment)
+
+    def _evaluate(self, points: Callable[[Tensor], Tensor], count: int, rows: Tensor) -> Tensor:
+        """F ``(rows, count)`` at the points ``(part, count, d)`` of each part of the rows."""
         self.loss_evaluations[rows] += count
         parts = [
-            self._loss(subdivide(path[part], per_segment), *self._arguments(rows[part]))
+            self._loss(points(part), *self._arguments(rows[part]))
             for part in self._chunks(count, len(rows))
         ]
-        losses = torch.cat(parts).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        return losses.unfold(1, per_segment + 1, per_segment)
+        return torch.cat(parts).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def sample(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
@@ -179,8 +186,39 @@ class SublevelSet:
         smooth = level.diff(n=2).abs() <= fine.diff(n=2).abs()
         between = torch.where(smooth, _vertex(excess)[1], excess[..., 1:-1])
         peak = torch.maximum(excess.amax(-1), between.amax(-1))
-        allowed = TOLERANCE[path.dtype] * level.abs().clamp_min(1).amin(-1)
-        return Samples(losses, excess, peak, (peak <= allowed).all(-1))
+        feasible = (peak <= self._allowed(level)).all(-1)
+        return Samples(losses, excess, peak, losses.amax((1, 2)), feasible)
+
+    @staticmethod
+    def _allowed(level: Tensor) -> Tensor:
+        """What F may exceed the levels ``(rows, K, ...)`` of each segment by, ``(rows, K)``."""
+        return TOLERANCE[level.dtype] * level.abs().clamp_min(1).amin(-1)
+
+    def certify(
+        self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
+    ) -> Samples:
+        """`sample`, and F itself between the samples beside each segment's largest."""
+        found = self.sample(path, per_segment, rows, losses)
+        knots = fractions(path)
+        near = found.excess[..., ::4].argmax(-1).clamp(1, per_segment - 1)
+        steps = torch.linspace(-1, 1, REFINEMENT + 2).to(path)[1:-1]
+        t = (near[..., None] + steps) / per_segment  # (rows, K, REFINEMENT)
+
+        def points(part: Tensor) -> Tensor:
+            start, step = path[part, :-1, None], path[part].diff(dim=1)[:, :, None]
+            return (start + t[part, ..., None] * step).flatten(1, 2)
+
+        losses = self._evaluate(points, t[0].numel(), rows).view_as(t)
+        s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
+        level = self.level(s.flatten(1), rows).view_as(s)
+        excess = (losses - level).amax(-1)
+        return Samples(
+            found.losses,
+            found.excess,
+            torch.maximum(found.peak, excess),
+            torch.maximum(found.max_loss, losses.amax((1, 2))),
+            found.feasible & (excess <= self._allowed(level)).all(-1),
+        )
 
 
 def _refine(losses: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ class Geodesic:
         length: |γ|, an upper bound on the geodesic's if certified.
         normalized_length: |γ| / |θ_a - θ_b|, exactly 1 for the chord.
         max_loss: largest F among the dense samples.
-        certified: F - λ(s) ≤ tol · max(1, |λ|) at every dense sample on the segments and at the
-            estimated maximum between them; tol is 1e-9 in float64, 1e-6 in float32. False means
-            that no such path was found, not that there is none.
+        certified: F - λ(s) ≤ tol · max(1, |λ|) at every dense sample on the segments, at 8 more
+            around the largest of each and at the estimated maximum between them; tol is 1e-9 in
+            float64, 1e-6 in float32. False: no such path was found, not that there is none.
         chord_feasible: the chord is certified; the geodesic is then the chord.
         level: λ(0).
         loss_evaluations, gradient_evaluations: points at which F, and F with its gradient, was
@@ -159,7 +159,7 @@ def find_geodesics(
             f"{errors[first]}",
             stacklevel=2,
         )
-    samples = sublevel.sample(straight, losses.shape[2] - 1, every, losses)
+    samples = sublevel.certify(straight, losses.shape[2] - 1, every, losses)
     samples.feasible &= good
     best = _Best(chord(theta_a, theta_b, num_segments), samples)
     chord_feasible = samples.feasible.clone()
@@ -184,7 +184,7 @@ def find_geodesics(
             found = shorten(sublevel, path, rows, per_segment, limit)
             iterations[rows] += found.iterations
             residual[rows] = found.residual
-            best.update(rows, found.path, sublevel.sample(found.path, CERTIFICATE_SAMPLES, rows))
+            best.update(rows, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, rows))
             refused = found.feasible & ~best.certified[rows]
             rows, path, limit = rows[refused], found.path[refused], max(1, max_iterations // 4)
 
@@ -196,7 +196,7 @@ def find_geodesics(
             best.update(
                 rows,
                 initial_path[rows],
-                sublevel.sample(initial_path[rows], CERTIFICATE_SAMPLES, rows),
+                sublevel.certify(initial_path[rows], CERTIFICATE_SAMPLES, rows),
             )
     total = torch.where(chord_feasible, distance, best.length)
     ratio = torch.where(chord_feasible | (total == 0), torch.ones_like(total), total / distance)
@@ -222,7 +222,7 @@ class _Best:
     def __init__(self, path: Tensor, samples: Samples):
         self.path, self.length, self.certified = path, length(path), samples.feasible.clone()
         self.peak = samples.peak.amax(1)
-        self.max_loss = samples.losses.amax((1, 2))
+        self.max_loss = samples.max_loss.clone()
 
     def update(self, rows: Tensor, path: Tensor, samples: Samples) -> None:
         new_length, new_peak = length(path), samples.peak.amax(1)
@@ -234,7 +234,7 @@ class _Best:
         rows = rows[better]
         self.path[rows], self.length[rows] = path[better], new_length[better]
         self.certified[rows], self.peak[rows] = samples.feasible[better], new_peak[better]
-        self.max_loss[rows] = samples.losses[better].amax((1, 2))
+        self.max_loss[rows] = samples.max_loss[better]
 
 
 def _bulge(theta_a: Tensor, theta_b: Tensor, num_segments: int, size: float, seed: int) -> Tensor:

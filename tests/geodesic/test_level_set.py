@@ -51,6 +51,14 @@ def test_sampling_finds_the_peak_between_samples():
     assert sublevel.loss_evaluations.tolist() == [5]
 
 
+def test_the_certificate_refines_what_sampling_misses():
+    sublevel = sublevel_set(lambda x: (-((x[0] - 0.4) / 0.06).square()).exp(), torch.tensor([0.9]))
+    path = chord(torch.zeros(1, 1), torch.ones(1, 1), 1)
+    assert sublevel.sample(path, 4, ROWS).feasible
+    certificate = sublevel.certify(path, 4, ROWS)
+    assert not certificate.feasible and certificate.max_loss > 0.9
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
 def test_tolerance_is_relative_to_large_levels(dtype, tolerance):
     path = chord(torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype), 2)

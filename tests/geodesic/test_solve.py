@@ -94,7 +94,7 @@ def test_feasible_chord_is_exact_and_costs_one_evaluation():
     assert result.normalized_length == 1.0
     assert result.length == torch.linalg.vector_norm(b - a).item()
     assert torch.equal(result.path, chord(a, b, 7)) and torch.equal(result.path[-1], b)
-    assert (result.loss_evaluations, result.gradient_evaluations) == (65, 0)
+    assert (result.loss_evaluations, result.gradient_evaluations) == (65 + 8, 0)
     assert (result.iterations, result.residual) == (0, 0.0)
 
 
@@ -212,6 +212,37 @@ def test_a_higher_level_is_no_longer_way(radius, angle, levels, dimension):
         assert torch.equal(result.path[0], a) and torch.equal(result.path[-1], b)
     # Two polylines of 16 segments: each within half a percent of its own geodesic.
     assert results[1].length <= results[0].length * 1.005
+
+
+def bumps(x, centres, heights, widths):
+    """A bowl with Gaussian bumps and dents."""
+    squares = (x - centres).square().sum(-1) / widths.square()
+    return 0.05 * x.square().sum() + (heights * torch.exp(-squares / 2)).sum()
+
+
+@pytest.mark.parametrize("falls", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dimension", "count"), [(2, 6), (5, 10)])
+def test_no_certified_path_leaves_a_random_set(dimension, count, dtype, tolerance, falls):
+    """Ten times as dense as the certificate, on 25 problems each time."""
+    generator, n = torch.Generator().manual_seed(dimension), 25
+
+    def normal(*shape):
+        return torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    args = (normal(count, dimension), 0.7 + 0.6 * normal(count), 0.3 + 0.5 * normal(count).abs())
+    theta = 1.5 * normal(2, dimension)
+    losses = torch.func.vmap(torch.func.vmap(bumps, (0, None, None, None)))(theta, *args)
+    theta = theta.gather(1, losses.argsort(1, descending=True)[..., None].expand_as(theta))
+    high, low = losses.amax(1), losses.amin(1)
+    level = LevelProfile(torch.stack((high + 0.1, low + 0.02), 1)) if falls else high + 0.02
+    found = find_geodesics(bumps, theta[:, 0], theta[:, 1], level, loss_args=args)
+    assert found.certified.sum() > n / 2 and not found.chord_feasible.all()
+    points = subdivide(found.path, 160)
+    losses = torch.func.vmap(torch.func.vmap(bumps, (0, None, None, None)))(points, *args)
+    level = level(fractions(points)) if falls else level[:, None]
+    excess = (losses - level - tolerance * level.abs().clamp_min(1)).amax(1)
+    assert (excess[found.certified] <= 0).all()
 
 
 A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
