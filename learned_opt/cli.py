@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from geodesic.dataset import DatasetError, PathDataset
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError
-from learned_opt.geodesics import describe, make_geodesics
+from learned_opt.geodesics import describe, make_geodesics, make_problem
 from learned_opt.outputs import claim_output, write_atomic
 from learned_opt.rules import make_rule
 
@@ -29,11 +30,13 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 PATIENCE = 24 * 3600.0  # seconds that processes wait for the first to make the data set
 
 
-def geodesics(config: GeodesicsConfig, output: Path) -> None:
+def geodesics(config: GeodesicsConfig, output: Path, plot: bool = False) -> None:
     """Make a data set of target paths: SGD runs, and the geodesics that shorten them."""
     _use_one_thread()
     with claim_output(output, asdict(config), "geodesics") as folder:
-        _make(config, folder / "geodesics", folder)
+        dataset = _make(config, folder / "geodesics", folder)
+        if plot:
+            _plot(config, dataset, folder / "plots")
 
 
 def train(config: TrainConfig, output: Path) -> None:
@@ -96,6 +99,18 @@ def _make(config: GeodesicsConfig, folder: Path, output: Path) -> PathDataset:
     return dataset
 
 
+def _plot(config: GeodesicsConfig, dataset: PathDataset, folder: Path) -> None:
+    """Pictures that only the config determines, so that a resumed run may write them again."""
+    from geodesic.plot import plot_dataset  # here: it imports matplotlib
+
+    folder.mkdir(exist_ok=True)
+    for name, figure in plot_dataset(dataset, partial(make_problem, config)):
+        file = BytesIO()
+        figure.savefig(file, format="png", dpi=150)
+        write_atomic(folder / f"{name}.png", file.getvalue())
+        print(folder / f"{name}.png")
+
+
 def _use_one_thread() -> None:
     """These tensors are small: a second thread costs more than it brings."""
     if "OMP_NUM_THREADS" not in os.environ:
@@ -116,6 +131,8 @@ def make_parser() -> ArgumentParser:
         sub.add_argument("--config", action="config", help="YAML file of the settings below")
         sub.add_argument("--output", type=str, required=True, help="folder of the results")
         sub.add_argument("--smoke", action="store_true", help="shrink everything to seconds")
+        if run is geodesics:
+            sub.add_argument("--plot", action="store_true", help="pictures of them in plots/")
         sub.add_class_arguments(config_class, as_group=False)
         commands.add_subcommand(run.__name__, sub, help=run.__doc__)
     return parser
@@ -133,10 +150,11 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         run = next(c for c in COMMANDS if c.__name__ == namespace.command)
         settings = dict(vars(namespace[namespace.command]))
         output, smoke, _ = (settings.pop(key) for key in ("output", "smoke", "config"))
+        plot = {"plot": True} if settings.pop("plot", False) else {}
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
-    return run, config.smoke() if smoke else config, Path(output)
+    return partial(run, **plot), config.smoke() if smoke else config, Path(output)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 import yaml
@@ -100,6 +101,19 @@ def test_every_config_runs(path, demo, tmp_path, monkeypatch):
         with open(tmp_path / "results.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and not [row["error"] for row in rows if row["error"]]
+
+
+def test_plot_adds_pictures_to_a_data_set_that_is_there(tmp_path):
+    config = str(ROOT / "configs/geodesics/digits.yaml")
+    args = ["geodesics", "--config", config, "--output", str(tmp_path), "--smoke"]
+    main(args)
+    shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("geodesics/*")}
+    assert shards and not (tmp_path / "plots").exists()
+    main([*args, "--plot"])
+    assert shards == {path: path.stat().st_mtime_ns for path in tmp_path.glob("geodesics/*")}
+    pictures = {path.name: matplotlib.image.imread(path) for path in tmp_path.glob("plots/*")}
+    assert set(pictures) == {"lengths.png", "pair-loss.png", "pair-plane.png"}
+    assert all(picture.std() > 0 for picture in pictures.values())
 
 
 def step_with(weights: Path) -> None:
