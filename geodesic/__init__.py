@@ -2,6 +2,7 @@
 
 from geodesic.level_set import LevelProfile, sgd_profile
 from geodesic.path import length, normalized_length, points_at, project, resample
+from geodesic.sharded import find_geodesics_on_disk
 from geodesic.solve import Geodesic, find_geodesic, find_geodesics
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "LevelProfile",
     "find_geodesic",
     "find_geodesics",
+    "find_geodesics_on_disk",
     "length",
     "normalized_length",
     "points_at",

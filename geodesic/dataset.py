@@ -15,7 +15,9 @@ The store is generic: what the header, the facts and the tensors mean is up to i
 import hashlib
 import json
 import os
+import time
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,43 @@ class PathDataset:
         _write_atomically(self.folder / _shard_name(index), content)
         _write_atomically(self.folder / _record_name(index), encoded)
         self._verified[index] = record["sha256"]
+
+    def fill(
+        self,
+        make: Callable[[int], tuple[dict[str, Tensor], dict[str, Any]]],
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+        patience: float = 3600.0,
+    ) -> None:
+        """Make the missing shards, with others: each process those of its rank; then `finish`.
+
+        Args:
+            make: tensors and facts of a shard, by its number.
+            progress: wraps the numbers of this process's shards, such as tqdm.
+            patience: seconds without a new shard after which the other processes are given up.
+
+        Raises:
+            DatasetError: another process did not make its shards.
+        """
+        if self.finished and not self.missing():
+            return
+        mine = [index for index in self.missing() if index % world_size == rank]
+        for index in progress(mine):
+            self.write_shard(index, *make(index))
+        missing, last = self.missing(), time.monotonic()
+        while missing and time.monotonic() - last < patience:
+            time.sleep(0.2)
+            left = self.missing()
+            missing, last = left, last if left == missing else time.monotonic()
+        if missing:
+            raise DatasetError(
+                f"{self.folder} lacks {len(missing)} shards of other processes, and got none in "
+                f"{patience:.0f} s; see their output, and run the command again"
+            )
+        if rank == 0:
+            self.finish()
+        self._records = [self._written(index) for index in range(len(self))]
 
     def finish(self) -> None:
         """Put the records of all shards into the manifest: the dataset can now be opened.

@@ -166,6 +166,8 @@ def write_dataset(
     config: TargetConfig,
     header: dict,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> PathDataset:
     """Makes the shards that `folder` lacks, and returns the finished data set.
 
@@ -173,15 +175,10 @@ def write_dataset(
         problems: the problem of each shard, by its number.
         header: identifies the problems; a folder with another header is refused.
         progress: wraps the shard numbers, for a progress bar.
+        rank: of this process among `world_size` that call this at once, each for its share.
     """
     dataset = PathDataset.create(folder, header | {"targets": asdict(config)}, num_shards)
-    missing = dataset.missing()
-    if not missing and dataset.finished:
-        return dataset
-    for index in progress(missing):
-        dataset.write_shard(index, *solve_problem(problems(index), config))
-    if not dataset.missing():
-        dataset.finish()
+    dataset.fill(lambda i: solve_problem(problems(i), config), rank, world_size, progress)
     return dataset
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
 from geodesic.dataset import DatasetError, PathDataset
+from geodesic.sharded import process_rank
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError
@@ -30,13 +31,25 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 PATIENCE = 24 * 3600.0  # seconds that processes wait for the first to make the data set
 
 
-def geodesics(config: GeodesicsConfig, output: Path, plot: bool = False) -> None:
+def geodesics(
+    config: GeodesicsConfig, output: Path, plot: bool = False, processes: int = 1
+) -> None:
     """Make a data set of target paths: SGD runs, and the geodesics that shorten them."""
+    if processes < 1:
+        raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
     _use_one_thread()
-    with claim_output(output, asdict(config), "geodesics") as folder:
-        dataset = _make(config, folder / "geodesics", folder)
+    output, (rank, _) = output.expanduser().absolute(), process_rank()
+    with claim_output(output, asdict(config), "geodesics") if rank == 0 else nullcontext():
+        folder = output / "geodesics"
+        if processes > 1:
+            torch.multiprocessing.spawn(_make_share, (config, folder, processes), processes)
+        elif rank:
+            _make_share(0, config, folder, 1)
+        if rank:
+            return
+        dataset = _make(config, folder, output, *process_rank())
         if plot:
-            _plot(config, dataset, folder / "plots")
+            _plot(config, dataset, output / "plots")
 
 
 def train(config: TrainConfig, output: Path) -> None:
@@ -91,12 +104,32 @@ def wait_for_dataset(folder: Path, patience: float = PATIENCE) -> PathDataset:
         time.sleep(1)
 
 
-def _make(config: GeodesicsConfig, folder: Path, output: Path) -> PathDataset:
-    dataset = make_geodesics(config, folder, partial(tqdm, desc="geodesics", disable=None))
+def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
+    """The shards of one of `processes` processes here, of all that torchrun or SLURM started."""
+    _use_one_thread()
+    rank, world_size = process_rank()
+    first = rank == local_rank == 0
+    make_geodesics(
+        config,
+        folder,
+        _progress if first else iter,
+        rank * processes + local_rank,
+        world_size * processes,
+    )
+
+
+def _make(
+    config: GeodesicsConfig, folder: Path, output: Path, rank: int = 0, world_size: int = 1
+) -> PathDataset:
+    dataset = make_geodesics(config, folder, _progress, rank, world_size)
     text = describe(dataset)
     write_atomic(output / "geodesics.txt", f"{text}\n".encode())
     print(text)
     return dataset
+
+
+def _progress(shards: Iterable[int]) -> Iterable[int]:
+    return tqdm(shards, desc="geodesics", disable=None)
 
 
 def _plot(config: GeodesicsConfig, dataset: PathDataset, folder: Path) -> None:
@@ -133,6 +166,7 @@ def make_parser() -> ArgumentParser:
         sub.add_argument("--smoke", action="store_true", help="shrink everything to seconds")
         if run is geodesics:
             sub.add_argument("--plot", action="store_true", help="pictures of them in plots/")
+            sub.add_argument("--processes", type=int, default=1, help="that share the work here")
         sub.add_class_arguments(config_class, as_group=False)
         commands.add_subcommand(run.__name__, sub, help=run.__doc__)
     return parser
@@ -150,11 +184,11 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         run = next(c for c in COMMANDS if c.__name__ == namespace.command)
         settings = dict(vars(namespace[namespace.command]))
         output, smoke, _ = (settings.pop(key) for key in ("output", "smoke", "config"))
-        plot = {"plot": True} if settings.pop("plot", False) else {}
+        free = {name: settings.pop(name) for name in ("plot", "processes") if name in settings}
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
-    return partial(run, **plot), config.smoke() if smoke else config, Path(output)
+    return partial(run, **free), config.smoke() if smoke else config, Path(output)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -34,8 +34,15 @@ def make_geodesics(
     config: GeodesicsConfig,
     folder: str | Path,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> PathDataset:
-    """The data set of `config` in `folder`: what is missing is made, what is there is kept."""
+    """The data set of `config` in `folder`: what is missing is made, what is there is kept.
+
+    Args:
+        progress: wraps the numbers of the shards to make.
+        rank: of this process among `world_size` that make it together.
+    """
     header = {
         "family": asdict(config.family),
         "evaluation_size": config.evaluation_size,
@@ -48,6 +55,8 @@ def make_geodesics(
         config.targets,
         header,
         progress,
+        rank,
+        world_size,
     )
 
 

@@ -116,6 +116,18 @@ def test_plot_adds_pictures_to_a_data_set_that_is_there(tmp_path):
     assert all(picture.std() > 0 for picture in pictures.values())
 
 
+def test_processes_share_a_data_set_and_make_the_same(tmp_path):
+    config = str(ROOT / "configs/geodesics/digits.yaml")
+    args = ["geodesics", "--config", config, "--smoke", "--num_shards", "3", "--output"]
+    main([*args, str(tmp_path / "one")])
+    together = run(*args, "two", "--processes", "2", cwd=tmp_path)
+    assert together.returncode == 0, together.stderr
+    for path in (tmp_path / "one" / "geodesics").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "geodesics" / path.name).read_bytes()
+    refused = run(*args, "three", "--processes", "0", cwd=tmp_path)
+    assert refused.returncode == 2 and "processes is 0" in refused.stderr
+
+
 def step_with(weights: Path) -> None:
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()

@@ -1,0 +1,111 @@
+"""Thousands of pairs on disk: geodesics found shard by shard, by one process or many.
+
+    result = find_geodesics_on_disk("paths", loss_fn, theta_a, theta_b, shard_size=64)
+
+Run the same script under `torchrun --nproc_per_node 2` or SLURM, on one machine or several that
+share the folder, and each process does its share. A run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geodesic.dataset import PathDataset
+from geodesic.solve import Geodesic, Level, find_geodesics
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun or SLURM set them; else 0 of 1."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+def find_geodesics_on_disk(
+    folder: str | Path,
+    loss_fn: Callable[..., Tensor],
+    theta_a: Tensor,
+    theta_b: Tensor,
+    level: Level = None,
+    initial_path: Tensor | None = None,
+    loss_args: tuple[Tensor, ...] = (),
+    shard_size: int = 64,
+    name: str = "",
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    **settings: int,
+) -> Geodesic:
+    """`find_geodesics`, kept in `folder` as it goes; all processes return the whole result.
+
+    Args:
+        shard_size: pairs solved at once and then written.
+        name: of the problem. The pairs, levels, arguments and settings of a folder are known by
+            their checksum, but not what ``loss_fn`` computes: tell two of them apart by name.
+        progress: wraps the numbers of the shards to do, such as tqdm.
+        settings: num_segments, seed, chunk_size and max_iterations.
+
+    Raises:
+        ValueError: as `find_geodesics`, for a shard none of whose pairs can be searched.
+        DatasetError: the folder holds another problem, or another process stopped.
+    """
+    pairs = len(theta_a)
+    inputs = {"theta_a": theta_a, "theta_b": theta_b, "initial_path": initial_path}
+    inputs |= {f"loss_args[{i}]": argument for i, argument in enumerate(loss_args)}
+    if callable(level):
+        inputs["level"] = level(torch.linspace(0, 1, 257).to(theta_a).expand(pairs, -1))
+    elif level is not None:
+        level = torch.as_tensor(level).to(theta_a).expand(pairs)
+        inputs["level"] = level
+    header = {
+        "name": name,
+        "pairs": pairs,
+        "shard_size": shard_size,
+        "settings": settings,
+        "inputs": {k: None if v is None else _checksum(v) for k, v in inputs.items()},
+    }
+
+    def solve(index: int) -> tuple[dict[str, Tensor], dict]:
+        part = torch.arange(index * shard_size, min(pairs, (index + 1) * shard_size))
+        found = find_geodesics(
+            loss_fn,
+            theta_a[part],
+            theta_b[part],
+            _part_of(level, part, pairs),
+            initial_path=None if initial_path is None else initial_path[part],
+            loss_args=tuple(argument[part] for argument in loss_args),
+            **settings,
+        )
+        tensors = {f.name: getattr(found, f.name) for f in fields(found)}
+        return tensors, {"error": tensors.pop("error")}
+
+    dataset = PathDataset.create(folder, header, -(-pairs // shard_size))
+    dataset.fill(solve, *process_rank(), progress)
+    shards = [dataset.shard(i) for i in range(len(dataset))]
+    tensors = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+    errors = [error for i in range(len(dataset)) for error in dataset.facts(i)["error"]]
+    return Geodesic(**tensors, error=errors)
+
+
+def _part_of(level: Level, part: Tensor, pairs: int) -> Level:
+    if not callable(level):
+        return level if level is None else level[part]
+
+    def of_part(s: Tensor) -> Tensor:
+        every = s.new_zeros(pairs, s.shape[1])
+        every[part] = s
+        return level(every)[part]
+
+    return of_part
+
+
+def _checksum(value: Tensor) -> str:
+    value = value.detach().cpu().contiguous()
+    kind = f"{value.dtype} {tuple(value.shape)}".encode()
+    return hashlib.sha256(kind + value.numpy().tobytes()).hexdigest()
