@@ -52,19 +52,7 @@ def set_level(
     if level is None:
         level = start_loss
     elif not callable(level):
-        try:
-            level = torch.as_tensor(level, dtype=dtype, device=start_loss.device).detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"level must be None, a number, a (pairs,) tensor or a callable, got {level!r}; "
-                "None means F(theta_a)"
-            ) from None
-        if level.ndim > 1 or level.numel() not in (1, pairs):
-            raise ValueError(
-                f"level must be a float or ({pairs},) for {pairs} pairs, got shape "
-                f"{tuple(level.shape)}; for a level that falls along the path use LevelProfile"
-            )
-        level = level.expand(pairs)
+        level = constant_level(level, start_loss)
     sublevel.set_level(level)
     s = torch.linspace(0, 1, 257).to(start_loss).expand(pairs, -1)
     try:
@@ -77,6 +65,20 @@ def set_level(
     allowed = TOLERANCE[dtype] * values.abs().clamp_min(1)
     for i, (a, b) in enumerate(zip(start_loss.tolist(), end_loss.tolist(), strict=True)):
         errors[i] = errors[i] or _error_of_level(a, b, values[i], allowed[i])
+
+
+def constant_level(level: float | Tensor, like: Tensor) -> Tensor:
+    """λ ``(pairs,)`` of the dtype and device of ``like`` ``(pairs, ...)``."""
+    try:
+        level = torch.as_tensor(level, dtype=like.dtype, device=like.device).detach()
+        if level.ndim > 1:
+            raise ValueError
+        return level.expand(len(like))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"level must be a number, ({len(like)},) for {len(like)} pairs, or a callable, got "
+            f"{describe(level)}; for one that falls along the path use LevelProfile"
+        ) from None
 
 
 def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed: Tensor) -> str:
@@ -102,9 +104,8 @@ def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed:
     return ""
 
 
-def check_arguments(
-    theta_a, theta_b, num_segments, initial_path, loss_args, chunk_size, max_iterations
-) -> None:
+def check_pairs(theta_a, theta_b, loss_args, **counts) -> None:
+    """Raises for pairs, their arguments and positive integers of the wrong kind."""
     for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
         if not torch.is_tensor(value) or value.ndim != 2 or 0 in value.shape:
             raise ValueError(
@@ -121,14 +122,10 @@ def check_arguments(
             f"theta_b must match theta_a, {describe(theta_a)}, got {describe(theta_b)}; "
             "convert with theta_b.to(theta_a)"
         )
-    for name, value in (
-        ("num_segments", num_segments),
-        ("chunk_size", chunk_size),
-        ("max_iterations", max_iterations),
-    ):
+    for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(
-                f"{name} must be a positive integer, got {value!r}; 32 serves for most"
+                f"{name} must be a positive integer, got {value!r}; the default serves for most"
             )
     for argument in loss_args:
         if not torch.is_tensor(argument) or argument.shape[:1] != theta_a.shape[:1]:
@@ -136,9 +133,10 @@ def check_arguments(
                 f"loss_args must be tensors with a leading dimension of {len(theta_a)} pairs, got "
                 f"{describe(argument)}; close over what all pairs share"
             )
-    if initial_path is None:
-        return
-    if (
+
+
+def check_initial_path(initial_path, theta_a) -> None:
+    if initial_path is not None and (
         not torch.is_tensor(initial_path)
         or initial_path.ndim != theta_a.ndim + 1
         or initial_path.shape[1] < 2

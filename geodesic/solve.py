@@ -7,7 +7,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from geodesic.arguments import Level, check_arguments, describe, errors_of_points, set_level
+from geodesic.arguments import (
+    Level,
+    check_initial_path,
+    check_pairs,
+    describe,
+    errors_of_points,
+    set_level,
+)
+from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import Samples, SublevelSet
 from geodesic.path import chord, length, resample
 from geodesic.shortening import shorten
@@ -20,6 +28,8 @@ SHORTENING_SAMPLES = 4
 CERTIFICATE_SAMPLES = 16
 # Sideways bulges of the chord, over its length, tried in turn where nothing else is feasible.
 BULGES = (0.1, 0.5)
+# What is tried last: a step of Adam moves a bead by a hundredth of the chord.
+STRINGS = StringSampling(insertion="midpoint", max_depth=5, learning_rate=0.01, max_steps=300)
 
 
 @dataclass
@@ -108,8 +118,9 @@ def find_geodesics(
     The chord is tried first: one dense evaluation, and where it is feasible nothing is shorter.
     Else the initial path is repaired if it sticks out a little, and shortened inside the set (see
     `geodesic.shortening`). Without one, or where it cannot be repaired, a chord bulging to a random
-    side is pushed into the set. That finds simple ways round only; a failure is reported, not
-    raised, with the path that exceeds the level least. A certified path is never longer than a
+    side is pushed into the set, and at last Dynamic String Sampling (`geodesic.dss`) looks for a
+    way, for a bounded time. A failure is reported, not raised, with the path that exceeds the level
+    least. A certified path is never longer than a
     feasible initial one. It is a local minimum of the length, in the homotopy class of its start.
     A pair that cannot be searched, such as one with NaN, spoils no other: its `error` says why, its
     path is the chord, not certified, and a warning counts such pairs.
@@ -136,9 +147,9 @@ def find_geodesics(
             that are not finite, θ_a equal to θ_b, an initial path that does not join them, a level
             that increases or that F(θ_a) or F(θ_b) exceeds.
     """
-    check_arguments(
-        theta_a, theta_b, num_segments, initial_path, loss_args, chunk_size, max_iterations
-    )
+    counts = {"num_segments": num_segments, "chunk_size": chunk_size}
+    check_pairs(theta_a, theta_b, loss_args, **counts, max_iterations=max_iterations)
+    check_initial_path(initial_path, theta_a)
     theta_a, theta_b = theta_a.detach(), theta_b.detach()
     pairs = len(theta_a)
     every = torch.arange(pairs)
@@ -166,20 +177,23 @@ def find_geodesics(
     iterations = torch.zeros(pairs, dtype=torch.long)
     residual = torch.where(chord_feasible, 0.0, torch.inf).to(theta_a)
 
-    starts = []
+    starts: list[Callable[[Tensor], Tensor]] = []  # from rows to paths
     if initial_path is not None:
         initial_path = initial_path.detach()
         if initial_path.shape[1] != num_segments + 1:
             initial_path = resample(initial_path, num_segments)
         initial_path = torch.cat((theta_a[:, None], initial_path[:, 1:-1], theta_b[:, None]), dim=1)
-        starts.append(initial_path)
-    if num_segments > 1:
-        starts += [_bulge(theta_a, theta_b, num_segments, size, seed) for size in BULGES]
+        starts.append(lambda rows: initial_path[rows])
+    for size in BULGES:
+        starts.append(lambda r, size=size: _bulge(theta_a[r], theta_b[r], num_segments, size, seed))
+    starts.append(lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows))
     for start in starts:
         rows = (~best.certified & good).nonzero().squeeze(1)
-        path, limit = start[rows], max_iterations
+        if len(rows) == 0 or num_segments == 1:
+            break
+        path, limit = start(rows), max_iterations
         for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
-            if len(rows) == 0 or num_segments == 1:
+            if len(rows) == 0:
                 break
             found = shorten(sublevel, path, rows, per_segment, limit)
             iterations[rows] += found.iterations
@@ -235,6 +249,28 @@ class _Best:
         self.path[rows], self.length[rows] = path[better], new_length[better]
         self.certified[rows], self.peak[rows] = samples.feasible[better], new_peak[better]
         self.max_loss[rows] = samples.max_loss[better]
+
+
+def _strings(
+    sublevel: SublevelSet, loss_fn: Callable, ends: Tensor, num_segments: int, rows: Tensor
+) -> Tensor:
+    """Strings from DSS, evenly resampled; in units of the chord, which make its step scale-free."""
+    ends, arguments = ends[rows], tuple(argument[rows] for argument in sublevel.loss_args)
+    unit = ends.diff(dim=1).square().mean((1, 2)).sqrt().log2().round().exp2()  # exact to undo
+    found = sample_strings(
+        lambda x, unit, *args: loss_fn(x * unit, *args),
+        *(ends / unit[:, None, None]).unbind(1),
+        lambda s: sublevel.level(s, rows),
+        STRINGS,
+        (unit, *arguments),
+        chunk_size=sublevel.chunk_size,
+    )
+    sublevel.loss_evaluations[rows] += found.loss_evaluations
+    sublevel.gradient_evaluations[rows] += found.gradient_evaluations
+    paths = torch.stack([resample(path, num_segments) for path in found.paths])
+    paths = paths * unit[:, None, None]
+    paths[:, [0, -1]] = ends
+    return paths
 
 
 def _bulge(theta_a: Tensor, theta_b: Tensor, num_segments: int, size: float, seed: int) -> Tensor:

@@ -1,0 +1,378 @@
+"""Dynamic String Sampling: does a path join θ_a and θ_b along which F ≤ λ?
+
+Freeman & Bruna, "Topology and Geometry of Half-Rectified Network Optimization", ICLR 2017
+(arXiv 1611.01540). A string of beads joins θ_a and θ_b. Wherever F exceeds the level on the segment
+between two beads, a bead is inserted there and descends until F ≤ αλ; its two segments are next.
+The string is never shortened: its length only bounds the geodesic's from above.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vmap
+
+from geodesic.arguments import check_pairs, constant_level, errors_of_points
+from geodesic.level_set import TOLERANCE, SublevelSet
+from geodesic.path import fractions, length, normalized_length
+
+
+@dataclass(frozen=True)
+class StringSampling:
+    """Settings; the defaults are strict, for a path whose every sample lies in the sublevel set.
+
+    Attributes:
+        bead_target: α in (0, 1]. A bead is trained until F ≤ λ - (1 - α)|λ|: αλ where λ > 0.
+        slack: at least 1. A segment passes when F ≤ λ + (slack - 1)|λ| on its grid.
+        insertion: where on a failing segment a bead goes: "midpoint", or "worst", where on the
+            grid F - λ is largest, for the first time if often; for a flat F take the midpoint.
+        grid: steps of the grid on a segment, at least 2; both its ends are on it.
+        max_depth: rounds of insertion after which a pair counts as not connected.
+        always_insert: begin with a trained bead at the midpoint even where the chord passes.
+        optimizer: "adam" (β = .9, .999) or "sgd"; each bead starts it afresh.
+        learning_rate: of the beads.
+        max_gradient_norm: a longer gradient is scaled to this norm; None leaves it.
+        max_steps: descent steps of a bead after which its pair counts as not connected.
+        check_every: descent steps before and between looks at whether a bead's F has reached its
+            target.
+    """
+
+    bead_target: float = 0.95
+    slack: float = 1.0
+    insertion: str = "worst"
+    grid: int = 20
+    max_depth: int = 10
+    always_insert: bool = False
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    max_gradient_norm: float | None = None
+    max_steps: int = 10_000
+    check_every: int = 1
+
+    def __post_init__(self):
+        for name, valid, fix in (
+            ("bead_target", 0 < self.bead_target <= 1, "be in (0, 1]; published are .95 and .98"),
+            ("slack", 1 <= self.slack < torch.inf, "be at least 1, which is strict"),
+            ("insertion", self.insertion in ("midpoint", "worst"), "be 'midpoint' or 'worst'"),
+            ("optimizer", self.optimizer in ("adam", "sgd"), "be 'adam' or 'sgd'"),
+            ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive; 1e-3 with adam"),
+            (
+                "max_gradient_norm",
+                self.max_gradient_norm is None or self.max_gradient_norm > 0,
+                "be positive, or None not to clip",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must {fix}; got {getattr(self, name)!r}")
+        least = {"grid": 2, "max_depth": 1, "max_steps": 1, "check_every": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
+
+
+# In the order of the fields. Published in the scripts behind the paper's Figure 1,
+# github.com/danielfreeman11/convex-nets at 252a823. They look at a bead every 15 full-batch steps,
+# every 100 minibatches of 128 (CIFAR-10), or every epoch: 550 minibatches of 100 MNIST images, 2323
+# of 20 × 20 PTB words, whose rate they also halve each epoch after the fourth. A bead of the
+# polynomials or MNIST may take for ever there, one of CIFAR-10 10⁶ steps and one of PTB 100 epochs.
+PRESETS = {
+    name: StringSampling(*values)
+    for name, values in {
+        "cubic": (0.95, 1.1, "midpoint", 100, 10, True, "adam", 1e-3, None, 300_000, 15),
+        "quadratic": (0.95, 1.1, "midpoint", 100, 10, True, "adam", 1e-3, None, 300_000, 15),
+        "mnist": (0.98, 1.02, "worst", 20, 10, True, "adam", 1e-4, None, 55_000, 550),
+        "cifar": (0.98, 1.1, "worst", 20, 10, True, "sgd", 0.1, None, 1_000_000, 100),
+        "ptb": (0.98, 1.1, "midpoint", 20, 10, True, "sgd", 1.0, 5.0, 232_300, 2323),
+    }.items()
+}
+
+
+@dataclass
+class Strings:
+    """One string a pair.
+
+    Attributes:
+        paths: a list of ``(n, d)`` tensors from exactly θ_a to exactly θ_b. Where a pair is not
+            connected, the last string whose beads had all reached their targets.
+        connected: ``(pairs,)`` bool, every segment passes, in the slack and on the grid of the
+            settings. False is "not connected as far as DSS can tell", never a disconnection.
+        num_beads: ``(pairs,)``, n; both ends count, as published.
+        length, normalized_length: ``(pairs,)``, |γ| and |γ| / |θ_a - θ_b|.
+        max_loss: ``(pairs,)``, largest F on the grids of the path; inf where it is not a number.
+        rounds: ``(pairs,)``, rounds of insertion.
+        loss_evaluations: ``(pairs,)``, points at which F alone was computed.
+        gradient_evaluations: ``(pairs,)``, points at which the gradient that beads descend was.
+    """
+
+    paths: list[Tensor]
+    connected: Tensor
+    num_beads: Tensor
+    length: Tensor
+    normalized_length: Tensor
+    max_loss: Tensor
+    rounds: Tensor
+    loss_evaluations: Tensor
+    gradient_evaluations: Tensor
+
+
+@torch.no_grad()
+def sample_strings(
+    loss_fn: Callable[..., Tensor],
+    theta_a: Tensor,
+    theta_b: Tensor,
+    level: float | Tensor | Callable[[Tensor], Tensor],
+    settings: StringSampling = StringSampling(),
+    loss_args: tuple[Tensor, ...] = (),
+    train_fn: Callable[..., Tensor] | None = None,
+    chunk_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Strings:
+    """Join pairs inside sublevel sets by Dynamic String Sampling, many at once.
+
+    The beads of all pairs descend in one `torch.func.vmap`, which a bead leaves when it is done. No
+    pair waits for another: its next round begins with the step after its last bead's, and its
+    result does not depend on its batch, but for rounding.
+
+    A bead's target is set, when it is inserted, by the level at its arclength fraction of the
+    string. Where the level falls, a string that grows can leave a bead above the level; the bead is
+    then trained further, in the next round.
+
+    Args:
+        loss_fn: F, ``loss_fn(theta, *args)`` from ``(d,)`` to a scalar; deterministic, vmap-able.
+        theta_a, theta_b: ``(pairs, d)``, float32 or float64.
+        level: λ, a number, ``(pairs,)``, or a callable from ``(pairs, m)`` arclength fractions to
+            levels, such as `geodesic.sgd_profile`.
+        settings: see `StringSampling`; `PRESETS` has the published ones.
+        loss_args: tensors with a leading dimension of pairs, handed to both functions.
+        train_fn: what beads descend where F has no gradient or needs all data: ``train_fn(theta,
+            step, *args)`` to a scalar, vmap-able. ``step`` is an int that counts the pair's
+            descent steps over all rounds and picks the minibatch, for all beads the same; random
+            draws in it (dropout) are seeded by the step, and for all beads the same, too.
+            None is F.
+        chunk_size: points evaluated at once; lower it if memory runs out.
+        progress: called after every step with the numbers of pairs finished and beads in training.
+
+    Raises:
+        ValueError: for wrong shapes, mixed or unsupported dtypes, values that are not finite, and a
+            level that θ_a or θ_b exceeds by more than the slack.
+    """
+    check_pairs(theta_a, theta_b, loss_args, chunk_size=chunk_size)
+    if error := next(filter(None, errors_of_points(theta_a, theta_b, None)), None):
+        raise ValueError(error)
+    pairs = len(theta_a)
+    sublevel = SublevelSet(loss_fn, tuple(loss_args), pairs, chunk_size)
+    sublevel.set_level(level if callable(level) else constant_level(level, theta_a))
+    strings = [
+        _String(path, path.new_full((1, settings.grid + 1), torch.nan))
+        for path in torch.stack((theta_a, theta_b), dim=1)
+    ]
+    loss_evaluations = torch.zeros(pairs, dtype=torch.long)
+    gradient_evaluations = torch.zeros(pairs, dtype=torch.long)
+
+    def evaluate(function: Callable, theta: Tensor, pair: Tensor):
+        """``function`` at beads ``(n, d)`` of pairs ``(n,)``."""
+        mapped = vmap(function, randomness="same")
+        parts = [
+            mapped(points, *(argument[rows] for argument in loss_args))
+            for points, rows in zip(theta.split(chunk_size), pair.split(chunk_size), strict=True)
+        ]
+        if torch.is_tensor(parts[0]):
+            return torch.cat(parts)
+        return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
+
+    def grow(rows: list[int]) -> list[_Beads]:
+        owners = _sample([strings[row] for row in rows], rows, sublevel, settings.grid)
+        # Counted here: SublevelSet counts a row once however often it occurs.
+        loss_evaluations.add_(torch.bincount(owners, minlength=pairs) * (settings.grid + 1))
+        return [_grow(strings[row], row, sublevel, settings) for row in rows]
+
+    beads = _join(grow(list(range(pairs))))
+    step = 0
+    while len(beads.pair):
+        due = (beads.age % settings.check_every == 0) | (beads.age == settings.max_steps)
+        due &= beads.age > 0
+        if train_fn is None:
+            gradients, values = evaluate(grad_and_value(loss_fn), beads.theta, beads.pair)
+            gradient_evaluations += torch.bincount(beads.pair, minlength=pairs)
+        elif due.any():
+            values = torch.full_like(beads.target, torch.nan)
+            values[due] = evaluate(loss_fn, beads.theta[due], beads.pair[due])
+            loss_evaluations += torch.bincount(beads.pair[due], minlength=pairs)
+
+        complete = []
+        if due.any():
+            reached = due & (values <= beads.target).cpu()
+            lost = (beads.age == settings.max_steps) | ~beads.theta.isfinite().all(1).cpu()
+            lost &= due & ~reached
+            stay = ~reached & ~torch.isin(beads.pair, beads.pair[lost])
+            for index in reached.nonzero().flatten().tolist():
+                strings[beads.pair[index]].draft[beads.slot[index]] = beads.theta[index]
+            left = torch.cat((beads.pair[stay], beads.pair[lost]))
+            complete = beads.pair[reached & ~torch.isin(beads.pair, left)].unique().tolist()
+            if not stay.all():
+                beads = beads.take(stay)
+                gradients = gradients[stay] if train_fn is None else None
+
+        if len(beads.pair):
+            if train_fn is not None:
+                # Dropout and the like: a step's draws do not depend on the batch.
+                with torch.random.fork_rng([theta_a.device] if theta_a.is_cuda else []):
+                    objective = grad(partial(_seeded, train_fn, step))
+                    gradients = evaluate(objective, beads.theta, beads.pair)
+                gradient_evaluations += torch.bincount(beads.pair, minlength=pairs)
+            beads.descend(gradients, settings)
+        step += 1
+        if complete:
+            for row in complete:
+                strings[row].path, strings[row].losses = strings[row].draft, strings[row].known
+            beads = _join([beads, *grow(complete)])
+        if progress is not None:
+            progress(pairs - len(beads.pair.unique()), len(beads.pair))
+
+    paths = [string.path for string in strings]
+    return Strings(
+        paths=paths,
+        connected=torch.tensor([string.connected for string in strings]),
+        num_beads=torch.tensor([len(path) for path in paths]),
+        length=torch.stack([length(path) for path in paths]),
+        normalized_length=torch.stack([normalized_length(path) for path in paths]),
+        max_loss=torch.stack([string.losses.amax() for string in strings]),
+        rounds=torch.tensor([string.rounds for string in strings]),
+        loss_evaluations=loss_evaluations,
+        gradient_evaluations=gradient_evaluations,
+    )
+
+
+def _seeded(train_fn: Callable, step: int, theta: Tensor, *args: Tensor) -> Tensor:
+    torch.manual_seed(step)
+    return train_fn(theta, step, *args)
+
+
+@dataclass
+class _String:
+    """A pair's string, and what it becomes once the beads of its round have reached their targets.
+
+    Losses are F on the grid of every segment, nan where a segment was not evaluated yet.
+    """
+
+    path: Tensor  # (n, d)
+    losses: Tensor  # (n - 1, grid + 1)
+    draft: Tensor | None = None  # (n', d)
+    known: Tensor | None = None  # (n' - 1, grid + 1)
+    rounds: int = 0
+    connected: bool = False
+
+
+@dataclass
+class _Beads:
+    """Beads in training, of any pairs; bookkeeping is on the CPU."""
+
+    theta: Tensor  # (beads, d)
+    target: Tensor  # (beads,)
+    mean: Tensor  # (beads, d), Adam's moments; (beads, 0) for SGD
+    square: Tensor
+    pair: Tensor  # (beads,)
+    slot: Tensor  # (beads,), index in the pair's draft
+    age: Tensor  # (beads,), steps trained
+
+    def take(self, index: Tensor) -> "_Beads":
+        return _Beads(*(value[index] for value in vars(self).values()))
+
+    def descend(self, gradients: Tensor, settings: StringSampling) -> None:
+        """One step of every bead, in place."""
+        self.age += 1
+        if settings.max_gradient_norm is not None:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients = gradients * (settings.max_gradient_norm / norms).clamp_max(1)
+        if settings.optimizer == "adam":  # Kingma & Ba 2015, arXiv 1412.6980, its own constants
+            age = self.age[:, None].to(gradients)
+            self.mean.lerp_(gradients, 0.1)
+            self.square.lerp_(gradients.square(), 0.001)
+            scale = (self.square / (1 - 0.999**age)).sqrt() + 1e-8
+            gradients = self.mean / (1 - 0.9**age) / scale
+        self.theta -= settings.learning_rate * gradients
+
+
+def _join(parts: list[_Beads]) -> _Beads:
+    return _Beads(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid: int) -> Tensor:
+    """F on the grid of every new segment; returns the pair of each such segment."""
+    new = [string.losses[:, 0].isnan() for string in strings]
+    segments = [
+        torch.stack((string.path[:-1], string.path[1:]), dim=1)[mask]
+        for string, mask in zip(strings, new, strict=True)
+    ]
+    counts = [len(part) for part in segments]
+    owners = torch.tensor(rows).repeat_interleave(torch.tensor(counts))
+    losses = sublevel.losses(torch.cat(segments), grid, owners)[:, 0].split(counts)
+    for string, mask, part in zip(strings, new, losses, strict=True):
+        string.losses[mask] = part
+    return owners
+
+
+def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSampling) -> _Beads:
+    """Beads to train so that the string may pass; none where it passes or is given up."""
+    path, grid, pair = string.path, settings.grid, torch.tensor([row])
+    t = torch.linspace(0, 1, grid + 1, dtype=path.dtype, device=path.device)
+    knots = fractions(path)
+    s = torch.lerp(knots[:-1, None], knots[1:, None], t)
+    level = sublevel.level(s.view(1, -1), pair).view_as(s)
+    excess = string.losses - level - (settings.slack - 1) * level.abs()
+    over = ~(excess <= TOLERANCE[path.dtype] * level.abs().clamp_min(1))
+    if string.rounds == 0:
+        _check_ends(string.losses[0], level[0], over[0], row)
+
+    failing = over.any(1)
+    at_midpoint = settings.always_insert and string.rounds == 0  # also the first of "worst"
+    string.connected = not failing.any() and not at_midpoint
+    # Only where λ falls: the string grew, and a bead moved on to where λ is lower than it reached.
+    fallen = torch.nn.functional.pad(over[1:, 0], (1, 1))
+    kept = ~fallen[:-1] & ~fallen[1:]
+    added = ((failing | at_midpoint) & kept).nonzero().flatten()
+    if string.connected or string.rounds == settings.max_depth:
+        added, fallen = added[:0], torch.zeros_like(fallen)
+    else:
+        string.rounds += 1
+    weight = torch.full_like(t[:1], 0.5).expand(len(added))
+    if settings.insertion == "worst" and not at_midpoint:
+        weight = t[1:-1][excess[added, 1:-1].argmax(1)]
+    points = torch.lerp(path[added], path[added + 1], weight[:, None])
+
+    old = torch.arange(len(path), device=path.device)
+    order = torch.cat((old, added + 0.5)).argsort()
+    string.draft = torch.cat((path, points))[order]
+    string.known = path.new_full((len(string.draft) - 1, grid + 1), torch.nan)
+    kept[added] = False
+    string.known[order.argsort()[: len(path) - 1][kept]] = string.losses[kept]
+    slot = torch.cat((fallen, torch.ones_like(added, dtype=torch.bool)))[order].nonzero().flatten()
+    theta = string.draft[slot]
+    level = sublevel.level(fractions(string.draft)[None, slot], pair)[0]
+    moment = torch.zeros_like(theta) if settings.optimizer == "adam" else theta[:, :0]
+    return _Beads(
+        theta=theta,
+        target=level - (1 - settings.bead_target) * level.abs(),
+        mean=moment,
+        square=moment.clone(),
+        pair=torch.full((len(slot),), row),
+        slot=slot.cpu(),
+        age=torch.zeros(len(slot), dtype=torch.long),
+    )
+
+
+def _check_ends(losses: Tensor, level: Tensor, over: Tensor, row: int) -> None:
+    for name, end in (("theta_a", 0), ("theta_b", -1)):
+        if not level[end].isfinite():
+            raise ValueError(
+                f"level must be finite, got {level[end].item()} at {name} of pair {row}; "
+                "drop pairs of a diverged run"
+            )
+        if over[end]:
+            raise ValueError(
+                f"level must be at least F({name}) = {losses[end].item()} up to the slack, got "
+                f"{level[end].item()} for pair {row}; train that end further, or raise the level"
+            )

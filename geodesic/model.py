@@ -1,0 +1,343 @@
+"""A network, a loss and a fixed data set as F(θ) on flat parameters, for `find_geodesic`."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from geodesic.level_set import TOLERANCE
+
+# Subclasses may do more in their forward pass, which recalibration replaces.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class ModelLoss:
+    """F(θ) = Σ_c (n_c / n) · loss_fn(module(inputs_c; θ), targets_c) over chunks c of the data.
+
+    θ is ``(d,)``: the module's parameters, frozen ones too, flat and in the order of
+    ``module.named_parameters()``, tied ones once. F has the module's dtype and device, is
+    deterministic and works under `torch.func.vmap` and `torch.func.grad`; in more than one chunk
+    not under forward-mode `torch.func.jvp`.
+
+    F holds a copy of the module in eval mode, so dropout is the identity. What stays random there
+    (``F.dropout`` that is always on, `nn.FractionalMaxPool2d`, ``torch.rand`` in ``forward``) is
+    found by two evaluations and refused.
+
+    *Batch norm.* Running statistics of θ_a and θ_b say nothing about the points between them, so
+    with such layers ``recalibrate`` must be chosen. True normalises with the mean and the (biased)
+    variance of the whole data set at each θ, differentiated through (the statistics are recomputed
+    per point as by Garipov et al. 2018, arXiv 1802.10026). In one chunk that is the forward pass in
+    train mode. In several, a first pass pools the chunks' moments,
+
+        μ = Σ_c (n_c / n) μ_c        σ² = Σ_c (n_c / n) (σ_c² + (μ_c - μ)²),
+
+    and a second uses them. That is exact for the first layer; deeper ones see, in the first pass,
+    inputs normalised chunk by chunk, so F depends slightly on ``chunk_size``.
+
+    *Recurrent layers.* `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells have no vmap rule; F takes
+    them apart by running inside `torch.func.vjp`. Tested on the CPU only: cuDNN's fused kernels may
+    refuse, where a cell written with matrix products does not.
+
+    Args:
+        module: float32 or float64, on one device. It is not changed.
+        loss_fn: ``(outputs, targets)`` to a scalar, the **mean** over examples, such as
+            `nn.functional.cross_entropy`. A mean over a varying number of items an example
+            (``ignore_index``) is weighted by examples across chunks.
+        inputs: ``(n, ...)``, a tuple of such for a module with several inputs, or a `DataLoader`
+            without shuffling whose batches end in the targets; it is read once, into memory.
+        targets: ``(n, ...)``; None with a `DataLoader`.
+        chunk_size: most examples in one forward pass, None for all; chunks are of even size. Memory
+            is that of one chunk, for each θ of a vmap. Gradients too: with several chunks they run
+            each chunk forward once more instead of storing it.
+        recalibrate: of batch norm, see above. False keeps the module's running statistics for every
+            θ: right only where θ moves little from the module's own.
+
+    Raises:
+        ValueError: for shuffled or one-off data, batch norm without a choice, randomness, and
+            wrong shapes or dtypes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        inputs: Tensor | tuple[Tensor, ...] | DataLoader,
+        targets: Tensor | None = None,
+        chunk_size: int | None = None,
+        recalibrate: bool | None = None,
+    ):
+        parameters = dict(module.named_parameters())
+        kinds = {(p.dtype, p.device) for p in parameters.values()}
+        if len(kinds) != 1 or next(iter(kinds))[0] not in TOLERANCE:
+            raise ValueError(
+                f"module must have parameters of one dtype, float32 or float64, on one device, got "
+                f"{sorted(map(str, kinds))}; convert it with module.float() or .to(device)"
+            )
+        ((self.dtype, self.device),) = kinds
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        self.loss_fn, self._module = loss_fn, deepcopy(module).eval()
+        # Each chunk: its share of the data, then (inputs, targets).
+        self._chunks = self._split(*_read(inputs, targets), chunk_size)
+        self._layers = _recalibrated(self._module, recalibrate)
+        for layer in self._layers.values():
+            layer.forward = partial(self._normalize, layer)
+        self._recurrent = any(
+            isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in self._module.modules()
+        )
+        check_deterministic(self, self.flatten(module))
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """The loss over all the data, a scalar, at ``theta`` ``(d,)``."""
+        self._check(theta)
+        if len(self._chunks) == 1:
+            return self._run(self._chunks[0], self._loss, theta)
+        pooled = (self._pool(theta),) if self._layers else ()
+        return sum(
+            chunk[0] * _recompute(partial(self._run, chunk, self._loss), theta, *pooled)
+            for chunk in self._chunks
+        )
+
+    def flatten(self, source: nn.Module | Mapping[str, Tensor]) -> Tensor:
+        """θ ``(d,)`` of a module or of a ``state_dict`` of the same architecture, a copy."""
+        tensors = self._matching(source)
+        parts = [tensor.detach().to(self.device, self.dtype).flatten() for tensor in tensors]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def load(self, theta: Tensor, module: nn.Module) -> None:
+        """Put ``theta`` into ``module``; if F recalibrates, the running statistics at θ too.
+
+        The module's loss on the data in eval mode is then F(θ), unless one batch-norm layer is used
+        in several places.
+        """
+        self._check(theta)
+        for parameter, value in zip(
+            self._matching(module), self._unflatten(theta).values(), strict=True
+        ):
+            parameter.copy_(value)
+        if self._layers:
+            pooled, names = self._pool(theta), {v: k for k, v in self._layers.items()}
+            for layer, (mean, variance) in self._by_call(pooled):
+                target = module.get_submodule(names[layer])
+                if target.running_mean is not None:
+                    target.running_mean.copy_(mean)
+                    target.running_var.copy_(variance)
+
+    def _check(self, theta: Tensor) -> None:
+        d = sum(shape.numel() for shape in self.shapes.values())
+        if theta.shape != (d,) or theta.dtype != self.dtype or theta.device != self.device:
+            raise ValueError(
+                f"theta must be ({d},) {self.dtype} on {self.device}, got {tuple(theta.shape)} "
+                f"{theta.dtype} on {theta.device}; flatten(module) gives it, vmap takes a batch"
+            )
+
+    def _matching(self, source: nn.Module | Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors of ``source``, in the order of θ."""
+        module = isinstance(source, nn.Module)
+        tensors = dict(source.named_parameters()) if module else source
+        for name, shape in self.shapes.items():
+            if name not in tensors or tensors[name].shape != shape:
+                found = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise ValueError(
+                    f"{name} must be {tuple(shape)}, got {found}; use a module of the same "
+                    "architecture (of a DistributedDataParallel, its .module)"
+                )
+        return [tensors[name] for name in self.shapes]
+
+    def _unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        parts = theta.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def _split(self, inputs, targets, chunk_size) -> list[tuple[float, tuple[Tensor, ...], Tensor]]:
+        n = len(targets)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None means all")
+        count = -(-n // (chunk_size or n))
+        parts = (self._place(tensor).tensor_split(count) for tensor in (*inputs, targets))
+        return [(len(y) / n, tuple(x), y) for *x, y in zip(*parts, strict=True)]
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def _run(self, chunk, result: Callable, theta: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """``result(outputs, targets)`` of one chunk, with its own or with ``pooled`` statistics."""
+
+        def forward(theta: Tensor, *pooled: Tensor) -> Tensor:
+            _, inputs, targets = chunk
+            self._seen, self._given = [], None
+            if pooled:
+                self._given = (moments for _, moments in self._by_call(*pooled))
+            outputs = functional_call(self._module, self._unflatten(theta), inputs)
+            value = result(outputs, targets)
+            self._seen = self._given = None  # they hold the graph
+            return value
+
+        arguments = (theta,) if pooled is None else (theta, pooled)
+        return vjp(forward, *arguments)[0] if self._recurrent else forward(*arguments)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = self.loss_fn(outputs, targets)
+        if loss.ndim:
+            raise ValueError(
+                f"loss_fn must return a scalar, got shape {tuple(loss.shape)}; use reduction='mean'"
+            )
+        return loss
+
+    def _normalize(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The forward pass of a batch-norm layer that is recalibrated."""
+        if self._given is not None:
+            mean, variance = next(self._given)
+        else:
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            variance, mean = torch.var_mean(x, axes, correction=0)
+            self._seen.append((layer, torch.stack((mean, variance))))
+        # nn.functional.batch_norm has no gradient in the statistics it is given.
+        scale = (variance + layer.eps).rsqrt()
+        if layer.affine:
+            scale = scale * layer.weight
+        channels = (-1, *[1] * (x.ndim - 2))
+        x = (x - mean.view(channels)) * scale.view(channels)
+        return x + layer.bias.view(channels) if layer.affine else x
+
+    def _moments(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Means and variances ``(2, channels)`` of the batch-norm layers, in order of call."""
+        self._calls = [layer for layer, _ in self._seen]
+        return torch.cat([moments for _, moments in self._seen], dim=1)
+
+    def _pool(self, theta: Tensor) -> Tensor:
+        """The moments of all the data ``(2, channels)``."""
+        parts = [
+            _recompute(partial(self._run, chunk, self._moments), theta) for chunk in self._chunks
+        ]
+        mean = sum(chunk[0] * part[0] for chunk, part in zip(self._chunks, parts, strict=True))
+        variance = sum(
+            chunk[0] * (part[1] + (part[0] - mean).square())
+            for chunk, part in zip(self._chunks, parts, strict=True)
+        )
+        return torch.stack((mean, variance))
+
+    def _by_call(self, pooled: Tensor):
+        parts = pooled.split([layer.num_features for layer in self._calls], dim=1)
+        return zip(self._calls, parts, strict=True)
+
+
+def _recompute(function: Callable, *tensors: Tensor) -> Tensor:
+    """function(*tensors), a tensor; only ``tensors`` are stored, and it runs again for gradients.
+
+    `torch.utils.checkpoint` does this for autograd, but not under `torch.func`.
+    """
+    return _Recompute.apply(lambda *tensors: (function(*tensors),), *tensors)[0]
+
+
+class _Recompute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function, *tensors):
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.function = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        def pull_back(*arguments):
+            gradients, tensors = arguments[:count], arguments[count:]
+            return vjp(ctx.function, *tensors)[1](gradients)
+
+        # Not stored either: torch.func.grad keeps the graph of every backward pass.
+        count = len(gradients)
+        return (None, *_Recompute.apply(pull_back, *gradients, *ctx.saved_tensors))
+
+
+@torch.no_grad()
+def check_deterministic(loss_fn: Callable[[Tensor], Tensor], theta: Tensor) -> None:
+    """Evaluate F twice at ``theta`` ``(d,)`` and refuse one that differs.
+
+    Differences within the certificate's tolerance pass: some GPU kernels sum in varying order.
+
+    Raises:
+        ValueError: if F is random, such as the loss of a fresh mini-batch.
+    """
+    first, second = loss_fn(theta), loss_fn(theta)
+    tolerance = TOLERANCE.get(first.dtype, 0.0)
+    if not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise ValueError(
+            f"loss_fn must be deterministic, got {first.item()} and {second.item()} at the same "
+            "theta; F must be the loss on one fixed evaluation set without dropout or other noise: "
+            "a level of a mini-batch loss means nothing on the next mini-batch"
+        )
+
+
+def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The data as (inputs, targets), all ``(n, ...)``."""
+    fix = (
+        "F must be the loss on one fixed evaluation set: give tensors, or a DataLoader with "
+        "shuffle=False, which is read once"
+    )
+    if isinstance(inputs, DataLoader):
+        batches = inputs.batch_sampler  # one of the user's own leaves inputs.sampler sequential
+        if type(batches) is BatchSampler:
+            batches = batches.sampler
+        sampler = inputs.sampler if batches is None else batches
+        if not isinstance(sampler, SequentialSampler):
+            raise ValueError(
+                f"inputs must come in one fixed order, got a DataLoader with "
+                f"{type(sampler).__name__}; {fix}"
+            )
+        batches = list(inputs)
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) < 2 or targets is not None:
+                raise ValueError(
+                    f"inputs as a DataLoader must give (inputs, targets) batches and leave targets "
+                    f"None, got a {type(batch).__name__} and targets={type(targets).__name__}; "
+                    "give tensors instead"
+                )
+        *inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    for name, value in (*(("inputs", value) for value in inputs), ("targets", targets)):
+        if not torch.is_tensor(value):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}; {fix}")
+        if value.ndim == 0 or len(value) == 0 or len(value) != len(inputs[0]):
+            raise ValueError(
+                f"{name} must be (n, ...) with n ≥ 1 the same for all, got {tuple(value.shape)} "
+                f"beside inputs {tuple(inputs[0].shape)}; examples come first (batch_first=True)"
+            )
+    return inputs, targets
+
+
+def _recalibrated(module: nn.Module, recalibrate: bool | None) -> dict[str, nn.Module]:
+    """The layers to recalibrate, by name."""
+    layers = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        or getattr(layer, "running_mean", None) is not None
+    }
+    if layers and recalibrate is None:
+        raise ValueError(
+            f"recalibrate must be chosen for a module with batch norm, got None with {list(layers)}"
+            ": running statistics hold for the module's own parameters, not along a path; use "
+            "recalibrate=True for the statistics of the data at each theta (False keeps them)"
+        )
+    for name, layer in layers.items():
+        if recalibrate and type(layer) not in BATCH_NORMS:
+            raise ValueError(
+                f"recalibrate=True knows nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, got "
+                f"{type(layer).__name__} at {name!r}; replace that layer"
+            )
+        if not recalibrate and layer.running_mean is None:
+            raise ValueError(
+                f"recalibrate=False needs running statistics, got none at {name!r} "
+                "(track_running_stats=False); use recalibrate=True"
+            )
+    return layers if recalibrate else {}
