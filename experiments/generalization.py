@@ -19,7 +19,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +48,30 @@ class Arm:
     """What an arm changes in configs/train/default.yaml; None of it for `both`."""
 
     text: str
-    objectives: tuple[str, ...] | None = None
+    objectives: tuple[str, ...] = ()
     rule: str = "geodesic_rnn"
-    num_tasks: int = 8
+    rule_config: dict = field(default_factory=dict)
+    family: dict = field(default_factory=dict)
+    updates: int | None = None  # None is as many as make the inner steps of `both`
 
 
+# Rules whose step costs dozens of times more: fewer tasks at a time, and no inputs of 3,072.
+SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "both": Arm("geodesic_rnn, imitation and meta-loss"),
     "meta_loss": Arm("geodesic_rnn, meta-loss alone", ("meta_loss",)),
     "imitation": Arm("geodesic_rnn, imitation alone", ("imitation",)),
-    # A step of this rule costs forty times as much: two tasks at a time instead of eight.
-    "l2l": Arm("coordinatewise_lstm, meta-loss (L2L)", ("meta_loss",), "coordinatewise_lstm", 2),
+    "l2l": Arm(
+        "coordinatewise_lstm, meta-loss (L2L)", ("meta_loss",), "coordinatewise_lstm", {}, SMALL
+    ),
+    # One LSTM for each tensor against one for each coordinate, briefly, as the latter is slow.
+    "light": Arm("LSTM(32) per tensor, 300 updates", family=SMALL, updates=300),
+    "full": Arm(
+        "LSTM(16) per coordinate, 300 updates",
+        rule_config={"hidden": 16, "per": "coordinate"},
+        family=SMALL,
+        updates=300,
+    ),
 }
 UNTRAINED = {
     "initial": "geodesic_rnn, untrained",
@@ -83,13 +96,14 @@ def inner_steps(config: TrainConfig) -> int:
 def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
     arm, config = ARMS[name], parse(TrainConfig, "configs/train/default.yaml")
     config = replace(config, seed=seed, dataset=str(dataset))
-    if arm.objectives is None:
-        return config
-    family = replace(config.family or config.geodesics.family, num_tasks=arm.num_tasks)
-    changed = replace(config, objectives=arm.objectives, family=family, rule=arm.rule)
-    if arm.rule != config.rule:
-        changed = replace(changed, rule_config={})
-    updates = config.updates * inner_steps(config) / inner_steps(changed)
+    changed = replace(
+        config,
+        objectives=arm.objectives or config.objectives,
+        family=replace(config.family or config.geodesics.family, **arm.family),
+        rule=arm.rule,
+        rule_config=arm.rule_config or (config.rule_config if arm.rule == config.rule else {}),
+    )
+    updates = arm.updates or config.updates * inner_steps(config) / inner_steps(changed)
     return replace(changed, updates=math.ceil(updates / config.epoch_length) * config.epoch_length)
 
 
@@ -147,10 +161,9 @@ def evaluate(name: str, seed: int, work: Path) -> None:
         best = min(score, key=score.get)
         return save(RESULTS, "scaled-0", tried[best], scale=best, mean_log_mean_loss=score)
     rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
-    # L2L's cost is out of proportion on the larger nets: one short run has to do there
+    # Their cost is out of proportion on the larger nets: one short run has to do there.
     large = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
-    skip = large if name == "l2l" else set()
-    rows = measure(rule, skip=skip)
+    rows = measure(rule, skip=large if name in ("l2l", "full") else set())
     facts = {
         "inner_steps": inner_steps(arm_config(name, seed, work)),
         "weights": digest(rule.name, rule.config, rule.state_dict()),

@@ -18,6 +18,7 @@ MIN_SIZE = 0.03  # least size of a tensor, for biases that start at zero; of wid
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
+WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix's width
 DIRECTIONS = 1 + len(BETAS)
 FEATURES = 2 * DIRECTIONS
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
@@ -160,7 +161,7 @@ class GeodesicRNN(UpdateRule):
             (clock / 2 - 1).tanh(),
             (clock - 5).tanh(),
             matrix.expand_as(rms_p),
-            (fan_in.log() / 3).clamp(max=2.0).expand_as(rms_p),
+            (fan_in.clamp(max=WIDEST).log() / 3).expand_as(rms_p),
             rms_p / size,
             (sgd[..., 0] + 1e-6).log() / 2,
         ]
