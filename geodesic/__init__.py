@@ -1,6 +1,7 @@
 """Geodesics of the sublevel sets of a loss."""
 
 from geodesic.level_set import LevelProfile, sgd_profile
+from geodesic.model import ModelLoss
 from geodesic.path import length, normalized_length, points_at, project, resample
 from geodesic.sharded import find_geodesics_on_disk
 from geodesic.solve import Geodesic, find_geodesic, find_geodesics
@@ -8,6 +9,7 @@ from geodesic.solve import Geodesic, find_geodesic, find_geodesics
 __all__ = [
     "Geodesic",
     "LevelProfile",
+    "ModelLoss",
     "find_geodesic",
     "find_geodesics",
     "find_geodesics_on_disk",

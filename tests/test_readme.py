@@ -1,4 +1,4 @@
-"""README.md does what it says: its Python and commands run, its figures are the results'."""
+"""README.md and docs/ do what they say: their Python and commands run, figures are the results'."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,10 +33,20 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "theta_a": start.double(),
         "theta_b": end.double(),
     }
-    for block in blocks("python"):
+    for block in blocks(README):
         exec(block, names)  # the README's own
     assert names["result"].certified and names["result"].normalized_length > 1
     assert len(names["optimizer"].param_groups) == 1
+
+
+def test_the_page_on_geodesics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks((ROOT / "docs" / "geodesics.md").read_text()):
+        exec(block, names)  # the page's own
+    assert names["result"].certified and names["falling"].certified
+    assert names["falling"].normalized_length > names["result"].normalized_length - 1e-9
+    assert names["many"].certified.all() and (tmp_path / "b.png").exists()
 
 
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
