@@ -169,8 +169,8 @@ def sample_strings(
         _String(path, path.new_full((1, settings.grid + 1), torch.nan))
         for path in torch.stack((theta_a, theta_b), dim=1)
     ]
-    loss_evaluations = torch.zeros(pairs, dtype=torch.long)
-    gradient_evaluations = torch.zeros(pairs, dtype=torch.long)
+    loss_evaluations = sublevel.loss_evaluations
+    gradient_evaluations = sublevel.gradient_evaluations
 
     def evaluate(function: Callable, theta: Tensor, pair: Tensor):
         """``function`` at beads ``(n, d)`` of pairs ``(n,)``."""
@@ -184,9 +184,7 @@ def sample_strings(
         return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
 
     def grow(rows: list[int]) -> list[_Beads]:
-        owners = _sample([strings[row] for row in rows], rows, sublevel, settings.grid)
-        # Counted here: SublevelSet counts a row once however often it occurs.
-        loss_evaluations.add_(torch.bincount(owners, minlength=pairs) * (settings.grid + 1))
+        _sample([strings[row] for row in rows], rows, sublevel, settings.grid)
         return [_grow(strings[row], row, sublevel, settings) for row in rows]
 
     beads = _join(grow(list(range(pairs))))
@@ -300,8 +298,8 @@ def _join(parts: list[_Beads]) -> _Beads:
     return _Beads(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid: int) -> Tensor:
-    """F on the grid of every new segment; returns the pair of each such segment."""
+def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid: int) -> None:
+    """F on the grid of every new segment."""
     new = [string.losses[:, 0].isnan() for string in strings]
     segments = [
         torch.stack((string.path[:-1], string.path[1:]), dim=1)[mask]
@@ -312,7 +310,6 @@ def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid
     losses = sublevel.losses(torch.cat(segments), grid, owners)[:, 0].split(counts)
     for string, mask, part in zip(strings, new, losses, strict=True):
         string.losses[mask] = part
-    return owners
 
 
 def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSampling) -> _Beads:

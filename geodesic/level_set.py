@@ -144,7 +144,7 @@ class SublevelSet:
 
     def gradients(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """F ``(rows, m)`` and its gradients ``(rows, m, d)`` at points ``(rows, m, d)``."""
-        self.gradient_evaluations[rows] += points.shape[1]
+        self.gradient_evaluations.index_add_(0, rows, torch.full_like(rows, points.shape[1]))
         parts = [
             self._gradient(points[part], *self._arguments(rows[part]))
             for part in self._chunks(points.shape[1], len(rows))
@@ -160,7 +160,7 @@ class SublevelSet:
 
     def _evaluate(self, points: Callable[[Tensor], Tensor], count: int, rows: Tensor) -> Tensor:
         """F ``(rows, count)`` at the points ``(part, count, d)`` of each part of the rows."""
-        self.loss_evaluations[rows] += count
+        self.loss_evaluations.index_add_(0, rows, torch.full_like(rows, count))
         parts = [
             self._loss(points(part), *self._arguments(rows[part]))
             for part in self._chunks(count, len(rows))

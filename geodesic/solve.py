@@ -29,7 +29,7 @@ CERTIFICATE_SAMPLES = 16
 # Sideways bulges of the chord, over its length, tried in turn where nothing else is feasible.
 BULGES = (0.1, 0.5)
 # What is tried last: a step of Adam moves a bead by a hundredth of the chord.
-STRINGS = StringSampling(insertion="midpoint", max_depth=5, learning_rate=0.01, max_steps=300)
+STRINGS = StringSampling(insertion="midpoint", max_depth=4, learning_rate=0.01, max_steps=200)
 
 
 @dataclass
