@@ -24,7 +24,7 @@ def blocks(text: str) -> list[str]:
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mine = Path("runs/seed1/weights.safetensors")
+    mine = Path("runs/seed3/weights.safetensors")
     mine.parent.mkdir(parents=True)
     shutil.copy(DEFAULT, mine)
     start, end = torch.tensor([-1.5, 0.0]), torch.tensor([1.5, 0.1])
