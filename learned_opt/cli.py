@@ -184,11 +184,13 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         run = next(c for c in COMMANDS if c.__name__ == namespace.command)
         settings = dict(vars(namespace[namespace.command]))
         output, smoke, _ = (settings.pop(key) for key in ("output", "smoke", "config"))
-        free = {name: settings.pop(name) for name in ("plot", "processes") if name in settings}
+        # What is not a setting of the results: how they are made, and what is made of them.
+        extras = ("plot", "processes") if run is geodesics else ()
+        extras = {name: settings.pop(name) for name in extras}
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
-    return partial(run, **free), config.smoke() if smoke else config, Path(output)
+    return partial(run, **extras), config.smoke() if smoke else config, Path(output)
 
 
 def main(args: list[str] | None = None) -> None:
