@@ -1,7 +1,7 @@
-"""Writes the tables and the picture of README.md from the committed results.
+"""Writes the tables of README.md and docs/ from the committed results, and a picture.
 
-python experiments/readme.py           # rewrites README.md and docs/validation.png
-python experiments/readme.py --check   # exit code 1 if README.md is not up to date
+python experiments/readme.py           # rewrites the pages and docs/validation.png
+python experiments/readme.py --check   # exit code 1 if a page is not up to date
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from feasibility import table as feasibility_table
+from figure1 import SETTINGS as FIGURE1
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -176,30 +177,66 @@ def throughput() -> str:
     return markdown(header, lines)
 
 
+def figure1() -> str:
+    """Means over pairs, of the levels that were run."""
+    lines = []
+    for name, setting in FIGURE1.items():
+        path = RESULTS / "figure1" / f"{name}.csv"
+        groups: dict = defaultdict(list)
+        for row in read(path) if path.exists() else ():
+            groups[float(row["level"]), row["method"]].append(row)
+        for level in sorted({level for level, _ in groups}):
+            sampled, shortened = (groups[level, method] for method in ("DSS", "shortened"))
+            found = [row for row in sampled if row["found"] == "1"]
+            lines.append(
+                [
+                    name,
+                    f"{level:g}",
+                    f"{setting.lengths[level]:.3f}",
+                    _mean(found, "normalized_length_weights"),
+                    f"{setting.beads.get(level, '')}",
+                    _mean(found, "beads"),
+                    _mean(found, "normalized_length"),
+                    _mean([r for r in shortened if r["found"] == "1"], "normalized_length"),
+                    f"{len(found)} of {len(sampled)}",
+                ]
+            )
+    header = ["F", "level", "published", "DSS", "beads published", "beads", "DSS, all parameters",
+              "shortened", "pairs joined"]  # fmt: skip
+    return markdown(header, lines)
+
+
+def _mean(rows: list[dict[str, str]], column: str) -> str:
+    values = [float(row[column]) for row in rows]
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.3f} ± {spread:.2f}" if values else "–"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     cells = load()
-    readme = ROOT / "README.md"
-    before = text = readme.read_text()
     blocks = {
         "results": results(cells),
         "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
         "throughput": throughput(),
+        "figure1": figure1(),
     }
-    for name, block in blocks.items():
+    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
+        before = page.read_text()
         text = re.sub(
-            rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
-            lambda match, block=block: f"{match[1]}{block}\n{match[2]}",
-            text,
+            r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",
+            lambda match: f"{match[1]}{blocks[match[2]]}\n{match[3]}",
+            before,
             flags=re.DOTALL,
         )
-    if check:
-        sys.exit("README.md is not what the results give; run experiments/readme.py"
-                 if text != before else 0)  # fmt: skip
-    readme.write_text(text)
-    picture(cells)
+        if check and text != before:
+            sys.exit(f"{page.name} is not what the results give; run experiments/readme.py")
+        if not check:
+            page.write_text(text)
+    if not check:
+        picture(cells)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,400 @@
+"""Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540): normalised length and beads against level.
+
+Pairs of networks of different inits, each trained until F ≤ L0, are joined by Dynamic String
+Sampling as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
+inside the set that DSS allows it, F ≤ slack · L0: two lengths of the same pair at the same level.
+
+    python experiments/figure1.py run --setting cubic quadratic
+    python experiments/figure1.py plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import imsave
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from rows import save
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from geodesic.dss import PRESETS, StringSampling, sample_strings
+from geodesic.model import ModelLoss
+from geodesic.path import length, normalized_length, resample, subdivide
+from geodesic.plot import plot_length_against_level
+from geodesic.solve import find_geodesics
+from learned_opt.tasks.data import load_images
+
+METHODS = ("DSS", "shortened")
+COLUMNS = {  # published lengths count weights only; shortening counts all
+    "normalized_length_weights": "normalised length, weights only",
+    "normalized_length": "normalised length, all parameters",
+    "beads": "beads, both ends counted",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """F on flat parameters, and what stands in for it where it has no gradient.
+
+    Attributes:
+        module: a network from a fresh init.
+        loss: F, in units of the level.
+        smooth: what is shortened under: F in float64, or the cross-entropy where F is an error.
+        train_fn: what beads and nets descend, as for `sample_strings`; None is F.
+    """
+
+    module: Callable[[], nn.Module]
+    loss: ModelLoss
+    smooth: ModelLoss
+    train_fn: Callable[[Tensor, int], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A column of the figure.
+
+    Attributes:
+        problem: makes it.
+        lengths, bands, beads: published, by level: the mean normalised length and, where read off,
+            its band to either side and the mean number of beads.
+        sampling: of strings; nets are trained by the same optimizer.
+        pairs: a level.
+        steps: most steps to train a net to a level; the script has no limit.
+        check_every: steps between looks at whether a net has reached a level.
+        segments, iterations: of shortening.
+        chunk_size: networks evaluated at once.
+    """
+
+    problem: Callable[[], Problem]
+    lengths: dict[float, float]
+    bands: dict[float, float]
+    beads: dict[float, float]
+    sampling: StringSampling
+    pairs: int
+    steps: int
+    check_every: int
+    segments: int = 32
+    iterations: int = 60
+    chunk_size: int = 64
+
+
+def polynomial(target: Callable[[Tensor], Tensor], bias: bool) -> Problem:
+    """MAE of a 1-4-4-1 sigmoid network on 500 even points of [0, 1]; published: 10,000 random."""
+    x = (torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500
+
+    def module() -> nn.Module:
+        network = nn.Sequential(
+            *(nn.Linear(1, 4, bias), nn.Sigmoid()),
+            *(nn.Linear(4, 4, bias), nn.Sigmoid()),
+            *(nn.Linear(4, 1, bias), nn.Identity() if bias else nn.Sigmoid()),
+        )
+        for p in network.parameters():  # as in the scripts, not torch's
+            nn.init.uniform_(p, -1, 1) if p.ndim > 1 else nn.init.normal_(p)
+        return network
+
+    def loss(dtype: torch.dtype) -> ModelLoss:
+        return ModelLoss(module().to(dtype), nn.functional.l1_loss, x.to(dtype), target(x))
+
+    return Problem(module, loss(torch.float32), loss(torch.float64))
+
+
+class Pixels(nn.Module):
+    """Flat images, channels last, to means of 2 × 2 pixels, channels first."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x.unflatten(1, self.shape).movedim(-1, 1), 2)
+
+
+def images(
+    name: str, shape: tuple[int, int, int], channels: tuple[int, int], std: float
+) -> Problem:
+    """Test error in % of 2,500 images; 500 of them give the cross-entropy to shorten under.
+
+    Two 5 × 5 convolutions, each with a ReLU and a 2 × 2 pool, then 128 hidden units and dropout.
+    """
+    data, (a, b) = load_images(name), channels
+
+    def module() -> nn.Module:
+        network = nn.Sequential(
+            Pixels(*shape),
+            *(nn.Conv2d(shape[2], a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear((shape[0] // 8) ** 2 * b, 128), nn.ReLU()),
+            *(nn.Dropout(), nn.Linear(128, 10)),
+        )
+        for p in network.parameters():  # as in the scripts
+            nn.init.constant_(p, 0.1)
+            if p.ndim > 1:
+                nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
+        return network
+
+    def error(outputs: Tensor, y: Tensor) -> Tensor:
+        return 100 * (outputs.argmax(-1) != y).float().mean()
+
+    def loss(function: Callable, count: int) -> ModelLoss:
+        return ModelLoss(module(), function, data.test_x[:count], data.test_y[:count], 500)
+
+    live = module().train()  # with dropout, which F has not
+    shapes = {key: p.shape for key, p in live.named_parameters()}
+
+    def train_fn(theta: Tensor, step: int) -> Tensor:
+        batch = torch.arange(step * 100, step * 100 + 100) % len(data.train_y)
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        values = {k: part.view(s) for part, (k, s) in zip(parts, shapes.items(), strict=True)}
+        outputs = functional_call(live, values, (data.train_x[batch],))
+        return cross_entropy(outputs, data.train_y[batch])
+
+    return Problem(module, loss(error, 2500), loss(cross_entropy, 500), train_fn)
+
+
+# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Nets are looked
+# at every 5 steps, as there. Published values: read off the vector figures of arXiv 1611.01540.
+# fmt: off
+SETTINGS = {
+    "cubic": Setting(
+        lambda: polynomial(lambda x: 8 * x**3 - 10 * x**2 + 3 * x, bias=True),
+        lengths={
+            0.01: 1.872, 0.02: 1.688, 0.03: 1.509, 0.05: 1.428, 0.08: 1.394, 0.10: 1.382,
+            0.12: 1.375, 0.14: 1.422, 0.15: 1.657, 0.154: 1.989, 0.156: 2.415, 0.158: 2.538,
+            0.16: 2.278, 0.162: 1.870, 0.164: 1.523, 0.168: 1.006, 0.20: 1.004, 0.32: 1.003,
+        },
+        bands={0.01: 0.087, 0.158: 0.157},
+        beads={0.01: 46.3, 0.02: 27.3, 0.05: 14.0, 0.10: 7.6, 0.158: 3.4},
+        sampling=replace(PRESETS["cubic"], max_steps=20_000),
+        pairs=30, steps=30_000, check_every=5,
+    ),
+    "quadratic": Setting(
+        lambda: polynomial(lambda x: 0.5 * x**2 + 0.25 * x + 0.1, bias=False),
+        lengths={0.001: 1.863, 0.0025: 1.754, 0.005: 1.661, 0.01: 1.476, 0.05: 1.366, 0.125: 1.270},
+        bands={},
+        beads={0.001: 62.4, 0.01: 13.8, 0.125: 4.0},
+        sampling=replace(PRESETS["quadratic"], max_steps=20_000),
+        pairs=20, steps=30_000, check_every=5,
+    ),
+    "mnist": Setting(  # ten times the learning rate, so a tenth of the steps, also between looks
+        lambda: images("mnist", (28, 28, 1), (8, 16), std=0.1),
+        lengths={1.5: 1.0077, 2: 1.0053, 4: 1.0033},
+        bands={},
+        beads={4: 4.1},
+        sampling=replace(PRESETS["mnist"], learning_rate=1e-3, max_steps=5500, check_every=55),
+        pairs=5, steps=12_000, check_every=10, segments=8, iterations=15, chunk_size=8,
+    ),
+}
+# fmt: on
+
+
+@torch.no_grad()
+def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor]:
+    """Each net where F first is at most each level, ``(levels, nets, d)``, and whether it ever is.
+
+    Levels rise. One run gives the nets of all. Seed i gives net i, whatever the number of nets.
+    """
+    start = []
+    for seed in range(nets):
+        torch.manual_seed(seed)
+        start.append(problem.loss.flatten(problem.module()))
+    theta, sampling = torch.stack(start), setting.sampling
+    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[sampling.optimizer]
+    optimizer = optimizer([theta], sampling.learning_rate)  # elementwise: no net sees another
+    loss = vmap(problem.loss, chunk_size=setting.chunk_size)
+    objective = problem.train_fn or (lambda theta, step: problem.loss(theta))
+    gradient = vmap(grad(objective), (0, None), chunk_size=setting.chunk_size, randomness="same")
+    bounds = torch.tensor(sorted(setting.lengths))[:, None]
+    snapshots = theta.new_full((len(bounds), *theta.shape), torch.nan)
+    reached = torch.zeros(len(bounds), nets, dtype=torch.bool)
+    left = torch.arange(nets)
+    for step in tqdm(range(1, setting.steps + 1), "training", mininterval=10):
+        torch.manual_seed(step)  # of dropout
+        theta.grad = gradient(theta, step)
+        if sampling.max_gradient_norm is not None:
+            norms = theta.grad.norm(dim=1, keepdim=True)
+            theta.grad *= (sampling.max_gradient_norm / norms).clamp_max(1)
+        optimizer.step()
+        if step % setting.check_every == 0:
+            first = (loss(theta) <= bounds) & ~reached[:, left]
+            which, net = first.nonzero(as_tuple=True)
+            snapshots[which, left[net]] = theta[net]
+            reached[which, left[net]] = True
+            if first[0].any():  # such a net is done
+                stay, theta.grad = ~reached[0, left], None
+                left, theta.data = left[stay], theta[stay]
+                for name, value in optimizer.state[theta].items():
+                    if value.ndim:
+                        optimizer.state[theta][name] = value[stay]
+                if not len(left):
+                    break
+    return snapshots, reached
+
+
+def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> list[dict]:
+    """Two rows a pair, one of each method; nets ``(2 · pairs, d)``."""
+    sampling, smooth, chunk = setting.sampling, problem.smooth, setting.chunk_size
+    strings = sample_strings(
+        problem.loss, nets[::2], nets[1::2], level, sampling, (), problem.train_fn, chunk
+    )
+    paths = [path.to(smooth.dtype) for path in strings.paths]
+    if problem.train_fn is None:
+        bounds = torch.full((len(paths),), sampling.slack * level, dtype=smooth.dtype)
+    else:  # under another loss: the least sublevel set of it that holds the string, or its ends
+        losses, each = vmap(smooth, chunk_size=chunk), zip(paths, strings.connected, strict=True)
+        held = [path if connected else path[[0, -1]] for path, connected in each]
+        bounds = torch.stack([losses(subdivide(path, sampling.grid)).max() for path in held])
+    start = torch.stack([resample(path, setting.segments) for path in paths])
+    found = find_geodesics(
+        smooth,
+        start[:, 0],
+        start[:, -1],
+        bounds,
+        setting.segments,
+        start,
+        chunk_size=chunk,
+        max_iterations=setting.iterations,
+    )
+    weights = torch.cat([torch.full((s.numel(),), len(s) > 1) for s in smooth.shapes.values()])
+    rows = []
+    for i, string in enumerate(paths):
+        connected, certified = bool(strings.connected[i]), bool(found.certified[i])
+        shorter = found.path[i]
+        # A resampled string that could not be pushed back into the set: DSS's own is ours.
+        fallback = connected and not (certified and found.length[i] <= length(string))
+        if fallback:
+            shorter = string
+        assert not connected or length(shorter) <= length(string)
+        for method, path in zip(METHODS, (string, shorter), strict=True):
+            ours = method == "shortened"
+            rows.append(
+                {
+                    "level": level,
+                    "pair": i,
+                    "method": method,
+                    "found": int(connected or (ours and certified)),
+                    "normalized_length": float(normalized_length(path)),
+                    "normalized_length_weights": float(normalized_length(path[:, weights])),
+                    "beads": len(path),
+                    "bound": float(bounds[i]) if ours else level * sampling.slack,
+                    "max_loss": float((found if ours else strings).max_loss[i]),
+                    "fallback": int(ours and fallback),
+                    "residual": float(found.residual[i]) if ours else "",
+                    "chord_feasible": int(found.chord_feasible[i]),
+                    "loss_evaluations": int((found if ours else strings).loss_evaluations[i]),
+                    "gradient_evaluations": int(
+                        (found if ours else strings).gradient_evaluations[i]
+                    ),
+                }
+            )
+    return rows
+
+
+def run(name: str, setting: Setting, levels: list[float], output: Path, cache: Path) -> None:
+    """Adds the levels that output/name.csv lacks, one after the other."""
+    facts = asdict(setting) | {"problem": name, "published": sorted(setting.lengths)}
+    facts = {k: v for k, v in facts.items() if k not in ("lengths", "bands", "beads")}
+    table, rows = output / f"{name}.csv", []
+    if table.exists():
+        if json.loads(table.with_suffix(".json").read_text())["arguments"] != facts:
+            raise SystemExit(f"{table} was made with other settings; use another --output")
+        rows = read(table)
+    levels = [level for level in levels if level not in {float(row["level"]) for row in rows}]
+    if not levels:
+        return
+    problem, file = setting.problem(), cache / f"{name}.pt"
+    trained = torch.load(file) if file.exists() else {}
+    if trained.get("arguments") != facts:
+        snapshots, reached = train(problem, setting, setting.pairs * 7 // 3)  # some never get there
+        trained = {"arguments": facts, "snapshots": snapshots, "reached": reached}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trained, file)
+    for level in sorted(levels, reverse=True):
+        index = sorted(setting.lengths).index(level)
+        pool = trained["snapshots"][index][trained["reached"][index]][: 2 * setting.pairs]
+        began = time.time()
+        rows += solve(problem, setting, pool[: len(pool) // 2 * 2], level)
+        save(output, name, rows, arguments=facts)
+        print(f"{name} {level}: {time.time() - began:.0f} s", flush=True)
+
+
+def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
+    """One quantity of one setting as an image."""
+    levels = sorted({float(row["level"]) for row in rows})
+    pairs, log_x = 1 + max(int(row["pair"]) for row in rows), levels[-1] > 100 * levels[0]
+    curves = {}
+    for method in METHODS if column != "beads" else METHODS[:1]:
+        values = torch.full((pairs, len(levels)), torch.nan)
+        for row in rows:
+            if row["method"] == method and row["found"] == "1":
+                values[int(row["pair"]), levels.index(float(row["level"]))] = float(row[column])
+        curves[method] = (torch.tensor(levels), values)
+    figure = plot_length_against_level(curves, log_x)
+    (axes,) = figure.axes
+    published = {"normalized_length_weights": "lengths", "beads": "beads"}.get(column)
+    if published:
+        setting = SETTINGS[name]
+        marks = {x: y for x, y in getattr(setting, published).items() if x in levels}
+        bands = [setting.bands.get(x, torch.nan) if published == "lengths" else 0 for x in marks]
+        label = {"fmt": "kx", "ms": 5, "capsize": 2, "lw": 1, "label": "DSS, published"}
+        axes.errorbar(list(marks), list(marks.values()), bands, **label)
+    if column == "beads":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(title=f"{name}, {pairs} pairs a level", ylabel=COLUMNS[column])
+    axes.legend(frameon=False, fontsize=8)
+    figure.set(figwidth=4.7, figheight=3.3, dpi=130)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def plot(results: Path, picture: Path) -> None:
+    """A row of panels for each setting that was run."""
+    tables = {name: results / f"{name}.csv" for name in SETTINGS}
+    tables = {name: read(table) for name, table in tables.items() if table.exists()}
+    strips = [[panel(name, rows, column) for column in COLUMNS] for name, rows in tables.items()]
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    imsave(picture, np.concatenate([np.concatenate(strip, axis=1) for strip in strips]))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "plot"))
+    parser.add_argument("--setting", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--levels", type=float, nargs="+", help="of those published; all")
+    parser.add_argument("--pairs", type=int, help="a level; that of the setting")
+    parser.add_argument("--steps", type=int, help="to train a net at most; those of the setting")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results/figure1"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/figure1.png"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/figure1"), help="trained nets")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.command == "plot":
+        return plot(args.results, args.picture)
+    for name in args.setting:
+        chosen = {"pairs": args.pairs, "steps": args.steps}
+        setting = replace(SETTINGS[name], **{k: v for k, v in chosen.items() if v})
+        run(name, setting, args.levels or list(setting.lengths), args.results, args.cache)
+
+
+if __name__ == "__main__":
+    main()
