@@ -28,6 +28,7 @@ ARMS = {  # files of results/generalization: what README calls them
     "initial": "untrained rule",
     "scaled": "untrained, step tuned",
 }
+SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 # Okabe and Ito's colours, which the colour-blind can tell apart
@@ -64,7 +65,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def results(cells: Cells) -> str:
-    entrants = {b: b for b in BASELINES} | ARMS
+    return (
+        "Final loss on all training data / mean loss over the run, mean of 5 runs. Trained rules: "
+        "mean over training seeds (" + seeds_text(cells) + "), ± the standard deviation of their "
+        "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
+        "tuned for the mean loss, on the very runs reported.\n\n"
+        + losses(cells, {b: b for b in BASELINES} | ARMS)
+        + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
+        + long_runs()
+    )
+
+
+def losses(cells: Cells, entrants: dict[str, str]) -> str:
+    """A row for each task, a column for each of `entrants` that was run."""
     entrants = {e: t for e, t in entrants.items() if any(e in row for row in cells.values())}
     rows = []
     for (task, steps), row in cells.items():
@@ -78,15 +91,7 @@ def results(cells: Cells) -> str:
             spread = f" ± {seeds[:, 0].std(ddof=1):.1g}" if len(seeds) > 1 else ""
             line.append(f"{final:.3g}{spread} / {mean:.3g}")
         rows.append(line)
-    return (
-        "Final loss on all training data / mean loss over the run, mean of 5 runs. Trained rules: "
-        "mean over training seeds (" + seeds_text(cells) + "), ± the standard deviation of their "
-        "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
-        "tuned for the mean loss, on the very runs reported.\n\n"
-        + markdown(["task, steps", *entrants.values()], rows)
-        + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
-        + long_runs()
-    )
+    return markdown(["task, steps", *entrants.values()], rows)
 
 
 def seeds_text(cells: Cells) -> str:
@@ -222,6 +227,7 @@ def main() -> None:
         "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
         "throughput": throughput(),
         "figure1": figure1(),
+        "sizes": losses(cells, SIZES),
     }
     for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
         before = page.read_text()

@@ -1,9 +1,13 @@
-"""What a step of the learned rules costs, beside torch's Adam.
+"""What a step of the learned rules costs, beside torch's Adam; and what a geodesic costs.
 
     python experiments/throughput.py --output experiments/results
 
 writes throughput.csv, a row per optimizer and set of parameters, and throughput.json, how it was
 made. One process and one thread; all optimizers take turns, so that they share the machine's moods.
+
+    python experiments/throughput.py --what comparison pairs scaling profile
+
+writes geodesics_*.csv and .json, see geodesic_throughput.py; comparison needs `pip install ase`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import geodesic_throughput
 import torch
 from rows import save
 from torch import Tensor
@@ -89,16 +94,7 @@ def measure(names: list[str], parameters: int, tensors: int, repeats: int) -> li
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = [10_000, 100_000, 1_000_000, 10_000_000]
-    parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="rising")
-    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def optimizer_steps(args: argparse.Namespace) -> None:
     rows = []
     for parameters in args.parameters:
         slow = {row["optimizer"] for row in rows if row["ms"] > SLOW}
@@ -108,8 +104,28 @@ def main() -> None:
                 rows.append(row)
                 print("{optimizer:40}{parameters:>10}{tensors:>5}{ms:10.3f} ms"
                       "{ratio_to_adam_foreach:8.1f} x".format(**row), flush=True)  # fmt: skip
-    arguments = {k: v for k, v in vars(args).items() if k != "output"}
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "what")}
     save(args.output, "throughput", rows, arguments=arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = [10_000, 100_000, 1_000_000, 10_000_000]
+    parser.add_argument(
+        "--what", nargs="+", choices=["steps", *geodesic_throughput.PARTS], default=["steps"]
+    )
+    parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="rising, of steps")
+    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100], help="of steps")
+    parser.add_argument("--repeats", type=int, default=15, help="of steps")
+    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for what in args.what:
+        if what == "steps":
+            optimizer_steps(args)
+        else:
+            print(geodesic_throughput.PARTS[what](args.output), flush=True)
 
 
 if __name__ == "__main__":

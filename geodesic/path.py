@@ -59,6 +59,19 @@ def resample(path: Tensor, num_segments: int) -> Tensor:
     return points_at(path, s)
 
 
+def refine(path: Tensor, num_segments: int) -> Tensor:
+    """The same curve ``(n, d)`` with its corners kept and its longest segments cut, as evenly as
+    that allows; with fewer segments than corners ask for, `resample`, which cuts them."""
+    lengths = segment_lengths(path)
+    if len(lengths) > num_segments:
+        return resample(path, num_segments)
+    counts = torch.ones_like(lengths, dtype=torch.long)
+    for _ in range(num_segments - len(lengths)):
+        counts[(lengths / counts).argmax()] += 1
+    ends = zip(path[:-1], path[1:], counts.tolist(), strict=True)
+    return torch.cat([*(chord(a, b, k)[:-1] for a, b, k in ends), path[-1:]])
+
+
 def subdivide(path: Tensor, per_segment: int) -> Tensor:
     """The same curve with every segment cut evenly in ``per_segment``, ``(..., K·n + 1, d)``."""
     weight = torch.arange(per_segment, dtype=path.dtype, device=path.device) / per_segment

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from geodesic.arguments import (
 )
 from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import Samples, SublevelSet
-from geodesic.path import chord, length, resample
+from geodesic.path import chord, length, refine
 from geodesic.shortening import shorten
 
 # Samples on the chord, and on each segment of a path while shortened and when certified.
@@ -136,7 +137,7 @@ def find_geodesics(
         num_segments: K, segments of the resulting polyline. With few of them a path around an
             obstacle is longer than the geodesic, by about φ²/12m² for m segments on an arc φ.
         initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory; it is
-            resampled evenly unless n = K + 1.
+            cut into K segments unless n = K + 1, at the cost of its corners if n > K + 1.
         loss_args: tensors with a leading dimension of pairs, handed to ``loss_fn`` pair by pair.
         seed: of the direction in which a chord is made to bulge.
         chunk_size: points evaluated at once; lower it if memory runs out.
@@ -177,21 +178,24 @@ def find_geodesics(
     iterations = torch.zeros(pairs, dtype=torch.long)
     residual = torch.where(chord_feasible, 0.0, torch.inf).to(theta_a)
 
-    starts: list[Callable[[Tensor], Tensor]] = []  # from rows to paths
+    # From rows to paths, and whether these may be feasible as they are.
+    starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
         initial_path = initial_path.detach()
         if initial_path.shape[1] != num_segments + 1:
-            initial_path = resample(initial_path, num_segments)
+            initial_path = torch.stack([refine(path, num_segments) for path in initial_path])
         initial_path = torch.cat((theta_a[:, None], initial_path[:, 1:-1], theta_b[:, None]), dim=1)
-        starts.append(lambda rows: initial_path[rows])
+        starts.append((lambda rows: initial_path[rows], True))
     for size in BULGES:
-        starts.append(lambda r, size=size: _bulge(theta_a[r], theta_b[r], num_segments, size, seed))
-    starts.append(lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows))
-    for start in starts:
+        bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
+        starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
+    starts.append((lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows), True))
+    for start, may_do in starts:
         rows = (~best.certified & good).nonzero().squeeze(1)
         if len(rows) == 0 or num_segments == 1:
             break
-        path, limit = start(rows), max_iterations
+        first, first_rows = start(rows), rows
+        path, limit = first, max_iterations
         for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
             if len(rows) == 0:
                 break
@@ -201,17 +205,15 @@ def find_geodesics(
             best.update(rows, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, rows))
             refused = found.feasible & ~best.certified[rows]
             rows, path, limit = rows[refused], found.path[refused], max(1, max_iterations // 4)
+        if may_do:
+            # Shortening lowers the energy, which for uneven beads need not lower the length.
+            longer = best.length[first_rows] > length(first)
+            left = longer | ~best.certified[first_rows]
+            rows = first_rows[left]
+            if len(rows):
+                samples = sublevel.certify(first[left], CERTIFICATE_SAMPLES, rows)
+                best.update(rows, first[left], samples)
 
-    if initial_path is not None:
-        # Shortening lowers the energy, which for unevenly spaced beads need not lower the length.
-        longer = best.length > length(initial_path)
-        rows = (good & ~chord_feasible & (longer | ~best.certified)).nonzero().squeeze(1)
-        if len(rows):
-            best.update(
-                rows,
-                initial_path[rows],
-                sublevel.certify(initial_path[rows], CERTIFICATE_SAMPLES, rows),
-            )
     total = torch.where(chord_feasible, distance, best.length)
     ratio = torch.where(chord_feasible | (total == 0), torch.ones_like(total), total / distance)
     return Geodesic(
@@ -254,7 +256,7 @@ class _Best:
 def _strings(
     sublevel: SublevelSet, loss_fn: Callable, ends: Tensor, num_segments: int, rows: Tensor
 ) -> Tensor:
-    """Strings from DSS, evenly resampled; in units of the chord, which make its step scale-free."""
+    """Strings from DSS, cut into segments; the chord is the unit, so that steps are scale-free."""
     ends, arguments = ends[rows], tuple(argument[rows] for argument in sublevel.loss_args)
     unit = ends.diff(dim=1).square().mean((1, 2)).sqrt().log2().round().exp2()  # exact to undo
     found = sample_strings(
@@ -267,7 +269,7 @@ def _strings(
     )
     sublevel.loss_evaluations[rows] += found.loss_evaluations
     sublevel.gradient_evaluations[rows] += found.gradient_evaluations
-    paths = torch.stack([resample(path, num_segments) for path in found.paths])
+    paths = torch.stack([refine(path, num_segments) for path in found.paths])
     paths = paths * unit[:, None, None]
     paths[:, [0, -1]] = ends
     return paths

@@ -48,3 +48,11 @@ def test_a_path_of_one_point():
     assert paths.length(still) == 0 and paths.normalized_length(still) == 1
     assert paths.fractions(still).tolist() == [0, 0.5, 1]
     assert torch.equal(paths.points_at(still, torch.tensor([0.3])), still[:1])
+
+
+def test_refining_keeps_the_curve_and_cuts_its_longest_segments():
+    fine = paths.refine(L_SHAPE, 5)
+    expected = [[0, 0], [0.75, 0], [1.5, 0], [2.25, 0], [3, 0], [3, 1]]
+    assert fine.tolist() == expected and paths.length(fine) == paths.length(L_SHAPE)
+    assert paths.refine(L_SHAPE, 2).equal(L_SHAPE)
+    assert paths.refine(L_SHAPE, 1).equal(L_SHAPE[[0, -1]])

@@ -1,0 +1,476 @@
+"""Does smoothness make a path predictable? Does width join the level sets of small networks?
+
+`imitate`: SGD runs of small MLPs on digits, cut into pairs θ_a = θ_t, θ_b = θ_{t+T}. The two are
+joined by the geodesic below SGD's own falling loss, by the chord, and by SGD's path itself, each
+cut into K steps of equal length. The same RNN learns each kind of path off policy, on the same
+pairs from the same seeds, and its error on held-out pairs is set against how much they turn.
+
+`width`: networks with one hidden layer of relu units on a fixed regression of two inputs. Pairs
+of independently trained ones, raw and with hidden units aligned, are joined inside F ≤ λ. "Not
+certified" means that a bounded search found no path, never that there is none.
+
+    python experiments/predictability.py imitate
+    python experiments/predictability.py width
+    python experiments/predictability.py plot     # docs/predictability.png, and prints the tables
+
+write predictability.csv, a row per held-out pair, kind and training seed, width.csv, a row per
+pair, level and alignment, and beside them .json, how they were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rows import save
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from tqdm import tqdm
+
+from geodesic.alignment import align, mlp_spec
+from geodesic.path import normalized_length
+from geodesic.solve import find_geodesics
+from geodesic.targets import TargetConfig, consecutive_pairs, run_teacher, solve_pairs, target_paths
+from learned_opt.config import GeodesicsConfig
+from learned_opt.geodesics import make_problem
+from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.tasks.base import generator, seed_of
+from learned_opt.tasks.families import FamilyConfig, sample_tasks
+from learned_opt.tasks.mlp import MLPTask
+from learned_opt.training.objectives import HUBER, imitation_loss
+from learned_opt.training.replay import sum_by_tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PICTURE = ROOT / "experiments" / "results", ROOT / "docs" / "predictability.png"
+KINDS = ("geodesic", "chord", "SGD")
+RULE = {"hidden": 16, "per": "tensor"}
+HELD_OUT = 1000  # shards from here on are never trained on
+STREAMS = 3  # of minibatches, over which an error is averaged
+# The start of training is where paths bend; later nearly every chord is feasible. The networks are
+# small because they are many: a core makes all of this in ten minutes.
+CONFIG = GeodesicsConfig(
+    family=FamilyConfig(num_tasks=4, hidden_layers=(1, 2), width=(8, 16), batch_sizes=(64, 128),
+                        input_sizes=(16,), projection_probability=1.0),
+    targets=TargetConfig(80, 10, pairs_per_run=2, stride=4, level="sgd_profile", num_segments=20),
+    evaluation_size=128,
+)  # fmt: skip
+
+
+def turning_angle(path: Tensor) -> Tensor:
+    """Sum of the angles between successive segments, (..., K + 1, d) -> (...), in radians."""
+    unit = torch.nn.functional.normalize(path.double().diff(dim=-2), dim=-1)
+    before, after = unit[..., :-1, :], unit[..., 1:, :]
+    # Kahan's formula: acos would make 3e-4 of rounding errors where a float32 path is straight
+    return 2 * torch.atan2((before - after).norm(dim=-1), (before + after).norm(dim=-1)).sum(-1)
+
+
+def make_shard(config: GeodesicsConfig, index: int) -> dict | None:
+    """The same pairs joined in three ways: paths by kind, how many steps of each run are real, and
+    facts of the pairs. A run ends before its first pair without a certified geodesic."""
+    problem, targets = make_problem(config, index), config.targets
+    trajectory = run_teacher(problem, targets.horizon * targets.pairs_per_run, targets.stride)
+    pairs = consecutive_pairs(trajectory, targets.horizon)
+    if not len(pairs.run):
+        return None
+    found = solve_pairs(problem, pairs, targets.level, targets.num_segments)
+    straight = pairs.points[:, [0, -1]]
+    geodesics = zip(found.path, straight, found.chord_feasible, strict=True)
+    paths_of = {
+        "geodesic": [end if chord else path for path, end, chord in geodesics],
+        "chord": list(straight),
+        "SGD": list(pairs.points),
+    }
+    shard = {"index": index, "run": pairs.run, "found": found, "points": {}}
+    for kind, paths in paths_of.items():
+        sizes = torch.tensor([0] + [len(path) for path in paths])
+        tensors = {"beads": torch.cat(paths), "bead_offsets": sizes.cumsum(0),
+                   "run": pairs.run, "certified": found.certified}  # fmt: skip
+        runs = len(problem.theta)
+        shard["points"][kind], shard["lengths"] = target_paths(tensors, targets.updates, runs)
+    shard["position"] = pairs.start // (targets.horizon // targets.stride)
+    real = shard["lengths"][pairs.run]
+    return shard | {"used": (shard["position"] + 1) * targets.updates <= real}
+
+
+def count(shards: list[dict]) -> dict[str, int]:
+    """What came of the pairs. `after_one` are certified, but come after one that is not."""
+    total = Counter({"draws": len(shards)})
+    for shard in shards:
+        found, used = shard["found"], shard["used"]
+        total["pairs"] += len(used)
+        total["chord_feasible"] += int((found.chord_feasible & used).sum())
+        total["shortened"] += int((~found.chord_feasible & used).sum())
+        total["not_certified"] += int((~found.certified).sum())
+        total["after_one"] += int((found.certified & ~used).sum())
+    return dict(total)
+
+
+def task_of(config: GeodesicsConfig, index: int) -> MLPTask:
+    return sample_tasks(config.family, ("train", config.seed, index), config.data_root)
+
+
+def train(
+    config: GeodesicsConfig, shards: list[dict], kind: str, seed: int, updates: int
+) -> UpdateRule:
+    """A rule that learned `kind`; order of shards and minibatches depend on the seed alone."""
+    torch.manual_seed(seed)
+    rule = make_rule("geodesic_rnn", **RULE)
+    optimizer = torch.optim.Adam(rule.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, updates)
+    order = torch.randint(len(shards), (updates,), generator=generator("order", seed)).tolist()
+    for number, which in enumerate(tqdm(order, f"{kind} {seed}", mininterval=10)):
+        shard = shards[which]
+        loss = imitation_loss(
+            rule, task_of(config, shard["index"]), shard["points"][kind], shard["lengths"],
+            0, student_drives=False, key=("predictability", seed, number),
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rule.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return rule
+
+
+@torch.no_grad()
+def errors(
+    rule: UpdateRule, task: MLPTask, points: Tensor, updates: int, key: tuple
+) -> tuple[Tensor, Tensor]:
+    """Of each run and pair, (runs, pairs): the imitation loss, which is .487 for standing still,
+    and Σ|u − target|² / Σ|target|²."""
+    state = rule.init_state(points[:, 0], task.shapes)
+    sizes = points.new_tensor(state.layout.sizes)
+    losses, squares = [], []
+    for step in range(points.shape[1] - 1):
+        theta, ahead = points[:, step], points[:, step + 1] - points[:, step]
+        _, grad = task.loss_and_grad(theta, task.batch(seed_of(*key), step))
+        update, state = rule.update(grad, theta, state)
+        error, scale = (
+            sum_by_tensor(x.square(), state.layout).view(len(points), -1)
+            for x in (update - ahead, ahead)
+        )
+        loss = HUBER**2 * ((1 + error / scale.clamp(min=1e-20) / HUBER**2).sqrt() - 1)
+        losses.append((loss * sizes).sum(1) / sizes.sum())
+        squares.append(torch.stack([error.sum(1), scale.sum(1)]))
+    squares = torch.stack(squares, -1).unflatten(-1, (-1, updates)).sum(-1)
+    return torch.stack(losses, -1).unflatten(-1, (-1, updates)).mean(-1), squares[0] / squares[1]
+
+
+def evaluate(
+    config: GeodesicsConfig, shard: dict, rule: UpdateRule, kind: str, seed: int
+) -> list[dict]:
+    """A row per pair."""
+    task, updates, points = task_of(config, shard["index"]), config.targets.updates, shard["points"]
+    streams = [
+        errors(rule, task, points[kind], updates, ("held out", shard["index"], i))
+        for i in range(STREAMS)
+    ]
+    error, relative = (torch.stack(values).mean(0) for values in zip(*streams, strict=True))
+    rows = []
+    for i in shard["used"].nonzero().squeeze(1).tolist():
+        run, position = int(shard["run"][i]), int(shard["position"][i])
+        path = points[kind][run, position * updates : (position + 1) * updates + 1]
+        rows.append(
+            {
+                "kind": kind,
+                "seed": seed,
+                "draw": shard["index"],
+                "run": run,
+                "position": position,
+                "chord_feasible": int(shard["found"].chord_feasible[i]),
+                "error": round(float(error[run, position]), 5),
+                "relative_squared_error": round(float(relative[run, position]), 5),
+                # rounded, so that straight paths tie instead of being ranked by rounding errors
+                "turning_angle": round(float(turning_angle(path)), 3),
+                "normalized_length": round(float(normalized_length(path)), 5),
+            }
+        )
+    return rows
+
+
+def imitate(
+    output: Path, config: GeodesicsConfig, draws: int, held_out: int, seeds: int, updates: int
+) -> None:
+    indices = (range(draws), range(HELD_OUT, HELD_OUT + held_out))
+    trained, tested = (
+        [shard for i in tqdm(part, "pairs") if (shard := make_shard(config, i))] for part in indices
+    )
+    rows, usable = [], [shard for shard in trained if shard["used"].any()]
+    for seed in range(seeds):
+        for kind in KINDS:
+            rule = train(config, usable, kind, seed, updates)
+            rows += [row for shard in tested for row in evaluate(config, shard, rule, kind, seed)]
+    facts = {"updates": updates, "seeds": seeds, "rule": RULE, "config": asdict(config)}
+    facts |= {"trained_on": count(trained), "held_out": count(tested)}
+    save(output, "predictability", rows, **facts)
+
+
+# Levels: of every width alike, with networks as they first got there (the best constant has loss
+# 1), and a multiple of what the worse of two networks ends at.
+COMMON, SLACK = (0.5, 0.1), 2.0
+WIDTHS = (2, 4, 8, 16, 32)
+
+
+def relu_loss(width: int, points: int = 128) -> Callable[[Tensor], Tensor]:
+    """F(θ) = mean (w₂·relu(W₁x + b₁) + b₂ − y)² on all of x in [-1, 1]² and y, a standardised
+    product of waves."""
+    x = 2 * torch.rand(points, 2, generator=generator("regression"), dtype=torch.float64) - 1
+    y = (torch.pi * x[:, 0]).sin() * (torch.pi * x[:, 1] / 2).cos()
+    y = (y - y.mean()) / y.std(correction=0)
+
+    def loss(theta: Tensor) -> Tensor:
+        w1, b1, w2, b2 = theta.split([2 * width, width, width, 1])
+        return ((x @ w1.view(width, 2).T + b1).relu() @ w2 + b2 - y).square().mean()
+
+    return loss
+
+
+def train_nets(width: int, nets: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Where Adam ends, (nets, d), and where F first was at most each of COMMON, else NaN."""
+    rng = generator("nets", width)
+    layers = ((2 * width, 2), (width, 2), (width, width), (1, width))  # sizes and fan-ins
+    parts = [
+        fan_in**-0.5 * (2 * torch.rand(nets, size, generator=rng, dtype=torch.float64) - 1)
+        for size, fan_in in layers
+    ]
+    theta = torch.cat(parts, 1)
+    first = theta.new_full((len(COMMON), *theta.shape), torch.nan)
+    optimizer = torch.optim.Adam([theta], lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    gradient = vmap(grad_and_value(relu_loss(width)))
+    for _ in range(steps):
+        theta.grad, losses = gradient(theta)
+        new = (losses <= torch.tensor(COMMON)[:, None]) & first[..., 0].isnan()
+        first = torch.where(new[..., None], theta, first)
+        optimizer.step()
+        schedule.step()
+    return theta, first
+
+
+def join(width: int, pairs: int, steps: int) -> list[dict]:
+    """A row per pair, level and alignment; all of them in one search."""
+    spec, loss = mlp_spec(((width, 2), (width,), (1, width), (1,))), vmap(relu_loss(width))
+    # spares, since few narrow networks get down to COMMON
+    final, first = train_nets(width, max(2 * pairs, 16 * pairs // width), steps)
+    final = final[: 2 * pairs]
+    # neighbours in rank: a level set by the worse of two unequal networks is slack for the better
+    cases = [(f"{SLACK:g} × own", final[loss(final).argsort()], None)]
+    for level, nets in zip(COMMON, first, strict=True):
+        there = nets[~nets[:, 0].isnan()][: 2 * pairs]
+        cases.append((f"{level:g}", there[: len(there) // 2 * 2], level))
+    ends, rows = [], []
+    for level, nets, bound in cases:
+        for i, (a, b) in enumerate(zip(nets[::2], nets[1::2], strict=True)):
+            worse = float(loss(torch.stack([a, b])).max())
+            for aligned in (0, 1):
+                ends.append((a, align(a, b, spec) if aligned else b))
+                rows.append({"width": width, "level": level, "pair": i, "aligned": aligned,
+                             "bound": SLACK * worse if bound is None else bound})  # fmt: skip
+    theta_a, theta_b = (torch.stack(end) for end in zip(*ends, strict=True))
+    bounds = torch.tensor([row["bound"] for row in rows], dtype=theta_a.dtype)
+    found = find_geodesics(relu_loss(width), theta_a, theta_b, bounds, max_iterations=40)
+    for i, row in enumerate(rows):
+        row |= {
+            "distance": round(float((theta_a[i] - theta_b[i]).norm()), 4),
+            "chord_feasible": int(found.chord_feasible[i]),
+            "certified": int(found.certified[i]),
+            "normalized_length": round(float(found.normalized_length[i]), 5),
+        }
+    return rows
+
+
+def width(output: Path, pairs: int, steps: int) -> None:
+    rows = [row for width in tqdm(WIDTHS) for row in join(width, pairs, steps)]
+    save(output, "width", rows, pairs=pairs, steps=steps)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Columns of predictability.csv, (seeds, pairs), by kind; and differences of the kinds."""
+    rows = read(folder / "predictability.csv")
+    rows.sort(key=lambda row: [int(row[k]) for k in ("seed", "draw", "run", "position")])
+    seeds = len({row["seed"] for row in rows})
+    data = {
+        kind: {
+            name: np.array([float(r[name]) for r in rows if r["kind"] == kind]).reshape(seeds, -1)
+            for name in list(rows[0])[1:]
+        }
+        for kind in KINDS
+    }
+    for kind in KINDS[1:]:
+        pair = data[kind], data["geodesic"]
+        data[f"{kind} − geodesic"] = {name: pair[0][name] - pair[1][name] for name in pair[0]}
+    return data
+
+
+def interval(statistic: Callable, seeds: int, draw: np.ndarray) -> str:
+    """statistic(seeds, pairs), of indices, and 95 % of its bootstrap. Training seeds and draws of
+    the family are resampled, not pairs: those of one draw share an architecture."""
+    rng, values = np.random.default_rng(0), []
+    members = [np.flatnonzero(draw == which) for which in np.unique(draw)]
+    for _ in range(1000):
+        chosen = rng.integers(len(members), size=len(members))
+        pairs = np.concatenate([members[i] for i in chosen])
+        values.append(statistic(rng.integers(seeds, size=seeds), pairs))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return f"{statistic(np.arange(seeds), np.arange(len(draw))):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def mean(values: np.ndarray, draw: np.ndarray) -> str:
+    return interval(lambda s, p: values[s][:, p].mean(), len(values), draw)
+
+
+def spearman(errors: np.ndarray, x: np.ndarray, draw: np.ndarray) -> str:
+    """Of errors, (seeds, pairs), averaged over seeds, and x, (pairs,)."""
+    if np.ptp(x) < 1e-3:
+        return "–"  # straight
+    return interval(lambda s, p: spearmanr(errors[s].mean(0)[p], x[p]).statistic, len(errors), draw)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(folder: Path = RESULTS) -> str:
+    """Markdown from predictability.csv and width.csv."""
+    facts, data = json.loads((folder / "predictability.json").read_text()), load(folder)
+    names = list(facts["held_out"])
+    counts = [[part.replace("_", " "), *(str(facts[part][name]) for name in names)]
+              for part in ("trained_on", "held_out")]  # fmt: skip
+    draw, bent = data["geodesic"]["draw"][0], data["geodesic"]["chord_feasible"][0] == 0
+    subsets = {"all": draw >= 0, "chord infeasible": bent, "first of its run":
+               data["geodesic"]["position"][0] == 0}  # fmt: skip
+    means, ranks = [], []
+    for kind, of in data.items():
+        turning, length, error = of["turning_angle"], of["normalized_length"], of["error"]
+        straight = [f"{turning.mean():.2f}", f"{length.mean():.3f}"]
+        found = [mean(error[:, keep], draw[keep]) for keep in subsets.values()]
+        means.append([kind, *straight, *found, mean(of["relative_squared_error"], draw)])
+        for name, keep in subsets.items():
+            found = [spearman(error[:, keep], x[0, keep], draw[keep]) for x in (turning, length)]
+            ranks.append([kind, name, str(keep.sum()), *found])
+    blocks = (
+        markdown(["", *(name.replace("_", " ") for name in names)], counts),
+        markdown(["path", "turning angle", "normalized length",
+                  *(f"error, {name} ({keep.sum()})" for name, keep in subsets.items()),
+                  "relative squared error, all"], means),
+        markdown(["path", "pairs", "n", "ρ(error, turning angle)", "ρ(error, normalized length)"],
+                 [line for line in ranks if line[-1] != "–"]),
+        width_table(folder),
+    )  # fmt: skip
+    return "\n\n".join(blocks)
+
+
+def cells(folder: Path) -> dict[tuple[str, int, int], list[dict[str, str]]]:
+    """Rows by level, width and alignment."""
+    groups: dict = {}
+    for row in read(folder / "width.csv"):
+        key = (row["level"], int(row["width"]), int(row["aligned"]))
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def outcome(rows: list[dict[str, str]]) -> tuple[int, int, float]:
+    """Chords feasible, certified, and the mean normalized length of the certified."""
+    found = [float(row["normalized_length"]) for row in rows if row["certified"] == "1"]
+    chords = sum(row["chord_feasible"] == "1" for row in rows)
+    return chords, len(found), float(np.mean(found or [np.nan]))
+
+
+def width_table(folder: Path = RESULTS) -> str:
+    groups, lines = cells(folder), []
+    for level, width in sorted({key[:2] for key in groups}):
+        rows = groups[level, width, 0]
+        both = [outcome(groups[level, width, aligned]) for aligned in (0, 1)]
+        bound = np.median([float(row["bound"]) for row in rows])
+        chords, certified, lengths = (
+            " / ".join(f"{x:.3g}" if x == int(x) else f"{x:.3f}" for x in pair)
+            for pair in zip(*both, strict=True)
+        )
+        lines.append(
+            [level, str(width), f"{bound:.2g}", str(len(rows)), chords, certified, lengths]
+        )
+    return markdown(["level", "width", "median λ", "pairs", "chord feasible, raw / aligned",
+                     "certified", "normalized length of the certified"], lines)  # fmt: skip
+
+
+def plot(folder: Path, picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from geodesic.plot import COLOURS
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplot_mosaic([["left", "share"], ["left", "length"]], width_ratios=(1.25, 1))
+    data = load(folder)
+    for kind, colour, marker in zip(KINDS, COLOURS, "o^s", strict=False):
+        x, y = data[kind]["turning_angle"][0], data[kind]["error"].mean(0)
+        axes["left"].plot(x, y, marker, color=colour, ms=4, mew=0, alpha=0.5,
+                          label=f"{kind}, mean {y.mean():.3f}")  # fmt: skip
+    axes["left"].axhline(HUBER**2 * ((1 + 1 / HUBER**2) ** 0.5 - 1), color="0.5", lw=1, ls=":")
+    axes["left"].set(xlabel="turning angle of the path (radians)", ylabel="held-out error",
+                     title="Imitation of paths between the same two points")  # fmt: skip
+    axes["left"].legend(frameon=False)
+    groups = cells(folder)
+    for level, colour in zip(sorted({key[0] for key in groups}), COLOURS, strict=False):
+        for aligned, style in ((0, "o--"), (1, "o-")):
+            widths = sorted({key[1] for key in groups if key[0] == level})
+            found = [outcome(groups[level, width, aligned]) for width in widths]
+            counts = [len(groups[level, width, aligned]) for width in widths]
+            face = colour if aligned else "white"
+            look = {"color": colour, "mfc": face, "ms": 5, "lw": 1.3}
+            shares = [f[1] / n for f, n in zip(found, counts, strict=True)]
+            name = f"λ = {level}, {'aligned' if aligned else 'raw'}"
+            axes["share"].plot(widths, shares, style, label=name, **look)
+            axes["length"].plot(widths, [f[2] for f in found], style, **look)
+    axes["share"].set(ylabel="share certified", title="Pairs of relu networks", ylim=(-0.05, 1.05))
+    axes["length"].set(xlabel="hidden units", ylabel="normalized length")
+    for name in ("share", "length"):
+        axes[name].set_xscale("log", base=2)
+        axes[name].set_xticks(WIDTHS, WIDTHS)
+    axes["share"].tick_params(labelbottom=False)
+    for axis in axes.values():
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.93")
+        axis.set_axisbelow(True)
+    handles = axes["share"].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, fontsize="small")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=("imitate", "width", "plot"))
+    parser.add_argument("--draws", type=int, default=16, help="of the family, to train on")
+    parser.add_argument("--held-out", type=int, default=14, help="draws to test on")
+    parser.add_argument("--seeds", type=int, default=3, help="of training")
+    parser.add_argument("--updates", type=int, default=150, help="of training")
+    parser.add_argument("--pairs", type=int, default=12, help="of networks, for each width")
+    parser.add_argument("--steps", type=int, default=3000, help="of Adam, for those")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.study == "imitate":
+        imitate(args.output, CONFIG, args.draws, args.held_out, args.seeds, args.updates)
+    elif args.study == "width":
+        width(args.output, args.pairs, args.steps)
+    else:
+        plot(args.output, PICTURE)
+        print(table(args.output))
+
+
+if __name__ == "__main__":
+    main()
