@@ -85,7 +85,7 @@ def test_rows_and_tables(shard, tmp_path, monkeypatch):
         assert 0 < float(row["error"]) < 5
 
     monkeypatch.setattr(study, "WIDTHS", (4,))
-    study.width(tmp_path, pairs=2, steps=60)
+    study.width(tmp_path, pairs=1, steps=300)
     rows = study.read(tmp_path / "width.csv")
     for raw, aligned in zip(rows[::2], rows[1::2], strict=True):
         assert (raw["aligned"], aligned["aligned"]) == ("0", "1")
@@ -95,7 +95,7 @@ def test_rows_and_tables(shard, tmp_path, monkeypatch):
             assert row["chord_feasible"] == "0" or float(row["normalized_length"]) == 1
 
     text = study.table(tmp_path)
-    assert "SGD − geodesic" in text and f"error, all ({pairs})" in text
+    assert "SGD − geodesic" in text and f"median, all ({pairs})" in text
     study.plot(tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 0
 
@@ -104,7 +104,7 @@ def test_bootstrap_knows_a_perfect_correlation_and_a_constant():
     x, draw = np.arange(12.0), np.repeat(np.arange(3), 4)
     assert study.spearman(np.stack([x**3, x**3]), x, draw) == "1.000 [1.000, 1.000]"
     assert study.spearman(np.stack([x]), np.zeros(12), draw) == "–"
-    assert study.mean(np.full((2, 12), 0.25), draw) == "0.250 [0.250, 0.250]"
+    assert study.centre(np.mean, np.full((2, 12), 0.25), draw) == "0.250 [0.250, 0.250]"
 
 
 def test_relu_networks_of_known_loss():
