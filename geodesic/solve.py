@@ -18,7 +18,7 @@ from geodesic.arguments import (
 )
 from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import Samples, SublevelSet
-from geodesic.path import chord, length, refine
+from geodesic.path import chord, length, refine, resample
 from geodesic.shortening import shorten
 
 # Samples on the chord, and on each segment of a path while shortened and when certified.
@@ -137,7 +137,7 @@ def find_geodesics(
         num_segments: K, segments of the resulting polyline. With few of them a path around an
             obstacle is longer than the geodesic, by about φ²/12m² for m segments on an arc φ.
         initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory; it is
-            cut into K segments unless n = K + 1, at the cost of its corners if n > K + 1.
+            cut into K segments unless n = K + 1, first with its corners kept, if K allows it.
         loss_args: tensors with a leading dimension of pairs, handed to ``loss_fn`` pair by pair.
         seed: of the direction in which a chord is made to bulge.
         chunk_size: points evaluated at once; lower it if memory runs out.
@@ -181,11 +181,15 @@ def find_geodesics(
     # From rows to paths, and whether these may be feasible as they are.
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
-        initial_path = initial_path.detach()
+        paths = [initial_path.detach()]
         if initial_path.shape[1] != num_segments + 1:
-            initial_path = torch.stack([refine(path, num_segments) for path in initial_path])
-        initial_path = torch.cat((theta_a[:, None], initial_path[:, 1:-1], theta_b[:, None]), dim=1)
-        starts.append((lambda rows: initial_path[rows], True))
+            paths = [resample(paths[0], num_segments)]  # even beads are the easier to shorten
+            if initial_path.shape[1] <= num_segments:
+                corners = [refine(path, num_segments) for path in initial_path.detach()]
+                paths.insert(0, torch.stack(corners))
+        for path in paths:
+            path = torch.cat((theta_a[:, None], path[:, 1:-1], theta_b[:, None]), dim=1)
+            starts.append((path.__getitem__, True))
     for size in BULGES:
         bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
         starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
