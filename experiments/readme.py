@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from feasibility import table as feasibility_table
 from figure1 import SETTINGS as FIGURE1
+from geodesic_throughput import table as comparison_table
+from predictability import width_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -227,6 +229,8 @@ def main() -> None:
         "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
         "throughput": throughput(),
         "figure1": figure1(),
+        "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
+        "width": width_table(),
         "sizes": losses(cells, SIZES),
     }
     for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
