@@ -311,7 +311,7 @@ def plot_dataset(
     problem = problems(index)
     trajectory = run_teacher(problem, time + config.horizon, config.stride)
     records = slice(time // config.stride, None)
-    sgd, losses = trajectory.points[records, run], trajectory.losses[records, run]
+    sgd = trajectory.points[records, run]
     gap = (sgd[[0, -1]] - path[[0, -1]]).norm() / (path[-1] - path[0]).norm()
     if not gap < 1e-3:  # no one would see it
         raise DatasetError(
@@ -324,7 +324,7 @@ def plot_dataset(
         return problem.loss_fn(theta, *(argument[run] for argument in problem.loss_args))
 
     falls = config.level == "sgd_profile"
-    level = sgd_profile(losses, sgd) if falls else tensors["level"][i].item()
+    level = sgd_profile(loss_fn, sgd) if falls else tensors["level"][i].item()
     straight = len(path) == 2
     label = "geodesic, the chord" if straight else "geodesic"
     if not tensors["certified"][i]:

@@ -151,11 +151,11 @@ def falling_pair():
 
 def test_falling_level_shortens_the_trajectory():
     loss_fn, trajectory, losses = falling_pair()
-    level = sgd_profile(losses, trajectory)
+    level = sgd_profile(loss_fn, trajectory)
     result = find_geodesic(loss_fn, trajectory[0], trajectory[-1], level, initial_path=trajectory)
     assert result.certified and not result.chord_feasible
     assert result.length < 0.95 * length(trajectory).item()
-    assert result.level == pytest.approx(losses.max().item())
+    assert 0 <= result.level - losses.max().item() < 1e-3  # F also rises between the points
     assert_inside(loss_fn, result, level, 1e-9)
     constant = find_geodesic(loss_fn, trajectory[0], trajectory[-1], initial_path=trajectory)
     assert constant.certified and constant.length <= result.length + 1e-9
