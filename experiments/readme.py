@@ -14,7 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from feasibility import table as feasibility_table
+from feasibility import readme_table as feasibility_table
+from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
 from geodesic_throughput import table as comparison_table
 from predictability import width_table
@@ -226,7 +227,8 @@ def main() -> None:
     cells = load()
     blocks = {
         "results": results(cells),
-        "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
+        "feasibility": feasibility_table(),
+        "trajectories": trajectories_table(),
         "throughput": throughput(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),

@@ -44,7 +44,8 @@ class Geodesic:
         max_loss: largest F among the dense samples.
         certified: F - λ(s) ≤ tol · max(1, |λ|) at every dense sample on the segments, at 8 more
             around the largest of each, at the knots of a `LevelProfile` and at the estimated
-            maximum between samples; tol is 1e-9 in float64, 1e-6 in float32. False: no such path was found, not that there is none.
+            maximum between samples; tol is 1e-9 in float64, 1e-6 in float32. False: no such path
+            was found, not that there is none.
         chord_feasible: the chord is certified; the geodesic is then the chord.
         level: λ(0).
         loss_evaluations, gradient_evaluations: points at which F, and F with its gradient, was
