@@ -16,16 +16,16 @@ from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.data import ImageData
 from learned_opt.tasks.mlp import MLPTask, TaskConfig
-from learned_opt.training.objectives import (
+from learned_opt.training.imitation import (
     AHEAD,
     HUBER,
     MIN_PROGRESS,
     PULL,
-    OpenRun,
     imitation_loss,
-    meta_loss,
     nearest,
 )
+from learned_opt.training.meta_loss import meta_loss
+from learned_opt.training.runs import OpenRun
 
 ALL = 10**6  # coordinates to learn from: more than there are
 
