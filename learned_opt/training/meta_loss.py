@@ -10,8 +10,8 @@ from torch import Tensor
 
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
-from learned_opt.rules import State, UpdateRule
-from learned_opt.tasks.base import Task, seed_of
+from learned_opt.rules import Observation, State, UpdateRule
+from learned_opt.tasks.base import Batch, Task, seed_of
 from learned_opt.training.replay import start_replay
 from learned_opt.training.runs import OpenRun, RunObjective
 
@@ -117,36 +117,44 @@ def unrolled_loss(
     losses = []
     for step in range(steps + 1):
         batch = task.batch(seed, state.step)
-        theta, loss, grad, alive = _evaluate(task, theta, batch, alive, first_order)
+        theta, loss, observation, seen, alive = _look(
+            rule, task, theta, batch, state, alive, first_order
+        )
         losses.append(loss)
-        if step == steps:
-            break
-        with torch.set_grad_enabled(not first_order):
-            observation, state = rule.observe(grad, theta, state)
-        update, state = rule.advance(observation, state)
-        theta = theta + update
+        if step < steps:
+            update, state = rule.advance(observation, seen)
+            theta = theta + update
     losses = torch.stack(losses[1:])
-    mean = losses.clamp(max=limit).mean(0)
+    mean = torch.where(alive, losses.clamp(max=limit).mean(0), 0)
     run.theta = torch.where(alive[:, None], theta.detach(), torch.nan)
     run.state = _detach(state)
     raw = torch.where(alive, losses.detach().mean(0), torch.nan)
-    return torch.where(alive, mean / (mean.detach() + floor), 0).mean(), raw
+    return (mean / (mean.detach() + floor)).mean(), raw
 
 
-def _evaluate(
-    task: Task, theta: Tensor, batch: tuple[Tensor, ...], alive: Tensor, first_order: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """θ, losses and gradients, and which tasks have been finite so far. The others go on from
-    θ = 0: they weigh nothing, but 0 · NaN in the graph would reach the rest."""
-    theta = torch.where(alive[:, None], theta, 0)
+def _look(
+    rule: UpdateRule,
+    task: Task,
+    theta: Tensor,
+    batch: Batch,
+    state: State,
+    alive: Tensor,
+    first_order: bool,
+) -> tuple[Tensor, Tensor, Observation, State, Tensor]:
+    """θ, its losses, what the rule sees there, and which tasks have been finite so far. The others
+    go on from θ = 0 without gradients: they weigh nothing, but 0 · NaN in the graph would reach
+    the rest."""
+    theta, second = torch.where(alive[:, None], theta, 0), not first_order
     loss = task.loss(theta, batch)
-    (grad,) = torch.autograd.grad(
-        loss.sum(), theta, retain_graph=True, create_graph=not first_order
-    )
-    still = alive & loss.isfinite() & grad.isfinite().all(-1)
+    (grad,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True, create_graph=second)
+    grad = torch.where(alive[:, None], grad, 0)
+    with torch.set_grad_enabled(second):
+        observation, seen = rule.observe(grad, theta, state)
+    parts = (loss.unsqueeze(-1), grad, observation.coordinate, observation.tensor)
+    still = alive & torch.stack([part.isfinite().flatten(1).all(-1) for part in parts]).all(0)
     if not still.equal(alive):
-        return _evaluate(task, theta, batch, still, first_order)
-    return theta, loss, grad, alive
+        return _look(rule, task, theta, batch, state, still, first_order)
+    return theta, loss, observation, seen, alive
 
 
 def _detach(state: State) -> State:
