@@ -55,7 +55,7 @@ def meta_loss(
     steps: int,
     coordinates: int,
     floor: float,
-    limit: float = math.inf,
+    limit: float | Tensor = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """The loss Σ_t F(θ_t) of the rule's next `steps` updates; moves `run` on.
 
@@ -65,7 +65,7 @@ def meta_loss(
     the relative fall of the loss. A task whose loss or gradient is not finite weighs nothing.
 
     Args:
-        limit: losses count as at most this, and have no gradient above it.
+        limit: losses count as at most this, a number or (tasks,), and have no gradient above it.
 
     Returns:
         the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
@@ -99,7 +99,7 @@ def unrolled_loss(
     run: OpenRun,
     steps: int,
     floor: float,
-    limit: float = math.inf,
+    limit: float | Tensor = math.inf,
     first_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`meta_loss` with a graph through every θ_{t+1} = θ_t + u_t: memory grows with `steps`.

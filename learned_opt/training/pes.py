@@ -58,13 +58,13 @@ def pes_gradient(
     steps: int,
     sigma: float,
     floor: float,
-    limit: float = math.inf,
+    limit: float | Tensor = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """ĝ, (weights,), of the next `steps` updates, and mean losses, (tasks,); moves `run` on.
 
     Args:
         run: theta (2 · pairs · tasks, d), the particles of +ε first; xi (pairs · tasks, weights).
-        limit: losses count as at most this.
+        limit: losses count as at most this, a number or (*tasks,).
     """
     rng = generator("perturbation", *run.key, run.state.step)
     epsilon = sigma * torch.randn(run.xi.shape, generator=rng, dtype=run.xi.dtype)
@@ -73,8 +73,8 @@ def pes_gradient(
     weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
     respond = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
     losses = roll_out(rule, respond, task, run, steps)
-    objective = (losses.clamp(max=limit).mean(0) + floor).log()
-    plus, minus = objective.chunk(2)
+    clipped = losses.view(steps, -1, *task.lead).clamp(max=limit)
+    plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
     difference = torch.where((plus - minus).isfinite(), plus - minus, 0)
     estimate = difference @ run.xi / (2 * sigma**2 * len(difference))
     return estimate, losses.mean(0).view(-1, *task.lead).mean(0)

@@ -85,7 +85,7 @@ class RunObjective(Objective):
         share = torch.rand((), generator=generator("horizon", *key), dtype=torch.double)
         return round(float((low + share * (high - low)).exp()))
 
-    def limit(self, task: Task) -> float:
+    def limit(self, task: Task) -> float | Tensor:
         """Where losses are clipped."""
         clip = self.config.loss_clip
         return math.inf if clip is None else clip * chance(task)
