@@ -53,12 +53,10 @@ def geodesics(
 
 def train(config: TrainConfig, output: Path) -> None:
     """Meta-train an update rule, after making the target paths that are missing."""
-    # here: Lightning doubles the time of `--help`
-    from learned_opt.training.fit import fit
-    from learned_opt.training.module import MetaTraining
+    from learned_opt.training.fit import check, fit  # here: Lightning doubles the time of `--help`
 
     _use_one_thread()
-    MetaTraining(config)  # what cannot work is said now, not after the data
+    check(config)  # what cannot work is said now, not after the data
     output = output.expanduser().absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     settings, free = asdict(config), ("accelerator", "logger")
