@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class TorchImitation(Objective):
-    """Each update a fresh init of the family, and `teacher` on it or beside the rule."""
+    """Each update fresh inits of the tasks that geodesics are made of, and `teacher` on them."""
 
     name = "torch_imitation"
 
     def loss(self, module: MetaTraining, item: dict) -> Tensor:
         config, key = self.config, (self.config.seed, module.global_rank, item["number"])
-        task = module.tasks(module.family, "train", *key)
+        task = module.tasks(config.geodesics.family, "train", *key)
         return torch_imitation_loss(
             module.rule, task, config.teacher, config.coordinates,
             student_drives(config, *key), key, config.imitation_form,
