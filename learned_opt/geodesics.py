@@ -23,10 +23,10 @@ def make_problem(config: GeodesicsConfig, index: int) -> Problem:
     def grad_fn(theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
         return task.loss_and_grad(theta, task.batch(seed, step))
 
-    x, y = task.fixed_batch(config.evaluation_size)
+    batch = task.fixed_batch(config.evaluation_size)
     facts = {"index": index, "task": task.name, "batch_size": task.config.batch_size}
     return Problem(
-        task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), (x, y), facts
+        task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), batch, facts
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 import lightning as L
@@ -13,9 +12,8 @@ from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, make_rule
 from learned_opt.run import run_rule
-from learned_opt.tasks.base import generator, seed_of
+from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
-from learned_opt.tasks.mlp import MLPTask
 from learned_opt.training.objectives import OpenRun, imitation_loss, meta_loss
 
 FINAL_LEARNING_RATE = 0.05  # of the initial one
@@ -48,7 +46,7 @@ class MetaTraining(L.LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def tasks(self, family: FamilyConfig, *key: object) -> MLPTask:
+    def tasks(self, family: FamilyConfig, *key: object) -> Task:
         return sample_tasks(family, key, self.config.geodesics.data_root, self.device)
 
     def training_step(self, item: dict) -> Tensor:
@@ -75,8 +73,7 @@ class MetaTraining(L.LightningModule):
         steps = min(config.window, run.horizon - run.state.step)
         loss, losses = meta_loss(self.rule, task, run, steps, config.coordinates, config.loss_floor)
         self.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
-        chance = math.log(task.shapes[-1][0])
-        lost = ~(losses < LOST * chance).any() or not run.theta.isfinite().all()
+        lost = ~(losses < LOST * task.chance).any() or not run.theta.isfinite().all()
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run
         return loss
 
