@@ -12,7 +12,17 @@ from geodesic.dataset import PathDataset
 from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
 from learned_opt.tasks.base import seed_of
-from learned_opt.tasks.families import sample_tasks
+from learned_opt.tasks.families import FamilyConfig, sample_tasks
+
+# Settings of families that older data sets do not name: such a set is of a family without them.
+NEWER = (
+    "kinds",
+    "text",
+    "train_sizes",
+    "log10_reparametrization",
+    "reparametrize",
+    "equalize_gradients",
+)
 
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
@@ -43,8 +53,9 @@ def make_geodesics(
         progress: wraps the numbers of the shards to make.
         rank: of this process among `world_size` that make it together.
     """
+    family, default = asdict(config.family), asdict(FamilyConfig())
     header = {
-        "family": asdict(config.family),
+        "family": {k: v for k, v in family.items() if k not in NEWER or v != default[k]},
         "evaluation_size": config.evaluation_size,
         "seed": config.seed,
     }

@@ -24,7 +24,7 @@ class RescaledTask(Task):
 
     def __init__(self, task: Task, scales: Tensor, weights: Tensor | None = None) -> None:
         self.task, self.config, self.name = task, task.config, task.name
-        self.shapes, self.num_tasks = task.shapes, task.num_tasks
+        self.shapes, self.num_tasks, self.device = task.shapes, task.num_tasks, task.device
         weights = scales.new_ones(self.lead) if weights is None else weights
         self._scales, self._weights = scales.to(task.device), weights.to(task.device)
         self.chance = self._weights * task.chance

@@ -24,7 +24,8 @@ class AutoencoderTask(ModuleTask):
 
     `hidden` are the widths down to the code: (32, 8) is pixels-32-8-32-pixels. The code itself
     has no activation. Images are standardised, so that zeros have a loss of 1 (Hinton &
-    Salakhutdinov 2006 has pixels in [0, 1] and cross-entropy).
+    Salakhutdinov 2006 has pixels in [0, 1] and cross-entropy). Each task of a draw sees them
+    through a random linear map of its own.
     """
 
     @classmethod
@@ -33,6 +34,10 @@ class AutoencoderTask(ModuleTask):
     ) -> AutoencoderTask:
         data = load_images(config.data, data_root)
         train, test = draw.share(data.train_x), draw.share(data.test_x)
+        if draw.rng is not None:
+            pixels = train.shape[-1]
+            maps = torch.randn(*draw.lead, pixels, pixels, generator=draw.rng) * pixels**-0.5
+            train, test = train @ maps, test @ maps
         down = (data.train_x.shape[1], *config.hidden)
 
         def network() -> nn.Module:
@@ -42,7 +47,8 @@ class AutoencoderTask(ModuleTask):
             layers[2 * len(config.hidden) - 1] = nn.Identity()
             return nn.Sequential(*layers[:-1])
 
-        return cls(config, network, (train, train), (test, test), 1.0, draw, squared_error)
+        chance = train.square().mean((-2, -1))
+        return cls(config, network, (train, train), (test, test), chance, draw, squared_error)
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:

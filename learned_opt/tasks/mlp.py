@@ -73,9 +73,18 @@ class MLPTask(Task):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> MLPTask:
-        """The tasks that `config` describes; they differ in init and minibatches."""
-        data = load_images(config.data, data_root)
-        return cls(config, data, draw.num_tasks, init_scales=draw.init_scales, device=draw.device)
+        """The tasks that `config` describes."""
+        data, labels = load_images(config.data, data_root), None
+        if draw.rng is not None and draw.num_tasks is not None:
+            (labels,) = draw.rename(torch.arange(data.num_classes), classes=data.num_classes)
+        return cls(
+            config,
+            data,
+            draw.num_tasks,
+            labels=labels,
+            init_scales=draw.init_scales,
+            device=draw.device,
+        )
 
     @classmethod
     def sample(

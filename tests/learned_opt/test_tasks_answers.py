@@ -21,7 +21,8 @@ DRAW = Draw(2, torch.Generator().manual_seed(0))
 def test_a_quadratic_has_its_condition_number_and_minimum(condition: float) -> None:
     task = make_task(TaskConfig(kind="quadratic", options={"dim": 6, "condition": condition}))
     w, y = (part.double() for part in task.fixed_batch())
-    hessian = torch.func.hessian(lambda theta: task.loss(theta, (w, y)))(torch.zeros(6).double())
+    zero = torch.zeros(6, dtype=torch.double)
+    hessian = torch.autograd.functional.hessian(lambda theta: task.loss(theta, (w, y)), zero)
     eigenvalues = torch.linalg.eigvalsh(hessian)
     assert float(eigenvalues[-1]) == pytest.approx(1, rel=1e-5)
     assert float(eigenvalues[-1] / eigenvalues[0]) == pytest.approx(condition, rel=1e-2)
@@ -206,7 +207,7 @@ def test_chance_is_the_loss_of_outputs_of_zero(kind: str) -> None:
     task = make_task(TaskConfig(kind=kind, data=data))
     tensors = [torch.zeros_like(t) for t in task.unflatten(task.init(0))]
     loss = task.loss(tensors, task.fixed_batch())
-    assert float(loss) == pytest.approx(task.chance, rel=1e-4)
+    assert float(loss) == pytest.approx(float(task.chance), rel=1e-4)
 
 
 @pytest.mark.parametrize(
