@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import choice, log_uniform
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
@@ -32,6 +33,8 @@ class AutoencoderTask(ModuleTask):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> AutoencoderTask:
+        if not config.hidden:
+            raise ConfigError("hidden is empty; give an autoencoder a width for its code at least")
         data = load_images(config.data, data_root)
         train, test = draw.share(data.train_x), draw.share(data.test_x)
         if draw.rng is not None:

@@ -215,6 +215,8 @@ def test_chance_is_the_loss_of_outputs_of_zero(kind: str) -> None:
     [
         ({"kind": "cnn"}, ConfigError, "'cnn', which is no kind of task; use .*'conv'"),
         ({"kind": "conv", "hidden": ()}, ConfigError, "hidden"),
+        ({"kind": "autoencoder", "hidden": ()}, ConfigError, "hidden is empty"),
+        ({"kind": "gru", "data": "markov", "hidden": ()}, ConfigError, "hidden is empty"),
         ({"kind": "conv", "options": {"norm": "instance"}}, ConfigError, "norm.*'batch'"),
         ({"kind": "conv", "options": {"kernel": 5}}, ConfigError, r"options=\['kernel'\].*norm"),
         ({"kind": "quadratic", "hidden": (3,)}, ConfigError, "hidden=.* means nothing"),
