@@ -47,8 +47,3 @@ class Objective(ABC):
 
 def between(ends: tuple[float, float], share: float) -> float:
     return ends[0] + (ends[1] - ends[0]) * share
-
-
-def chance(task: Task) -> float | Tensor:
-    """The loss of a guess, a number or (*tasks,): log C for C classes."""
-    return math.log(task.shapes[-1][0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from learned_opt.config import TrainConfig
 from learned_opt.rules import Layout, State, UpdateRule
 from learned_opt.tasks.base import Task, generator, seed_of
-from learned_opt.training.base import Objective, chance
+from learned_opt.training.base import Objective
 
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
@@ -69,7 +69,7 @@ class RunObjective(Objective):
         steps = min(self.config.window, run.horizon - run.state.step)
         loss, losses = self.window(module.rule, task, run, steps)
         module.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
-        lost = ~(losses < LOST * chance(task)).any() or not run.theta.isfinite().all()
+        lost = ~(losses < LOST * task.chance).any() or not run.theta.isfinite().all()
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run
         return loss
 
@@ -88,7 +88,7 @@ class RunObjective(Objective):
     def limit(self, task: Task) -> float | Tensor:
         """Where losses are clipped."""
         clip = self.config.loss_clip
-        return math.inf if clip is None else clip * chance(task)
+        return math.inf if clip is None else clip * task.chance
 
     def state_dict(self) -> dict:
         return {"runs": [run and pack(run) for run in self.runs]}
