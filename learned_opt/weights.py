@@ -49,7 +49,7 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
     temporary.replace(path)
 
 
-def load_rule(path: str | Path | None = None) -> UpdateRule:
+def load_rule(path: str | Path | None = None, revision: str | None = None) -> UpdateRule:
     """The rule in a weights file, by default the shipped one.
 
     Raises:
