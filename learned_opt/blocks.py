@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import CHUNK
+from learned_opt.rules.base import CHUNK, join
 
 # Coordinates that are updated together, of one large tensor or of many small ones: enough to hide
 # what a call costs, few enough that scratch memory does not count.
@@ -43,6 +43,7 @@ class Block:
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)
         self.skipped = torch.zeros_like(steps)
+        self.used = False
         self.states = [self._views(i) for i in range(len(params))]
         for views, entries in zip(self.states, saved, strict=True):
             for name, value in entries.items():
@@ -76,7 +77,10 @@ class Block:
         if maximize:
             grads = -grads
         with torch.autocast(theta.device.type, enabled=False):
-            update = guarded(rule, grads, theta, self.state, self.skipped)
+            # the first time in Python, which fills what the layout caches: compilers cannot
+            advance = guarded if self.used else guarded_update
+            update = advance(rule, grads, theta, self.state, self.skipped)
+            self.used = True
         if isinstance(weight_decay, Tensor) or weight_decay:
             norm, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
             share = torch.where(norm > 0, moved / norm, 0)
@@ -170,6 +174,4 @@ def _shard_like(p: Tensor, part: Tensor) -> Tensor:
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    """Their concatenation in float32; a view if there is but one."""
-    flat = [t.detach().reshape(-1).to(torch.float32) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+    return join([t.detach().reshape(-1).to(torch.float32) for t in tensors])

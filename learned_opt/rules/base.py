@@ -87,7 +87,7 @@ class Layout:
             x[..., i : i + n, None].expand(*x.shape[:-1], n, (b - a) // n).flatten(-2)
             for i, n, a, b in self.runs
         ]
-        return torch.cat(parts, -1) if parts else x[..., :0]
+        return join(parts) if parts else x[..., :0]
 
     def numbers(self, values: Iterable[float], x: Tensor) -> Tensor:
         """A number for each tensor, (tensors,), of the type and on the device of `x`."""
@@ -136,6 +136,11 @@ class Observation:
             merge_tasks(self.tensor),
             task * tensors + self.layout.tensor_of[where],
         )
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Their concatenation along the last dimension; the piece itself if there is but one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def merge_tasks(x: Tensor) -> Tensor:

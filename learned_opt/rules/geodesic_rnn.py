@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, register
+from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, join, register
 from learned_opt.rules.cell import LSTMCell
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
@@ -100,18 +100,17 @@ class GeodesicRNN(UpdateRule):
         squares = grads.new_zeros(*lead, tensors, DIRECTIONS + 2)  # of g, m̂, r and θ
         share = self._clip(grads, state, counts)
         floor = (VANISHED * state.tensor["peak_gradient"].squeeze(-2)).clamp(min=EPS)
+        moved = []
         for i, n, a, b in layout.runs:
             own = slice(i, i + n)
-            row = rows[..., a:b].unflatten(-1, (n, -1))  # (*, 5, n, size)
-            g, r = row[..., 0, :, :], row[..., -1, :, :]
-            torch.mul(grads[..., a:b].unflatten(-1, (n, -1)), share[..., own, None], out=g)
-            row[..., 1:-1, :, :].lerp_(g.unsqueeze(-3), weights[:-1, own])
-            r.square_().lerp_(g * g, weights[-1, own]).sqrt_().clamp_(min=floor[..., own, None])
-            normal = (row[..., :-1, :, :] / row[..., -1:, :, :]).movedim(-2, -3)
-            gram[..., own, :, :] += normal @ normal.mT
-            squares[..., own, :-1] += torch.linalg.vector_norm(row, dim=-1).mT ** 2
-            theta = params[..., a:b].unflatten(-1, (n, -1))
+            row, g, theta = (x[..., a:b].unflatten(-1, (n, -1)) for x in (rows, grads, params))
+            row = _average(row, g, share[..., own, None], weights[:, own], floor[..., own, None])
+            gram[..., own, :, :] += _gram(row)
+            squares[..., own, :-1] += torch.linalg.vecdot(row, row).mT
             squares[..., own, -1] += torch.linalg.vecdot(theta, theta)
+            moved.append(row.flatten(-2))
+        if torch.compiler.is_compiling():
+            rows = join(moved)
         sums = layout.reduce(torch.cat([gram.flatten(-2), squares], -1)) / counts.unsqueeze(-1)
         moments, means = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)
         tensor, kept = self._tensor_features(
@@ -177,7 +176,8 @@ class GeodesicRNN(UpdateRule):
         d = observation.coordinate.shape[-1]
         width = d if torch.is_grad_enabled() else CHUNK
         index = observation.layout
-        index = index.tensor_of.to(observation.tensor.device) if isinstance(index, Layout) else index
+        if isinstance(index, Layout):
+            index = index.tensor_of.to(observation.tensor.device)
         updates, states = [], []
         for lo in range(0, d, width):
             row = observation.coordinate[..., lo : lo + width]
@@ -215,19 +215,50 @@ class GeodesicRNN(UpdateRule):
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _features(rows)).sum(-2)
-        updates = torch.empty_like(rows[..., 0, :])
+        updates = []
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for i, n, a, b in observation.layout.runs:
             row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)  # (*, n, 5, size)
-            adam, sgd = (weights[..., i : i + n, :, :] @ row[..., :-1, :]).unbind(-2)
-            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
-        return updates
+            adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
+            updates.append(torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2))
+        return join(updates)
 
 
 def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
     """A count, (tensors,) or (1,), fit for powers near 1."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's has no float64
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
+
+
+def _average(row: Tensor, grads: Tensor, share: Tensor, weights: Tensor, floor: Tensor) -> Tensor:
+    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place."""
+    m, r = row[..., 1:-1, :, :], row[..., -1, :, :]
+    if torch.compiler.is_compiling():  # makes one loop of it all, but not of writes to views
+        g = grads * share
+        m = m.lerp(g.unsqueeze(-3), weights[:-1])
+        r = r.square().lerp(g * g, weights[-1]).sqrt().clamp(min=floor)
+        return torch.cat([g.unsqueeze(-3), m, r.unsqueeze(-3)], -3)
+    g = torch.mul(grads, share, out=row[..., 0, :, :])
+    m.lerp_(g.unsqueeze(-3), weights[:-1])
+    r.square_().lerp_(g * g, weights[-1]).sqrt_().clamp_(min=floor)
+    return row
+
+
+def _gram(row: Tensor) -> Tensor:
+    """⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of rows (*, 5, n, size)."""
+    normal = (row[..., :-1, :, :] / row[..., -1:, :, :]).movedim(-2, -3)
+    if not torch.compiler.is_compiling():
+        return normal @ normal.mT
+    rows = normal.unbind(-2)
+    products = [[(x * y).sum(-1) for y in rows] for x in rows]
+    return torch.stack([torch.stack(line, -1) for line in products], -2)
+
+
+def _matmul(weights: Tensor, rows: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return weights @ rows
+    terms = zip(weights.unsqueeze(-1).unbind(-2), rows.unsqueeze(-3).unbind(-2), strict=True)
+    return sum(w * row for w, row in terms)
 
 
 def _features(rows: Tensor) -> Tensor:
