@@ -174,12 +174,12 @@ class GeodesicRNN(UpdateRule):
             gains, hidden = self.gains(observation.tensor, hidden)
             return self._mix(gains, observation), hidden
         d = observation.coordinate.shape[-1]
-        width = d if torch.is_grad_enabled() else CHUNK
+        width = max(d, 1) if torch.is_grad_enabled() else CHUNK
         index = observation.layout
         if isinstance(index, Layout):
             index = index.tensor_of.to(observation.tensor.device)
         updates, states = [], []
-        for lo in range(0, d, width):
+        for lo in range(0, max(d, 1), width):
             row = observation.coordinate[..., lo : lo + width]
             tensor = observation.tensor[..., index[lo : lo + width]]
             r = row[..., -1:, :]
@@ -221,7 +221,7 @@ class GeodesicRNN(UpdateRule):
             row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)  # (*, n, 5, size)
             adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
             updates.append(torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2))
-        return join(updates)
+        return join(updates) if updates else rows[..., 0, :]  # no coordinates are here
 
 
 def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
