@@ -270,6 +270,22 @@ def test_compiled_it_does_the_same(rule: UpdateRule) -> None:
     torch.testing.assert_close(kept, expected)
 
 
+def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
+    """After a first one in Python; a graph break is an error here."""
+    params, others = ([torch.ones(6, 5), torch.ones(6)] for _ in range(2))
+    for p in (*params, *others):
+        p.requires_grad_()
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    run(optimizer, params, range(1))
+    run(reference, others, range(1))
+    step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    for number in range(1, 4):
+        set_gradients(params, number)
+        step()
+    run(reference, others, range(1, 4))
+    torch.testing.assert_close(params, others)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_nothing_waits_for_it(rule: UpdateRule, compiled: bool) -> None:
