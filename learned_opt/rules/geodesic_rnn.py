@@ -250,8 +250,11 @@ def _gram(row: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return normal @ normal.mT
     rows = normal.unbind(-2)
-    products = [[(x * y).sum(-1) for y in rows] for x in rows]
-    return torch.stack([torch.stack(line, -1) for line in products], -2)
+    products = {
+        (i, j): (rows[i] * rows[j]).sum(-1) for j in range(DIRECTIONS) for i in range(j + 1)
+    }
+    lines = [[products[min(i, j), max(i, j)] for j in range(DIRECTIONS)] for i in range(DIRECTIONS)]
+    return torch.stack([torch.stack(line, -1) for line in lines], -2)
 
 
 def _matmul(weights: Tensor, rows: Tensor) -> Tensor:
