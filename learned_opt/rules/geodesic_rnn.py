@@ -215,13 +215,13 @@ class GeodesicRNN(UpdateRule):
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _features(rows)).sum(-2)
-        updates = []
+        updates = torch.empty_like(rows[..., 0, :])
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for i, n, a, b in observation.layout.runs:
             row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)  # (*, n, 5, size)
             adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
-            updates.append(torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2))
-        return join(updates) if updates else rows[..., 0, :]  # no coordinates are here
+            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
+        return updates
 
 
 def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:

@@ -464,6 +464,17 @@ def test_sparse_gradients_and_complex_parameters_are_refused(untrained: UpdateRu
         LearnedOptimizer([p], weights=untrained).step()
 
 
+# Losses after 50 steps, of the optimizer that gathered state at each step: the update has to stay.
+@pytest.mark.parametrize(
+    ("rule", "loss"), [("tensor", 0.136431), ("coordinate", 0.358197), ("lstm", 2.476485)],
+    indirect=["rule"],
+)  # fmt: skip
+def test_updates_are_what_shipped_weights_were_trained_with(rule: UpdateRule, loss: float) -> None:
+    model = digits_model()
+    found = train_on_digits(LearnedOptimizer(model.parameters(), weights=rule), model, steps=50)
+    assert found == pytest.approx(loss, rel=1e-3)
+
+
 def test_untrained_it_trains_on_digits(untrained: UpdateRule) -> None:
     model = digits_model()
     start = digits_loss(model).item()
