@@ -145,11 +145,11 @@ def partition(params: Iterable[Tensor], chunked: bool) -> list[list[Tensor]]:
     return blocks
 
 
-def _reduction(p: Tensor) -> Callable[[Tensor], Tensor]:
+def _reduction(p: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Sums over the processes that hold parts of a parameter."""
     mesh = getattr(p, "device_mesh", None)
     if mesh is None:
-        return lambda sums: sums
+        return None
     groups = [mesh.get_group(i) for i, placed in enumerate(p.placements) if placed.is_shard()]
 
     def reduce(sums: Tensor) -> Tensor:

@@ -27,10 +27,6 @@ from learned_opt.errors import ConfigError
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
 
 
-def _alone(sums: Tensor) -> Tensor:
-    return sums
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a flat vector divides into tensors.
@@ -38,13 +34,13 @@ class Layout:
     Attributes:
         shapes: of the tensors.
         local: of the parts of them that are here, where they are sharded over processes.
-        reduce: adds sums over the parts here, (*, tensors, *), to those of the other processes.
+        reduction: adds sums over these parts, (*, tensors, *), to those of the other processes.
         chunk: coordinates to work on at a time; None: all.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     local: tuple[tuple[int, ...], ...] | None = None
-    reduce: Callable[[Tensor], Tensor] = _alone
+    reduction: Callable[[Tensor], Tensor] | None = None
     chunk: int | None = CHUNK
 
     @cached_property
@@ -72,6 +68,9 @@ class Layout:
                 start = stop
             first = last
         return runs
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        return sums if self.reduction is None else self.reduction(sums)
 
     def squared_norms(self, x: Tensor) -> Tensor:
         """|x|² of each tensor, (*, tensors), from (*, d)."""
