@@ -38,8 +38,8 @@ class LearnedOptimizer(Optimizer):
         weights: a weights file of `learned-opt train`, "hf://owner/name" of the Hugging Face Hub,
             or a rule; by default the shipped one.
         maximize: ascend instead of descend.
-        compile: the rule's update by `torch.compile`: the first step takes a minute, later ones
-            are faster. Needs a C++ compiler; for parameters that are not sharded.
+        compile: the rule's update by `torch.compile`. Needs a C++ compiler and, at the second step,
+            time: the more the more sizes of tensors there are. Not for sharded parameters.
         revision: commit of a repository on the Hub, needed there.
 
     State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
