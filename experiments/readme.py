@@ -185,6 +185,15 @@ def throughput() -> str:
     return markdown(header, lines)
 
 
+def memory() -> str:
+    lines = [
+        [row["optimizer"], row["tensors"], f"{float(row['peak_bytes_per_parameter']):.0f}"]
+        for row in read(RESULTS / "throughput_memory.csv")
+    ]
+    header = ["optimizer", "tensors of 10,000,000 parameters", "peak, bytes/parameter"]
+    return markdown(header, lines)
+
+
 def figure1() -> str:
     """Means over pairs, of the levels that were run."""
     lines = []
@@ -230,6 +239,7 @@ def main() -> None:
         "feasibility": feasibility_table(),
         "trajectories": trajectories_table(),
         "throughput": throughput(),
+        "memory": memory(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "width": width_table(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from learned_opt.config import TrainConfig
 from learned_opt.rules import UpdateRule
-from learned_opt.tasks.base import Task
 
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
