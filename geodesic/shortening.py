@@ -168,6 +168,11 @@ def shorten(
     return Shortened(path, found, iterations, residual)
 
 
+def join(parts: list[Shortened]) -> Shortened:
+    """One after the other."""
+    return Shortened(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+
 @dataclass
 class _Sites:
     """Linearised constraints: K - 1 beads, K worst segment points, 2 ends; n = 2K + 1 a row."""

@@ -19,7 +19,7 @@ from geodesic.arguments import (
 from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import Samples, SublevelSet
 from geodesic.path import chord, length, refine, resample
-from geodesic.shortening import shorten
+from geodesic.shortening import join, shorten
 
 # Samples on the chord, and on each segment of a path while shortened and when certified.
 # Shortening also covers what lies between its samples (see SublevelSet.sample); a path that the
@@ -27,6 +27,8 @@ from geodesic.shortening import shorten
 CHORD_SAMPLES = 64
 SHORTENING_SAMPLES = 4
 CERTIFICATE_SAMPLES = 16
+# Coordinates of paths shortened at once; a few dozen times as many numbers are kept.
+AT_ONCE = 2**24
 # Sideways bulges of the chord, over its length, tried in turn where nothing else is feasible.
 BULGES = (0.1, 0.5)
 # What is tried last: a step of Adam moves a bead by a hundredth of the chord.
@@ -182,15 +184,19 @@ def find_geodesics(
     # From rows to paths, and whether these may be feasible as they are.
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
-        paths = [initial_path.detach()]
-        if initial_path.shape[1] != num_segments + 1:
-            paths = [resample(paths[0], num_segments)]  # even beads are the easier to shorten
-            if initial_path.shape[1] <= num_segments:
-                corners = [refine(path, num_segments) for path in initial_path.detach()]
-                paths.insert(0, torch.stack(corners))
-        for path in paths:
-            path = torch.cat((theta_a[:, None], path[:, 1:-1], theta_b[:, None]), dim=1)
-            starts.append((path.__getitem__, True))
+        given = initial_path.detach()
+        cuts = [partial(resample, num_segments=num_segments)]  # even beads are easier to shorten
+        if given.shape[1] == num_segments + 1:
+            cuts = [lambda path: path]  # rows of a tensor are a copy
+        elif given.shape[1] <= num_segments:
+            cuts.insert(0, lambda path: torch.stack([refine(p, num_segments) for p in path]))
+
+        def from_given(rows: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+            path = cut(given[rows])
+            path[:, 0], path[:, -1] = theta_a[rows], theta_b[rows]
+            return path
+
+        starts += [(partial(from_given, cut=cut), True) for cut in cuts]
     for size in BULGES:
         bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
         starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
@@ -205,7 +211,10 @@ def find_geodesics(
             if len(rows) == 0:
                 break
             strict = per_segment == CERTIFICATE_SAMPLES
-            found = shorten(sublevel, path, rows, per_segment, limit, strict)
+            blocks = torch.arange(len(rows)).split(max(1, AT_ONCE // path[0].numel()))
+            found = join(
+                [shorten(sublevel, path[b], rows[b], per_segment, limit, strict) for b in blocks]
+            )
             iterations[rows] += found.iterations
             residual[rows] = found.residual
             best.update(rows, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, rows))
