@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import nn
 
-from geodesic import LevelProfile, find_geodesic, find_geodesics, sgd_profile
+from geodesic import LevelProfile, ModelLoss, find_geodesic, find_geodesics, sgd_profile
 from geodesic.path import chord, fractions, length, points_at, subdivide
 
 BALL = math.exp(-0.5)  # the level at which the infeasible ball has radius 1
@@ -134,6 +136,30 @@ def test_falling_level_shortens_the_trajectory():
     assert_inside(loss_fn, result, level, 1e-9)
     constant = find_geodesic(loss_fn, trajectory[0], trajectory[-1], initial_path=trajectory)
     assert constant.certified and constant.length <= result.length + 1e-9
+
+
+def test_the_first_steps_of_a_network_are_shortened():
+    """Where F falls fastest, steps are long and the level has most kinks."""
+    torch.manual_seed(1)
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images[:256]).float() / 8 - 1, torch.from_numpy(labels[:256])
+    model = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+    loss_fn = ModelLoss(model, nn.functional.cross_entropy, x, y)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    points = [loss_fn.flatten(model)]
+    for step in range(80):
+        batch = torch.randperm(256)[:16]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        if step % 5 == 4:
+            points.append(loss_fn.flatten(model))
+    run = torch.stack(points)
+    level = sgd_profile(loss_fn, run)
+    result = find_geodesic(loss_fn, run[0], run[-1], level, initial_path=run)
+    assert result.certified and not result.chord_feasible
+    assert (run[-1] - run[0]).norm() < result.length < 0.8 * length(run)
+    assert_inside(loss_fn, result, level, 1e-6)
 
 
 def test_unevenly_resampled_start_is_never_lengthened():
