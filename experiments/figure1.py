@@ -262,11 +262,14 @@ def run(name: str, setting: Setting, levels: list[float], output: Path, cache: P
 
 
 def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
-    """One quantity of one setting as an image."""
+    """One quantity of one setting as an image.
+
+    Shortened paths stand beside the strings only in the length that shortening is about.
+    """
     levels = sorted({float(row["level"]) for row in rows})
     pairs, log_x = 1 + max(int(row["pair"]) for row in rows), levels[-1] > 100 * levels[0]
     curves = {}
-    for method in METHODS if column != "beads" else METHODS[:1]:
+    for method in METHODS if column == "normalized_length" else METHODS[:1]:
         values = torch.full((pairs, len(levels)), torch.nan)
         for row in rows:
             if row["method"] == method and row["found"] == "1":
@@ -286,9 +289,10 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(title=f"{name}, {pairs} pairs a level", ylabel=COLUMNS[column])
+    axes.set_title(f"{name}, {pairs} pairs a level")
+    axes.set(xlabel=f"level $\\lambda$: {SETTINGS[name].unit}", ylabel=COLUMNS[column])
     axes.legend(frameon=False, fontsize=8)
-    figure.set(figwidth=4.7, figheight=3.3, dpi=130)
+    figure.set(figwidth=4.2, figheight=3, dpi=130)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
