@@ -3,8 +3,11 @@
 Pairs of networks of different inits, each trained until F ≤ L0, are joined by Dynamic String
 Sampling as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
 inside the set that DSS allows it, F ≤ slack · L0: two lengths of the same pair at the same level.
+A classification error has no gradient: there the set is the least one of the cross-entropy that
+holds the string.
 
     python experiments/figure1.py run --setting cubic quadratic
+    LEARNED_OPT_DATA=folder python experiments/figure1.py run --setting mnist cifar ptb
     python experiments/figure1.py plot
 """
 
@@ -277,11 +280,15 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
         curves[method] = (torch.tensor(levels), values)
     figure = plot_length_against_level(curves, log_x)
     (axes,) = figure.axes
-    published = {"normalized_length_weights": "lengths", "beads": "beads"}.get(column)
-    if published:
-        setting = SETTINGS[name]
-        marks = {x: y for x, y in getattr(setting, published).items() if x in levels}
-        bands = [setting.bands.get(x, torch.nan) if published == "lengths" else 0 for x in marks]
+    setting = SETTINGS[name]
+    published = {
+        "normalized_length_weights": (setting.lengths, setting.bands),
+        "beads": (setting.beads, {}),
+    }
+    marks, bands = published.get(column, ({}, {}))
+    marks = {x: y for x, y in marks.items() if x in levels}
+    if marks:
+        bands = [bands.get(x, torch.nan) for x in marks]
         label = {"fmt": "kx", "ms": 5, "capsize": 2, "lw": 1, "label": "DSS, published"}
         axes.errorbar(list(marks), list(marks.values()), bands, **label)
     if column == "beads":
@@ -290,9 +297,10 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{name}, {pairs} pairs a level")
-    axes.set(xlabel=f"level $\\lambda$: {SETTINGS[name].unit}", ylabel=COLUMNS[column])
+    axes.set_xlabel(f"level $\\lambda$: {setting.unit}")
+    axes.set_ylabel(COLUMNS[column], fontsize=9)
     axes.legend(frameon=False, fontsize=8)
-    figure.set(figwidth=4.2, figheight=3, dpi=130)
+    figure.set(figwidth=4.2, figheight=3.1, dpi=130)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
