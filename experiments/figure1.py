@@ -103,13 +103,13 @@ SETTINGS = {
         pairs=20, steps=30_000, check_every=5,
     ),
     "mnist": Setting(  # ten times the learning rate, so a tenth of the steps, also between looks
-        lambda: images("mnist", (8, 16), std=0.1, dropout=0.5, batch=100, count=2500),
+        lambda: images("mnist", (8, 16), std=0.1, dropout=0.5, batch=100),
         unit="test error, %",
         lengths={1.5: 1.0077, 2: 1.0053, 4: 1.0033},
         bands={},
         beads={4: 4.1},
         sampling=replace(PRESETS["mnist"], learning_rate=1e-3, max_steps=5500, check_every=55),
-        pairs=5, steps=12_000, check_every=10, segments=8, iterations=15, chunk_size=8,
+        pairs=5, steps=3500, check_every=20, segments=8, iterations=8, chunk_size=8,
     ),
     "cifar": Setting(
         lambda: images("cifar10_jpeg", (8, 16), std=0.05),
