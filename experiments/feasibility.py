@@ -1,12 +1,16 @@
-"""How often is the chord between two SGD iterates feasible, and when is a geodesic more than it?
+"""How much does a geodesic differ from its chord along the SGD runs that rules learn from?
 
-Pairs (θ_t, θ_{t+T}) of SGD runs on the default family of tasks, by T, by the third of the run that
-t is in, and by the level along the path. Unlike a data set, whose joined-up pairs end where the
-loss first rises, this takes every pair with F(θ_b) ≤ F(θ_a), so that late and short ones count.
+Pairs (θ_a, θ_b) = (θ_t, θ_{t+T}) of SGD runs on the default family of tasks, by T and by the third
+of the run that t is in. Unlike a data set, whose joined-up pairs end where the loss first rises,
+this takes every pair with F(θ_b) ≤ F(θ_a), so that late and short ones count. The level is
 
-    python experiments/feasibility.py --draws 6 --output experiments/results
+    λ_α(s) = max(F(θ_b), (1 − α) F(θ_a) + α P(s)),    P = sgd_profile,
 
-writes feasibility.csv, a row per pair, and feasibility.json, how it was made.
+from the constant of Bruna 2016 (α = 0) to SGD's own falling loss (α = 1) and beyond it, where SGD's
+path is no longer feasible.
+
+    python experiments/feasibility.py run     # feasibility.csv, a row per pair and level
+    python experiments/feasibility.py plot    # docs/feasibility.png, and prints the tables
 """
 
 from __future__ import annotations
@@ -16,19 +20,32 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from predictability import markdown
 from rows import save
+from scipy.special import log_softmax
+from torch import Tensor
 from tqdm import tqdm
 
-from geodesic.targets import Pairs, Problem, run_teacher, solve_pairs
+from geodesic.level_set import TOLERANCE, LevelProfile, SublevelSet, sgd_profile
+from geodesic.path import normalized_length
+from geodesic.plot import COLOURS
+from geodesic.solve import find_geodesics
+from geodesic.targets import Pairs, Problem, run_teacher
 from geodesic.trajectory import Trajectory
 from learned_opt.config import GeodesicsConfig
 from learned_opt.geodesics import make_problem
 from learned_opt.tasks.base import generator
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PICTURE = ROOT / "experiments" / "results", ROOT / "docs" / "feasibility.png"
 STAGES = ("early", "middle", "late")  # thirds of a run
-LEVELS = ("constant", "sgd_profile")
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+TABULATED = (0.0, 0.5, 1.0, 1.25)  # the figure has them all
 STRIDE, NUM_SEGMENTS = 10, 32  # as TargetConfig has them
+RESAMPLES, EXPONENTS = 1000, np.linspace(0, 10, 501)
 
 
 def choose_pairs(
@@ -54,71 +71,247 @@ def choose_pairs(
     return pairs, [STAGES[i] for i in stage[chosen]]
 
 
-def solve(problem: Problem, pairs: Pairs, stages: list[str], level: str) -> list[dict]:
-    """A row per pair."""
-    found = solve_pairs(problem, pairs, level, NUM_SEGMENTS)
+def mixed_level(profile: LevelProfile, losses: Tensor, alpha: Tensor) -> LevelProfile:
+    """λ_α of pairs with SGD's profile and losses ``(pairs, n)``, α ``(pairs,)``."""
+    start, end = losses[:, :1], losses[:, -1:]
+    values = torch.lerp(start, profile.values, alpha[:, None]).maximum(end)
+    return LevelProfile(values, profile.fractions)
+
+
+def critical_alpha(problem: Problem, pairs: Pairs, profile: LevelProfile) -> Tensor:
+    """Up to which α the chord is feasible, ``(pairs,)``, infinite if at all of them.
+
+    min over s of (F(θ_a) − F(s)) / (F(θ_a) − P(s)) where F on the chord is above F(θ_b)
+    """
+    ends, rows = pairs.points[:, [0, -1]], torch.arange(len(pairs.run))
+    args = tuple(arg[pairs.run] for arg in problem.loss_args)
+    chord = SublevelSet(problem.loss_fn, args, len(rows), 256).losses(ends, 256, rows)[:, 0]
+    start, end = pairs.losses[:, :1], pairs.losses[:, -1:]
+    room = start + TOLERANCE[chord.dtype] - chord
+    fall = start - profile(torch.linspace(0, 1, 257).expand_as(chord))
+    alpha = torch.where(fall > 0, room / fall, room.sign() * torch.inf)
+    return alpha.where(chord > end + TOLERANCE[chord.dtype], torch.inf).amin(1).clamp_min(0)
+
+
+def solve(problem: Problem, pairs: Pairs, stages: list[str]) -> list[dict]:
+    """A row per pair and level, all in one search."""
+    args = tuple(arg[pairs.run] for arg in problem.loss_args)
+    profile = sgd_profile(problem.loss_fn, pairs.points, args)
+    critical = critical_alpha(problem, pairs, profile).tolist()
+    alpha = torch.tensor(ALPHAS).repeat(len(stages))
+    every = torch.arange(len(stages)).repeat_interleave(len(ALPHAS))
+    points, losses, run = pairs.points[every], pairs.losses[every], pairs.run[every]
+    profile = LevelProfile(profile.values[every], profile.fractions[every])
+    level = mixed_level(profile, losses, alpha)
+    found = find_geodesics(
+        problem.loss_fn, points[:, 0], points[:, -1], level, NUM_SEGMENTS, points,
+        loss_args=tuple(arg[run] for arg in problem.loss_args),
+    )  # fmt: skip
+    half_way = level(torch.full((len(run), 1), 0.5))[:, 0]
     return [
         {
             "draw": problem.facts["index"],
             "task": problem.facts["task"],
             "batch_size": problem.facts["batch_size"],
-            "run": int(pairs.run[i]),
-            "horizon": STRIDE * (pairs.losses.shape[1] - 1),
-            "start": STRIDE * int(pairs.start[i]),
-            "stage": stage,
-            "level": level,
-            "loss_a": float(pairs.losses[i, 0]),
-            "loss_b": float(pairs.losses[i, -1]),
+            "run": int(run[i]),
+            "horizon": STRIDE * (losses.shape[1] - 1),
+            "start": STRIDE * int(pairs.start[pair]),
+            "stage": stages[pair],
+            "alpha": float(alpha[i]),
+            "loss_a": float(losses[i, 0]),
+            "loss_b": float(losses[i, -1]),
+            "profile_start": float(profile.values[i, 0]),  # above F(θ_a) if SGD climbed
+            "level_half_way": float(half_way[i]),
+            "sgd_normalized_length": round(float(normalized_length(points[i])), 5),
+            "critical_alpha": critical[pair],
             "chord_feasible": int(found.chord_feasible[i]),
             "certified": int(found.certified[i]),
             "normalized_length": float(found.normalized_length[i]),
+            "residual": float(found.residual[i]),
             "iterations": int(found.iterations[i]),
         }
-        for i, stage in enumerate(stages)
+        for i, pair in enumerate(every.tolist())
     ]
 
 
-def table(path: Path) -> str:
-    """Markdown from feasibility.csv. Lengths are means over certified paths."""
-    cells = defaultdict(list)
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            cells[int(row["horizon"]), STAGES.index(row["stage"]), row["level"]].append(row)
-    lines = [
-        "| T | stage | level | pairs | chord feasible | shortened, certified | not certified "
-        "| normalized length |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (horizon, stage, level), rows in sorted(cells.items()):
-        chords = sum(row["chord_feasible"] == "1" for row in rows)
-        lengths = [float(row["normalized_length"]) for row in rows if row["certified"] == "1"]
-        counts = (chords, len(lengths) - chords, len(rows) - len(lengths))
-        shares = " | ".join(f"{count / len(rows):.0%}" for count in counts)
-        mean = f"{sum(lengths) / len(lengths):.4f}" if lengths else "–"
-        lines.append(f"| {horizon} | {STAGES[stage]} | {level} | {len(rows)} | {shares} | {mean} |")
-    return "\n".join(lines)
+def run(
+    output: Path, config: GeodesicsConfig, draws: int, steps: int, horizons: list[int], limit: int
+) -> None:
+    rows = []
+    for draw in tqdm(range(draws)):
+        problem = make_problem(config, draw)
+        trajectory = run_teacher(problem, steps, STRIDE)
+        for horizon in horizons:
+            pairs, stages = choose_pairs(trajectory, horizon, limit, draw)
+            if stages:
+                rows += solve(problem, pairs, stages)
+        facts = {"draws": draw + 1, "steps": steps, "horizons": horizons, "pairs": limit}
+        save(output, "feasibility", rows, arguments=facts)
+
+
+def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+    """Cells by T and stage: columns (pairs, levels), and "excess", the normalised length less 1,
+    NaN where no path was certified.
+
+    A path below λ_α is below every higher level of its pair, so of a pair's paths the shortest at
+    the level or below it counts. Levels are so nested where SGD itself does not climb above F(θ_a).
+    """
+    with open(folder / "feasibility.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = {}
+    for key in sorted({(int(row["horizon"]), STAGES.index(row["stage"])) for row in rows}):
+        horizon, stage = key[0], STAGES[key[1]]
+        cell = [r for r in rows if r["horizon"] == str(horizon) and r["stage"] == stage]
+        data = {
+            name: np.array([float(row[name]) for row in cell]).reshape(-1, len(ALPHAS))
+            for name in list(rows[0])
+            if name not in ("task", "stage")
+        }
+        excess = np.where(data["certified"] == 1, data["normalized_length"] - 1, np.inf)
+        nested = np.minimum.accumulate(excess[:, ::-1], axis=1)[:, ::-1]
+        climbs = data["profile_start"] > data["loss_a"] * (1 + 1e-5)  # not by rounding
+        excess = np.where(climbs, excess, nested)
+        cells[horizon, stage] = data | {"excess": np.where(np.isinf(excess), np.nan, excess)}
+    return cells
+
+
+def exponent(
+    critical: np.ndarray, excess: np.ndarray, draw: np.ndarray
+) -> tuple[float, float, float]:
+    """q of excess = C_i (α − α_i)^q, each pair i with its own C_i, above its critical α_i.
+
+    Each level's share of a pair's total excess is fitted by the multinomial quasi-likelihood (Papke
+    & Wooldridge 1996). An excess of zero or next to it counts as it is, where least squares on
+    logarithms would drop or overrate it; pairs count alike, where otherwise a few long paths that
+    were hardly shortened would decide; levels without a certified path are left out of both.
+
+    Args:
+        critical: α_i, ``(pairs,)``.
+        excess: at each of ALPHAS, ``(pairs, levels)``, NaN if unknown.
+        draw: of the family, ``(pairs,)``.
+
+    Returns:
+        q and the ends of its 95 % interval, by a bootstrap over draws: pairs of one draw share an
+        architecture. NaN if no pair tells.
+    """
+    beyond = np.array(ALPHAS) - critical[:, None]
+    known = np.isfinite(excess) & (beyond > 0)
+    tells = (np.where(known, excess, 0) > 0).any(1) & (known.sum(1) > 1)
+    if not tells.any():
+        return np.nan, np.nan, np.nan
+    known, excess = known[tells], np.where(known, excess, 0)[tells]
+    share = excess / excess.sum(1, keepdims=True)
+    x = np.log(beyond[tells], where=known, out=np.zeros_like(excess))[:, None]
+    fitted = log_softmax(np.where(known[:, None], EXPONENTS[:, None] * x, -1e9), axis=2)
+    likelihood = (share[:, None] * fitted).sum(2)  # (pairs, exponents)
+    of_draw = [likelihood[draw[tells] == which].sum(0) for which in np.unique(draw)]
+    n = len(of_draw)
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    resampled = (times @ np.stack(of_draw)).argmax(1)
+    low, high = np.percentile(EXPONENTS[resampled], [2.5, 97.5])
+    return EXPONENTS[likelihood.sum(0).argmax()], low, high
+
+
+def quartiles(excess: np.ndarray) -> np.ndarray:
+    """Of all pairs, one without a certified path counting as longer than any: NaN if that is so."""
+    found = np.quantile(np.nan_to_num(excess, nan=np.inf), (0.25, 0.5, 0.75), method="inverted_cdf")
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def outcome(data: dict[str, np.ndarray], alpha: float) -> tuple[str, str, str]:
+    """Shares of pairs whose chord is feasible and that have a certified path, and the median
+    normalised length of the others than chords."""
+    level = ALPHAS.index(alpha)
+    chord, excess = data["chord_feasible"][:, level] == 1, data["excess"][:, level]
+    median = np.nan if chord.all() else quartiles(excess[~chord])[1]
+    length = "–" if np.isnan(median) else f"{1 + median:.3f}"
+    return f"{chord.mean():.0%}", f"{np.isfinite(excess).mean():.0%}", length
+
+
+def readme_table(folder: Path = RESULTS) -> str:
+    lines = []
+    for (horizon, stage), data in load(folder).items():
+        both = zip(outcome(data, 0.0), outcome(data, 1.0), strict=True)
+        lines.append([str(horizon), stage, str(len(data["draw"])), *map(" / ".join, both)])
+    return markdown(["T", "stage", "pairs", "chord feasible, constant / sgd_profile", "certified",
+                     "median length of the others"], lines)  # fmt: skip
+
+
+def table(folder: Path = RESULTS) -> str:
+    """Cells, and the fit by T, by stage and over all."""
+    lines, groups = [], defaultdict(list)
+    for (horizon, stage), data in load(folder).items():
+        critical, excess, draw = data["critical_alpha"], data["excess"], data["draw"][:, :1]
+        columns = [" / ".join(outcome(data, alpha)) for alpha in TABULATED]
+        own = np.median(data["sgd_normalized_length"][:, 0])
+        pairs = f"{len(draw)} of {len(np.unique(draw))}"
+        lines.append([str(horizon), stage, pairs, *columns, f"{own:.2f}"])
+        for group in (f"T = {horizon}", stage, "all"):
+            groups[group].append(np.hstack((draw, critical[:, :1], excess)))
+    header = ["T", "stage", "pairs of draws", *(f"α = {alpha:g}" for alpha in TABULATED)]
+    fits = []
+    for group in sorted(groups, key=lambda name: (name == "all", name in STAGES)):
+        values = np.concatenate(groups[group])
+        beyond = (values[:, 2:] > 0).any(1).sum()
+        q, low, high = exponent(values[:, 1], values[:, 2:], values[:, 0])
+        pairs = f"{beyond} of {len(values)}"
+        fits.append([group, pairs, f"{q:.1f} [{low:.1f}, {high:.1f}]"])
+    return "\n\n".join(
+        (
+            markdown([*header, "SGD's path"], lines),
+            markdown(["pairs", "longer than the chord", "exponent q"], fits),
+        )
+    )
+
+
+def plot(cells: dict[tuple[int, str], dict[str, np.ndarray]], picture: Path) -> None:
+    """Above shares of pairs, below the excess length, against α; a column for each T."""
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    horizons = sorted({horizon for horizon, _ in cells})
+    panels = figure.subplots(2, len(horizons), sharex=True, sharey="row", squeeze=False)
+    for (horizon, stage), data in cells.items():
+        above, below = panels[:, horizons.index(horizon)]
+        number = STAGES.index(stage)
+        look = {"color": COLOURS[number], "lw": 1.5, "ms": 6 - number}
+        above.plot(ALPHAS, data["chord_feasible"].mean(0), "o-", label=stage, **look)
+        above.plot(ALPHAS, np.isfinite(data["excess"]).mean(0), "x--", **look)
+        low, median, high = np.array([quartiles(column) for column in data["excess"].T]).T
+        below.plot(ALPHAS, median, "o-", **look)
+        below.fill_between(ALPHAS, low, high, color=COLOURS[number], alpha=0.15, lw=0)
+        above.set_title(f"T = {horizon}", fontsize="medium")
+        below.set_yscale("symlog", linthresh=1e-4)
+    panels[0, 0].set(ylabel="share of pairs", ylim=(-0.05, 1.05))
+    panels[1, 0].set(ylabel="normalised length − 1", ylim=(0, None))
+    panels[0, 0].plot([], [], "o-", color="0.4", label="chord feasible; median")
+    panels[0, 0].plot([], [], "x--", color="0.4", label="a path certified")
+    panels[0, 0].fill_between([], [], color="0.8", label="quartiles")
+    for axis in panels.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.93")
+        axis.set_axisbelow(True)
+    figure.supxlabel("level: α of the way from the constant F(θ_a) to SGD's own falling loss",
+                     fontsize="medium")  # fmt: skip
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=6, frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=6, help="from the family, 8 runs each")
+    parser.add_argument("command", choices=("run", "plot"))
+    parser.add_argument("--draws", type=int, default=12, help="from the family, 8 runs each")
     parser.add_argument("--steps", type=int, default=1600, help="of SGD")
     parser.add_argument("--horizons", type=int, nargs="+", default=[20, 80, 320], help="T")
-    parser.add_argument("--pairs", type=int, default=8, help="at most, per draw, T and stage")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--pairs", type=int, default=2, help="at most, per draw, T and stage")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config, rows = GeodesicsConfig(), []
-    for draw in tqdm(range(args.draws)):
-        problem = make_problem(config, draw)
-        trajectory = run_teacher(problem, args.steps, STRIDE)
-        for horizon in args.horizons:
-            pairs, stages = choose_pairs(trajectory, horizon, args.pairs, draw)
-            if stages:
-                rows += [row for level in LEVELS for row in solve(problem, pairs, stages, level)]
-    arguments = {k: v for k, v in vars(args).items() if k != "output"}
-    save(args.output, "feasibility", rows, arguments=arguments)
-    print(table(args.output / "feasibility.csv"))
+    if args.command == "run":
+        run(args.output, GeodesicsConfig(), args.draws, args.steps, args.horizons, args.pairs)
+    else:
+        plot(load(args.output), PICTURE)
+        print(readme_table(args.output), table(args.output), sep="\n\n")
 
 
 if __name__ == "__main__":

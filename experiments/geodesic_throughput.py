@@ -172,7 +172,7 @@ def digits_cases(count: int) -> Iterator[Case]:
             batch = tuple(arg[run] for arg in problem.loss_args)
             loss_fn = partial(lambda theta, batch, f: f(theta, *batch), batch=batch,
                               f=problem.loss_fn)  # fmt: skip
-            profile, name = sgd_profile(losses, points), f"{problem.facts['task']}, draw {index}"
+            profile, name = sgd_profile(loss_fn, points), f"{problem.facts['task']}, draw {index}"
             case = Case("digits", name, loss_fn, points[0], points[-1], profile, None, points)
             if case.chord_excess() > 1e-3 * float(losses[0]):
                 yield case
@@ -464,11 +464,7 @@ def solve_saved(path: str, level: str, count: int, size: int | None) -> dict:
     problem, pairs = digits_runs(32, 1, size), Pairs(*torch.load(path))
     # Early, middle and late pairs alike, whatever the count.
     keep = torch.linspace(0, len(pairs.run) - 1, min(count, len(pairs.run))).long()
-    points, losses = pairs.points[keep], pairs.losses[keep]
-    chunk_size = AT_ONCE // problem.facts["examples"]
-    if size is not None:
-        each = torch.func.vmap(problem.loss_fn, chunk_size=chunk_size)
-        losses = each(points.flatten(0, 1)).view(losses.shape)
+    points, chunk_size = pairs.points[keep], AT_ONCE // problem.facts["examples"]
     del pairs
     warm_up()
     before, start = peak_memory(), time.process_time()
@@ -476,7 +472,7 @@ def solve_saved(path: str, level: str, count: int, size: int | None) -> dict:
         problem.loss_fn,
         points[:, 0],
         points[:, -1],
-        sgd_profile(losses, points) if level == "sgd_profile" else None,
+        sgd_profile(problem.loss_fn, points, (), chunk_size) if level == "sgd_profile" else None,
         initial_path=points,
         chunk_size=chunk_size,
     )
@@ -540,8 +536,9 @@ def digits_pair(hidden: int, size: int | None = 128) -> tuple:
     """The first 320 steps of a run, under the level that its chord leaves."""
     problem = digits_runs(hidden, 1, size)
     run = run_teacher(problem, 320, 10)
-    points, losses = run.points.transpose(0, 1), run.losses.T
-    return problem.loss_fn, points[:, 0], points[:, -1], sgd_profile(losses, points), points
+    points = run.points.transpose(0, 1)
+    profile = sgd_profile(problem.loss_fn, points)
+    return problem.loss_fn, points[:, 0], points[:, -1], profile, points
 
 
 FITTED = ("seconds", "seconds_an_iteration", "gradient_evaluations", "loss_evaluations")

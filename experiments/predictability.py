@@ -45,7 +45,7 @@ from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.base import generator, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 from learned_opt.tasks.mlp import MLPTask
-from learned_opt.training.objectives import HUBER, imitation_loss
+from learned_opt.training.imitation import HUBER, imitation_loss
 from learned_opt.training.replay import sum_by_tensor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from feasibility import table as feasibility_table
+from feasibility import readme_table as feasibility_table
+from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
 from geodesic_throughput import table as comparison_table
 from predictability import width_table
@@ -184,6 +185,15 @@ def throughput() -> str:
     return markdown(header, lines)
 
 
+def memory() -> str:
+    lines = [
+        [row["optimizer"], row["tensors"], f"{float(row['peak_bytes_per_parameter']):.0f}"]
+        for row in read(RESULTS / "throughput_memory.csv")
+    ]
+    header = ["optimizer", "tensors of 10,000,000 parameters", "peak, bytes/parameter"]
+    return markdown(header, lines)
+
+
 def figure1() -> str:
     """Means over pairs, of the levels that were run."""
     lines = []
@@ -226,8 +236,10 @@ def main() -> None:
     cells = load()
     blocks = {
         "results": results(cells),
-        "feasibility": feasibility_table(RESULTS / "feasibility.csv"),
+        "feasibility": feasibility_table(),
+        "trajectories": trajectories_table(),
         "throughput": throughput(),
+        "memory": memory(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "width": width_table(),

@@ -5,6 +5,11 @@
 writes throughput.csv, a row per optimizer and set of parameters, and throughput.json, how it was
 made. One process and one thread; all optimizers take turns, so that they share the machine's moods.
 
+    python experiments/throughput.py --what training memory
+
+writes throughput_training.csv, whole training steps beside Adam's, and throughput_memory.csv, see
+step_overhead.py.
+
     python experiments/throughput.py --what comparison pairs scaling profile
 
 writes geodesics_*.csv and .json, see geodesic_throughput.py; comparison needs `pip install ase`.
@@ -19,18 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import geodesic_throughput
+import step_overhead
 import torch
 from rows import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer, make_rule
 
-BASELINE = "Adam foreach"
+BASELINE, FUSED = "Adam foreach", "Adam fused"
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     BASELINE: lambda params: Adam(params, foreach=True),
-    "Adam fused": lambda params: Adam(params, fused=True),
+    FUSED: lambda params: Adam(params, fused=True),
     "geodesic_rnn": lambda params: LearnedOptimizer(params, weights=make_rule("geodesic_rnn")),
+    "geodesic_rnn compiled": lambda params: LearnedOptimizer(
+        params, weights=make_rule("geodesic_rnn"), compile=True
+    ),
     "geodesic_rnn per coordinate, hidden 16": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16)
     ),
@@ -44,12 +53,23 @@ SAMPLE = 0.02  # seconds that a sample takes at least, thousands of times the cl
 SLOW, LARGE = 100.0, 1_000_000  # ms at up to LARGE parameters above which larger sets are left out
 
 
-def make_params(parameters: int, tensors: int) -> list[Tensor]:
-    rows = parameters // tensors // COLUMNS
-    params = [torch.randn(rows, COLUMNS) * COLUMNS**-0.5 for _ in range(tensors)]
+def make_params(parameters: int, tensors: str) -> list[Tensor]:
+    """`tensors` equal matrices, or those of a "transformer" of about so many parameters."""
+    if tensors == "transformer":
+        shapes = [p.shape for p in transformer(parameters).parameters()]
+    else:
+        shapes = [(parameters // int(tensors) // COLUMNS, COLUMNS)] * int(tensors)
+    params = [torch.randn(shape) * COLUMNS**-0.5 for shape in shapes]
     for p in params:
         p.grad = 0.01 * torch.randn_like(p)
     return params
+
+
+def transformer(parameters: int) -> nn.Module:
+    """Of at least one layer, ten times as wide as deep or more."""
+    width = 16 * max(1, round((parameters / 5 / 12) ** 0.5 / 16))
+    layers = max(1, round(parameters / (12 * width**2)))
+    return step_overhead.CharTransformer(width, layers)
 
 
 def step_seconds(optimizer: Optimizer, steps: int) -> float:
@@ -67,9 +87,10 @@ def state_bytes(optimizer: Optimizer) -> int:
     )
 
 
-def measure(names: list[str], parameters: int, tensors: int, repeats: int) -> list[dict]:
+def measure(names: list[str], parameters: int, tensors: str, repeats: int) -> list[dict]:
     """A row per optimizer: medians of `repeats` samples, taken in turn."""
     optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
+    parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
     for optimizer in optimizers.values():
         step_seconds(optimizer, WARM_UP)
     steps = {name: 1 + int(SAMPLE / step_seconds(o, 1)) for name, o in optimizers.items()}
@@ -77,17 +98,19 @@ def measure(names: list[str], parameters: int, tensors: int, repeats: int) -> li
     for _ in range(repeats):
         for name, optimizer in optimizers.items():
             samples[name].append(step_seconds(optimizer, steps[name]))
-    ratios = {
-        name: [x / base for x, base in zip(samples[name], samples[BASELINE], strict=True)]
-        for name in names
-    }
+
+    def ratio(name: str, base: str) -> float:
+        pairs = zip(samples[name], samples[base], strict=True)
+        return statistics.median(x / y for x, y in pairs)
+
     return [
         {
             "optimizer": name,
             "parameters": parameters,
             "tensors": tensors,
             "ms": 1e3 * statistics.median(samples[name]),
-            "ratio_to_adam_foreach": statistics.median(ratios[name]),
+            "ratio_to_adam_foreach": ratio(name, BASELINE),
+            "ratio_to_adam_fused": ratio(name, FUSED),
             "state_bytes_per_parameter": state_bytes(optimizers[name]) / parameters,
         }
         for name in names
@@ -102,7 +125,7 @@ def optimizer_steps(args: argparse.Namespace) -> None:
         for tensors in args.tensors:
             for row in measure(names, parameters, tensors, args.repeats):
                 rows.append(row)
-                print("{optimizer:40}{parameters:>10}{tensors:>5}{ms:10.3f} ms"
+                print("{optimizer:40}{parameters:>10}{tensors:>12}{ms:10.3f} ms"
                       "{ratio_to_adam_foreach:8.1f} x".format(**row), flush=True)  # fmt: skip
     arguments = {k: v for k, v in vars(args).items() if k not in ("output", "what")}
     save(args.output, "throughput", rows, arguments=arguments)
@@ -112,10 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = [10_000, 100_000, 1_000_000, 10_000_000]
     parser.add_argument(
-        "--what", nargs="+", choices=["steps", *geodesic_throughput.PARTS], default=["steps"]
+        "--what",
+        nargs="+",
+        choices=["steps", *step_overhead.PARTS, *geodesic_throughput.PARTS],
+        default=["steps"],
     )
     parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="rising, of steps")
-    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100], help="of steps")
+    sets = ["1", "100", "transformer"]
+    parser.add_argument("--tensors", nargs="+", default=sets, help="of steps")
     parser.add_argument("--repeats", type=int, default=15, help="of steps")
     parser.add_argument("--output", type=Path, default=Path("experiments/results"))
     args = parser.parse_args()
@@ -125,7 +152,7 @@ def main() -> None:
         if what == "steps":
             optimizer_steps(args)
         else:
-            print(geodesic_throughput.PARTS[what](args.output), flush=True)
+            print((step_overhead.PARTS | geodesic_throughput.PARTS)[what](args.output), flush=True)
 
 
 if __name__ == "__main__":

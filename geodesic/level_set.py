@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from geodesic.path import fractions, subdivide
+from geodesic.path import fractions, points_at, subdivide
 
 # Evaluations of F between the samples around the largest of a segment, see `certify`.
 REFINEMENT = 8
+# Samples of a segment between recorded iterates in `sgd_profile`, as many as the certificate's.
+PROFILE_SAMPLES = 16
 # F - λ(s) ≤ tolerance · max(1, |λ(s)|) counts as inside.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
@@ -70,25 +72,44 @@ class LevelProfile:
         return torch.lerp(values.gather(1, cell), values.gather(1, cell + 1), weight)
 
 
-def sgd_profile(trajectory_losses: Tensor, trajectory_points: Tensor) -> LevelProfile:
-    """SGD's own loss at the same arclength fraction, as a level: λ(s_k) = max_{j ≥ k} F(θ_j).
+def sgd_profile(
+    loss_fn: Callable[..., Tensor],
+    trajectory: Tensor,
+    loss_args: tuple[Tensor, ...] = (),
+    chunk_size: int = 256,
+) -> LevelProfile:
+    """SGD's own loss at the same arclength fraction, as a level that the trajectory itself keeps.
 
-    λ is non-increasing, at no point of the trajectory below SGD's loss there, and ends at
-    F(θ_b). So the trajectory is itself a feasible start wherever F is at most linear between its
-    points; in between it can stick out a little, which the solver repairs first. The running
-    maximum covers a bump by holding the level up to it. It starts at F(θ_a) unless SGD itself later
-    climbed higher, when it starts at that maximum: a cap at F(θ_a) would leave the trajectory out.
+        λ(s_k) = max over j ≥ k - 1 of F(γ(s_j)) + ¼ max(0, -Δ²F(γ(s_j))),    λ(1) = F(θ_b)
+
+    with γ the polyline through the recorded iterates and s_j 16 even samples of each of its
+    segments. The running maximum covers a bump by holding the level up to it, so λ(0) is F(θ_a)
+    unless SGD later climbed higher. Being one sample late, and twice the bulge of a parabola above
+    a maximum, keep F below λ between the samples too: between iterates F is often concave, so a
+    line through their own losses would leave the trajectory out.
 
     Args:
-        trajectory_losses: ``(n,)`` or ``(pairs, n)``, F on the evaluation set the solver uses.
-        trajectory_points: ``(n, d)`` or ``(pairs, n, d)``; they only fix the arclength fractions.
+        loss_fn: F, ``loss_fn(theta, *args)``, as for `geodesic.find_geodesics`.
+        trajectory: ``(n, d)`` or ``(pairs, n, d)``, from θ_a to θ_b.
+        loss_args: tensors with a leading dimension of pairs.
+        chunk_size: points evaluated at once.
+
+    Raises:
+        ValueError: for a wrong shape, and where F is not finite.
     """
-    if trajectory_points.shape[:-1] != trajectory_losses.shape:
+    if trajectory.ndim not in (2, 3) or trajectory.shape[-2] < 2:
         raise ValueError(
-            f"trajectory_losses {tuple(trajectory_losses.shape)} must have one loss for each of "
-            f"trajectory_points {tuple(trajectory_points.shape)}; include both ends in both"
+            f"trajectory must be (n, d) or (pairs, n, d) with n ≥ 2, got {tuple(trajectory.shape)};"
+            " include both ends"
         )
-    return LevelProfile(trajectory_losses, fractions(trajectory_points))
+    path = trajectory.detach().reshape(-1, *trajectory.shape[-2:])
+    sublevel = SublevelSet(loss_fn, tuple(loss_args), len(path), chunk_size)
+    losses = sublevel.losses(path, PROFILE_SAMPLES, torch.arange(len(path)))
+    losses = torch.cat((losses[..., :-1].flatten(1), losses[:, -1, -1:]), dim=1)
+    bulge = torch.nn.functional.pad(-losses.diff(n=2, dim=1), (1, 1)).clamp_min(0) / 4
+    values = torch.cat((losses[:, :1], (losses + bulge)[:, :-1]), dim=1)
+    values[:, -1] = losses[:, -1]
+    return LevelProfile(values, fractions(subdivide(path, PROFILE_SAMPLES)))
 
 
 @dataclass
@@ -98,6 +119,7 @@ class Samples:
     losses: Tensor  # (rows, K, n + 1)
     excess: Tensor  # (rows, K, 4n + 1): F - λ(s), F interpolated by parabolas between samples
     peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
+    inner: Tensor  # (rows, K): the same off the beads
     max_loss: Tensor  # (rows,): the largest F that was computed
     feasible: Tensor  # (rows,): peak ≤ tolerance · max(1, |λ|) on every segment
 
@@ -184,10 +206,10 @@ class SublevelSet:
         excess = fine - level
         # The parabola means nothing across a kink of λ; the fine samples of λ are exact there.
         smooth = level.diff(n=2).abs() <= fine.diff(n=2).abs()
-        between = torch.where(smooth, _vertex(excess)[1], excess[..., 1:-1])
-        peak = torch.maximum(excess.amax(-1), between.amax(-1))
+        inner = torch.where(smooth, _vertex(excess)[1], excess[..., 1:-1]).amax(-1)
+        peak = torch.maximum(excess.amax(-1), inner)
         feasible = (peak <= self._allowed(level)).all(-1)
-        return Samples(losses, excess, peak, losses.amax((1, 2)), feasible)
+        return Samples(losses, excess, peak, inner, losses.amax((1, 2)), feasible)
 
     @staticmethod
     def _allowed(level: Tensor) -> Tensor:
@@ -197,7 +219,10 @@ class SublevelSet:
     def certify(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
     ) -> Samples:
-        """`sample`, and F itself between the samples beside each segment's largest."""
+        """`sample`, and F itself between the samples beside each segment's largest.
+
+        Where λ has knots, as a `LevelProfile` does, F at each of them too: F - λ can peak there.
+        """
         found = self.sample(path, per_segment, rows, losses)
         knots = fractions(path)
         near = found.excess[..., ::4].argmax(-1).clamp(1, per_segment - 1)
@@ -212,11 +237,22 @@ class SublevelSet:
         s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
         level = self.level(s.flatten(1), rows).view_as(s)
         excess = (losses - level).amax(-1)
+        max_loss = torch.maximum(found.max_loss, losses.amax((1, 2)))
+        at_knots = getattr(self._level, "fractions", None)
+        if at_knots is not None:
+            s = at_knots.expand(len(self.loss_evaluations), -1)[rows].to(path)
+            losses = self._evaluate(lambda part: points_at(path[part], s[part]), s.shape[1], rows)
+            segment = torch.searchsorted(knots.contiguous(), s.contiguous(), right=True) - 1
+            segment = segment.clamp(0, path.shape[1] - 2)
+            over = losses - self.level(s, rows)
+            excess = excess.scatter_reduce(1, segment, over, "amax")
+            max_loss = torch.maximum(max_loss, losses.amax(1))
         return Samples(
             found.losses,
             found.excess,
             torch.maximum(found.peak, excess),
-            torch.maximum(found.max_loss, losses.amax((1, 2))),
+            torch.maximum(found.inner, excess),
+            max_loss,
             found.feasible & (excess <= self._allowed(level)).all(-1),
         )
 

@@ -5,7 +5,8 @@
 
 A loss here is a function of one point, ``(d,)`` to a scalar, that `torch.func.vmap` supports; what
 else it needs is closed over. A path is ``(n, d)``. A level is None for F(θ_a), a number, or a
-callable of the arclength fraction, as for `geodesic.find_geodesic`.
+callable of the arclength fraction, as for `geodesic.find_geodesic`. Tensors are on any one device,
+where the loss is evaluated; what is drawn is brought from there.
 
 This module is not imported with the package, because matplotlib takes its time.
 """
@@ -124,11 +125,13 @@ def plot_loss(
         fine = subdivide(path, -(-samples // (len(path) - 1)))
         losses = _losses(loss_fn, fine, chunk_size)
         label = f"{label}, normalised length {normalized_length(path):.3f}"
-        axes.plot(fractions(fine), losses, _dash(i), color=_colour(i), lw=_width(i), label=label)
+        axes.plot(
+            _host(fractions(fine)), losses, _dash(i), color=_colour(i), lw=_width(i), label=label
+        )
     first = next(iter(paths.values()))
-    s = torch.linspace(0, 1, samples + 1, dtype=first.dtype)
+    s = torch.linspace(0, 1, samples + 1, dtype=first.dtype, device=first.device)
     levels = _levels(loss_fn, first, level, s)
-    axes.plot(s, levels, "k--", lw=1, label="level $\\lambda$")
+    axes.plot(_host(s), levels, "k--", lw=1, label="level $\\lambda$")
     _finish(axes, "arclength fraction $s$", "loss $F$")
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -169,13 +172,14 @@ def plot_plane(
     every = torch.cat(list(lines.values()))
     middle = (every.amax(0) + every.amin(0)) / 2
     half = 0.62 * (every.amax(0) - every.amin(0)).max()
-    x, y = (m + half * torch.linspace(-1, 1, grid).double() for m in middle)
+    x, y = (m + half * torch.linspace(-1, 1, grid).to(middle) for m in middle)
     losses = _losses(
         lambda xy: loss_fn(plane.points(xy).to(path.dtype)), torch.cartesian_prod(x, y), chunk_size
     )
     # A loss that is no number is outside, whatever the level.
     losses = np.ma.masked_invalid(losses.reshape(grid, grid).T)
-    start, end = _levels(loss_fn, path, level, torch.tensor([0.0, 1.0], dtype=path.dtype))
+    start, end = _levels(loss_fn, path, level, torch.tensor([0.0, 1.0]).to(path))
+    x, y, lines = _host(x), _host(y), {name: _host(line) for name, line in lines.items()}
 
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     axes = figure.add_subplot(aspect="equal")
@@ -224,7 +228,7 @@ def plot_length_against_level(
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for i, (label, (levels, lengths)) in enumerate(curves.items()):
-        levels, lengths = torch.as_tensor(levels), torch.as_tensor(lengths)
+        levels, lengths = (torch.as_tensor(v).detach().cpu() for v in (levels, lengths))
         if levels.ndim != 1 or lengths.ndim != 2 or lengths.shape[1] != len(levels):
             raise ValueError(
                 f"curves[{label!r}] must be levels (levels,) and lengths (pairs, levels), got "
@@ -256,6 +260,7 @@ def plot_stages(times: Tensor, lengths: Tensor, chord_feasible: Tensor) -> Figur
         lengths: ``(pairs,)``, NaN where no path was certified.
         chord_feasible: ``(pairs,)`` bool.
     """
+    times, lengths, chord_feasible = (v.detach().cpu() for v in (times, lengths, chord_feasible))
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     stages = times.unique()
@@ -311,7 +316,8 @@ def plot_dataset(
     problem = problems(index)
     trajectory = run_teacher(problem, time + config.horizon, config.stride)
     records = slice(time // config.stride, None)
-    sgd, losses = trajectory.points[records, run], trajectory.losses[records, run]
+    sgd = trajectory.points[records, run]
+    path = path.to(sgd)
     gap = (sgd[[0, -1]] - path[[0, -1]]).norm() / (path[-1] - path[0]).norm()
     if not gap < 1e-3:  # no one would see it
         raise DatasetError(
@@ -324,7 +330,7 @@ def plot_dataset(
         return problem.loss_fn(theta, *(argument[run] for argument in problem.loss_args))
 
     falls = config.level == "sgd_profile"
-    level = sgd_profile(losses, sgd) if falls else tensors["level"][i].item()
+    level = sgd_profile(loss_fn, sgd) if falls else tensors["level"][i].item()
     straight = len(path) == 2
     label = "geodesic, the chord" if straight else "geodesic"
     if not tensors["certified"][i]:
@@ -375,7 +381,12 @@ def _finish(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 def _losses(loss_fn: Loss, points: Tensor, chunk_size: int) -> np.ndarray:
     """F at ``(m, d)`` points, ``(m,)``."""
-    return torch.func.vmap(loss_fn, chunk_size=chunk_size)(points.detach()).detach().numpy()
+    return _host(torch.func.vmap(loss_fn, chunk_size=chunk_size)(points.detach()))
+
+
+def _host(values: Tensor) -> np.ndarray:
+    """What matplotlib takes."""
+    return values.detach().cpu().numpy()
 
 
 def _levels(loss_fn: Loss, path: Tensor, level: Level, s: Tensor) -> np.ndarray:
@@ -384,7 +395,7 @@ def _levels(loss_fn: Loss, path: Tensor, level: Level, s: Tensor) -> np.ndarray:
         level = loss_fn(path[0])
     try:  # a LevelProfile takes a dimension of pairs
         values = torch.as_tensor(level(s[None]) if callable(level) else level, dtype=s.dtype)
-        return values.detach().flatten().expand(len(s)).numpy()
+        return _host(values.flatten().expand(len(s)))
     except Exception as error:
         raise ValueError(
             f"level must be None, a number or a callable that maps fractions to levels, got "

@@ -33,11 +33,12 @@ MARGIN = 1e-3
 STOP_RESIDUAL = 3e-3
 # Relative fall of E in one undamped step below which the path no longer shortens.
 STOP_DECREASE = 1e-6
-# Steps outside the set before a path is pushed back in.
-PATIENCE = 8
+# Steps outside the set before a path is pushed back in, and before that is given up.
+PATIENCE, LAST_PATIENCE = 8, 20
 SMALLEST_DAMPING = 1e-3
-# Largest bead displacement in one step over max(chord, path / 4): a linearisation's reach.
-TRUST = 0.25
+# Largest bead displacement in one step over max(chord, path / 4): a linearisation's reach; a path
+# that got lost starts again from its last feasible one with a quarter of it, down to the least.
+TRUST, LEAST_TRUST = 0.25, 0.25 / 64
 # Ridge on the unit-diagonal dual matrix, above the rounding of its Gram products.
 RIDGE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -51,19 +52,27 @@ class Shortened:
 
 
 def shorten(
-    sublevel: SublevelSet, path: Tensor, rows: Tensor, per_segment: int, max_iterations: int
+    sublevel: SublevelSet,
+    path: Tensor,
+    rows: Tensor,
+    per_segment: int,
+    max_iterations: int,
+    strict: bool = False,
 ) -> Shortened:
     """Shorten ``(rows, K + 1, d)`` paths, K ≥ 2, with fixed ends, each until it has converged.
 
     A row that starts inside ends inside, judged on ``per_segment`` samples a segment, with no more
-    energy; a row that starts outside may end there.
+    energy; a row that starts outside may end there. ``strict`` judges by the certificate, of paths
+    that are outside by little, such as one that was shortened on fewer samples.
     """
+    measure = sublevel.certify if strict else sublevel.sample
     path = path.clone()
     tiny = torch.finfo(path.dtype).tiny
-    samples = sublevel.sample(path, per_segment, rows)
+    samples = measure(path, per_segment, rows)
     ends = sublevel.gradients(path[:, [0, -1]], rows)
     sites = _sites(sublevel, path, samples, ends, rows)
     damping = torch.ones_like(path[:, 0, 0])
+    trust = torch.full_like(damping, TRUST)
     entered = samples.feasible.clone()
     shortest, least = path.clone(), torch.where(entered, _energy(path), torch.inf)
     penalties = torch.zeros_like(damping)
@@ -83,13 +92,14 @@ def shorten(
             path[active],
             _take(sites, active),
             damping[active],
+            trust[active],
             shortens,
-            least[active].isinf(),
+            least[active].isinf() & (not strict),
             bend,
         )
         candidate = path[active]
         candidate[:, 1:-1] += step
-        trial = sublevel.sample(candidate, per_segment, rows[active])
+        trial = measure(candidate, per_segment, rows[active])
 
         # Shortening: E plus an exact penalty (its weight above the multipliers) has to fall.
         # Pushing in: the violation, by a tenth of what the linearisation promises.
@@ -111,8 +121,8 @@ def shorten(
         norm = (_energy(torch.nn.functional.pad(step, (0, 0, 1, 1))) * 2).sqrt()
         residual[active] = norm / (eta * length(path[active]).clamp_min(tiny))
         norms[active] = norm / eta
-        reached = torch.cat((trial.excess[:, 1:, 0], trial.peak), dim=1)
-        missed = (reached - predicted[:, :-2]).clamp_min(0) * (shortens & ~accepted)[:, None]
+        reached = torch.cat((trial.excess[:, 1:, 0], trial.inner), dim=1)
+        missed = (reached - predicted[:, :-2]).clamp_min(0) * ~accepted[:, None]
         curvature[active, :-2] = missed / norm.square().clamp_min(tiny)[:, None]
         iterations[active] += 1
 
@@ -134,9 +144,17 @@ def shorten(
         # An excursion that does not come back by itself is pushed in.
         away[active] = torch.where(samples.feasible[active], 0, away[active] + 1)
         lost = ~samples.feasible[active] & shortens & (failed | (away[active] >= PATIENCE))
-        entered[active] = (shortens & ~lost) | samples.feasible[active]
-        damping[active[lost]] = 1
-        failed &= ~lost
+        back = ~samples.feasible[active] & ~shortens & least[active].isfinite()
+        back &= (failed | (away[active] >= LAST_PATIENCE)) & (trust[active] > LEAST_TRUST)
+        entered[active] = (shortens & ~lost) | samples.feasible[active] | back
+        failed &= ~lost & ~back
+        damping[active[lost | back]] = 1
+        curvature[active[lost | back]] = 0
+        if back.any():
+            again = active[back]
+            path[again], trust[again], away[again] = shortest[again], trust[again] / 4, 0
+            _put(samples, again, measure(path[again], per_segment, rows[again]))
+        moved = active[accepted | back]
         active = active[~(converged | settled | failed)]
         stale = moved[torch.isin(moved, active)]
         if len(stale):
@@ -185,6 +203,9 @@ def _sites(
     at = torch.cat((s[:, :-2], torch.zeros_like(s[:, :1]), torch.ones_like(s[:, :1])), dim=1)
     slope = sublevel.slope(at, rows, width=1 / (8 * segments))
     excess = torch.cat((losses, ends[0]), dim=1) - sublevel.level(at, rows)
+    # Between samples a path is judged by interpolation; what that holds against it must show here.
+    inner = slice(segments - 1, 2 * segments - 1)
+    excess[:, inner] = torch.maximum(excess[:, inner], samples.inner)
     to_neighbour = points[:, -2:] - path[:, [0, -1]]
     tilt = (ends[1] * to_neighbour).sum(-1) - slope[:, -2:] * (s - at)[:, -2:]
     excess[:, -2:] = 8 * excess[:, -2:] + tilt
@@ -205,7 +226,13 @@ def _sites(
 
 
 def _step(
-    path: Tensor, sites: _Sites, damping: Tensor, shortens: Tensor, pushing: Tensor, bend: Tensor
+    path: Tensor,
+    sites: _Sites,
+    damping: Tensor,
+    trust: Tensor,
+    shortens: Tensor,
+    pushing: Tensor,
+    bend: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Interior beads' step ``(rows, K - 1, d)``, and ``(rows, n)`` each: multipliers, c + Jδ."""
     segments = path.shape[1] - 1
@@ -245,7 +272,7 @@ def _step(
         torch.linalg.vector_norm(path[:, -1] - path[:, 0], dim=-1), length(path) / 4
     )
     largest = torch.linalg.vector_norm(step, dim=-1).amax(1).clamp_min(1e-30)
-    step = step * (TRUST * reach / largest).clamp_max(1)[:, None, None]
+    step = step * (trust * reach / largest).clamp_max(1)[:, None, None]
     predicted = (gradients * (weights @ step)).sum(-1)
     predicted += (stretch @ (tangents * (difference @ step)).sum(-1, keepdim=True)).squeeze(-1)
     return step, multipliers, sites.excess + predicted

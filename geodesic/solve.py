@@ -43,15 +43,16 @@ class Geodesic:
         normalized_length: |γ| / |θ_a - θ_b|, exactly 1 for the chord.
         max_loss: largest F among the dense samples.
         certified: F - λ(s) ≤ tol · max(1, |λ|) at every dense sample on the segments, at 8 more
-            around the largest of each and at the estimated maximum between them; tol is 1e-9 in
-            float64, 1e-6 in float32. False: no such path was found, not that there is none.
+            around the largest of each, at the knots of a `LevelProfile` and at the estimated
+            maximum between samples; tol is 1e-9 in float64, 1e-6 in float32. False: no such path
+            was found, not that there is none.
         chord_feasible: the chord is certified; the geodesic is then the chord.
         level: λ(0).
         loss_evaluations, gradient_evaluations: points at which F, and F with its gradient, was
             computed.
         iterations: quadratic programs solved; 0 for the chord.
         residual: H¹ norm of the last projected gradient over the length: about √(2 × the share of
-            the length still to gain). 0 for the chord.
+            the length still to gain). 0 for the chord, inf where the path is a first one as it was.
         error: what is wrong with the pair as given, "" if nothing; it is then not searched.
     """
 
@@ -203,7 +204,8 @@ def find_geodesics(
         for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
             if len(rows) == 0:
                 break
-            found = shorten(sublevel, path, rows, per_segment, limit)
+            strict = per_segment == CERTIFICATE_SAMPLES
+            found = shorten(sublevel, path, rows, per_segment, limit, strict)
             iterations[rows] += found.iterations
             residual[rows] = found.residual
             best.update(rows, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, rows))
@@ -216,7 +218,7 @@ def find_geodesics(
             rows = first_rows[left]
             if len(rows):
                 samples = sublevel.certify(first[left], CERTIFICATE_SAMPLES, rows)
-                best.update(rows, first[left], samples)
+                residual[best.update(rows, first[left], samples)] = torch.inf
 
     total = torch.where(chord_feasible, distance, best.length)
     ratio = torch.where(chord_feasible | (total == 0), torch.ones_like(total), total / distance)
@@ -244,7 +246,8 @@ class _Best:
         self.peak = samples.peak.amax(1)
         self.max_loss = samples.max_loss.clone()
 
-    def update(self, rows: Tensor, path: Tensor, samples: Samples) -> None:
+    def update(self, rows: Tensor, path: Tensor, samples: Samples) -> Tensor:
+        """Keeps the better paths, and returns their rows."""
         new_length, new_peak = length(path), samples.peak.amax(1)
         better = torch.where(
             samples.feasible,
@@ -255,6 +258,7 @@ class _Best:
         self.path[rows], self.length[rows] = path[better], new_length[better]
         self.certified[rows], self.peak[rows] = samples.feasible[better], new_peak[better]
         self.max_loss[rows] = samples.max_loss[better]
+        return rows
 
 
 def _strings(

@@ -110,14 +110,16 @@ def consecutive_pairs(trajectory: Trajectory, horizon: int) -> Pairs:
 
 def solve_pairs(problem: Problem, pairs: Pairs, level: str, num_segments: int) -> Geodesic:
     """Geodesics of all pairs; the subsampled trajectory is the first path if no chord fits."""
+    loss_fn, loss_args = problem.loss_fn, tuple(arg[pairs.run] for arg in problem.loss_args)
+    falls = level == "sgd_profile"
     return find_geodesics(
-        problem.loss_fn,
+        loss_fn,
         pairs.points[:, 0],
         pairs.points[:, -1],
-        level=sgd_profile(pairs.losses, pairs.points) if level == "sgd_profile" else None,
+        level=sgd_profile(loss_fn, pairs.points, loss_args) if falls else None,
         num_segments=num_segments,
         initial_path=pairs.points,
-        loss_args=tuple(arg[pairs.run] for arg in problem.loss_args),
+        loss_args=loss_args,
     )
 
 

@@ -24,7 +24,6 @@ from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError
 from learned_opt.geodesics import describe, make_geodesics, make_problem
 from learned_opt.outputs import claim_output, write_atomic
-from learned_opt.rules import make_rule
 
 # What torchrun, Lightning and SLURM tell a process of its place in a job.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -54,10 +53,10 @@ def geodesics(
 
 def train(config: TrainConfig, output: Path) -> None:
     """Meta-train an update rule, after making the target paths that are missing."""
-    from learned_opt.training.fit import fit  # here: Lightning doubles the time of `--help`
+    from learned_opt.training.fit import check, fit  # here: Lightning doubles the time of `--help`
 
     _use_one_thread()
-    make_rule(config.rule, **config.rule_config)  # a wrong name is said now, not after the data
+    check(config)  # what cannot work is said now, not after the data
     output = output.expanduser().absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     settings, free = asdict(config), ("accelerator", "logger")

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 
-OBJECTIVES = ("imitation", "meta_loss")
+RUN_OBJECTIVES = ("meta_loss", "backprop", "pes")  # of the rule's own runs, window by window
+OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
+# Element-wise ones: for them many tasks' parameters in one tensor are as good as apart.
+TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
+            "SGD")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,87 @@ class GeodesicsConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A torch optimizer to imitate.
+
+    Attributes:
+        optimizer: its name in torch.optim.
+        lr: its learning rate.
+        options: more of its arguments.
+        steps: K, its steps that one update of the rule is to make.
+        length: updates of the rule per sequence.
+    """
+
+    optimizer: str = "Adam"
+    lr: float = 0.003
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1
+    length: int = 100
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in TEACHERS:
+            raise ConfigError(
+                f"teacher.optimizer is {self.optimizer!r}; use one of {', '.join(TEACHERS)}"
+            )
+        if self.steps < 1 or self.length < 1:
+            raise ConfigError(
+                f"teacher.steps={self.steps} and teacher.length={self.length} must be at least 1"
+            )
+        try:
+            self.make(torch.zeros(1, requires_grad=True))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"teacher: torch.optim.{self.optimizer} refuses lr={self.lr}, {self.options} "
+                f"({error}); see its documentation for options"
+            ) from None
+
+    def make(self, theta: Tensor) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.optimizer)([theta], lr=self.lr, **self.options)
+
+
+@dataclass(frozen=True)
+class PESConfig:
+    """Persistent evolution strategies.
+
+    Attributes:
+        sigma: standard deviation of the perturbations of the meta-parameters.
+        particles: antithetic pairs for each task.
+    """
+
+    sigma: float = 0.01
+    particles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0 or self.particles < 1:
+            raise ConfigError(
+                f"pes.sigma={self.sigma} must be positive, pes.particles={self.particles} at "
+                "least 1; usual are 0.01 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Runs whose length grows when validation at the next length no longer improves.
+
+    Attributes:
+        lengths: rising; steps of the runs of each stage.
+        patience: validations without a better score after which a stage is over.
+    """
+
+    lengths: tuple[int, ...] = (50, 100, 200, 400, 800)
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in pairwise(self.lengths))
+        if not self.lengths or self.lengths[0] < 1 or not rising:
+            raise ConfigError(
+                f"curriculum.lengths={self.lengths} must rise from at least 1, as [50, 100, 200]"
+            )
+        if self.patience < 1:
+            raise ConfigError(f"curriculum.patience is {self.patience}; use at least 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """`learned-opt train`: meta-trains a rule on target paths and on its own runs.
 
@@ -55,7 +144,9 @@ class TrainConfig:
         rule_config: its constructor's arguments.
         geodesics: the data set of target paths, made first where it is missing.
         dataset: a folder of target paths to use; by default `geodesics` in the output folder.
-        objectives: what the updates train, in turn: "imitation", "meta_loss".
+        objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"
+            of a torch optimizer; and the loss of the rule's own runs, "meta_loss" by replay,
+            "backprop" through the unroll, "pes" by evolution strategies.
         updates: meta-updates in all.
         epoch_length: meta-updates between validations and checkpoints.
         learning_rate: of Adam; falls linearly to 5 %.
@@ -64,13 +155,22 @@ class TrainConfig:
             gains per tensor, which allow for all.
         teacher_share: share of imitation sequences driven by the teacher, at the start and
             from half way on; (1, 1) is off policy throughout.
-        imitation_weight: multiplies the imitation loss before its gradient is clipped, at the
+        imitation_weight: multiplies the imitation losses before their gradient is clipped, at the
             start and at the end: most weight to what is robust first, to what is fast later.
-        window: updates per meta_loss window; states are carried from one to the next.
-        horizon: least and most steps of a meta_loss run, log-uniform.
-        open_runs: meta_loss runs under way at once, so that long ones do not crowd out others.
-        loss_floor: meta_loss weighs tasks by 1 / (mean loss + loss_floor).
-        family: tasks of meta_loss runs; by default those of `geodesics`.
+        weights: the same for any objective, by its name; 1 where nothing is said.
+        imitation_form: "huber", of the error relative to the teacher's step, or "cosine", of
+            direction and size apart.
+        teacher: of torch_imitation.
+        window: updates per window of a run; states are carried from one to the next.
+        horizon: least and most steps of a run, log-uniform.
+        curriculum: lengths of runs in place of `horizon`, and of the validation runs.
+        open_runs: runs under way at once, so that long ones do not crowd out others.
+        loss_floor: tasks weigh 1 / (mean loss of the window + loss_floor).
+        loss_clip: losses of runs count as at most so many times that of chance; null is no clip.
+        first_order: whether backprop takes what the rule sees as given; if not, second
+            derivatives of the loss go in, which takes a rule that can be differentiated.
+        pes: of the objective of that name.
+        family: tasks of the rule's own runs; by default those of `geodesics`.
         validation_steps: length of the validation runs.
         seed: of everything random but the data set.
         accelerator: Lightning's, as are the next three: "cpu", "gpu", "auto".
@@ -92,10 +192,17 @@ class TrainConfig:
     coordinates: int = 2400
     teacher_share: tuple[float, float] = (1.0, 0.3)
     imitation_weight: tuple[float, float] = (0.15, 0.02)
+    weights: dict[str, tuple[float, float]] = field(default_factory=dict)
+    imitation_form: str = "huber"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     window: int = 20
     horizon: tuple[int, int] = (20, 800)
+    curriculum: CurriculumConfig | None = None
     open_runs: int = 5
     loss_floor: float = 0.003
+    loss_clip: float | None = None
+    first_order: bool = True
+    pes: PESConfig = field(default_factory=PESConfig)
     family: FamilyConfig | None = None
     validation_steps: int = 200
     seed: int = 0
@@ -125,8 +232,38 @@ class TrainConfig:
             )
         if self.logger not in ("csv", "wandb"):
             raise ConfigError(f"logger is {self.logger!r}; use 'csv' or 'wandb'")
+        if self.imitation_form not in ("huber", "cosine"):
+            raise ConfigError(f"imitation_form is {self.imitation_form!r}; use 'huber' or 'cosine'")
+        if unused := set(self.weights) - set(self.objectives):
+            raise ConfigError(
+                f"weights has {sorted(unused)}, objectives is {self.objectives}; name one of these"
+            )
+        if self.loss_clip is not None and self.loss_clip <= 0:
+            raise ConfigError(f"loss_clip is {self.loss_clip}; use e.g. 1.5, or null for none")
+        self._check_runs()
+
+    def _check_runs(self) -> None:
         if not 1 <= self.horizon[0] <= self.horizon[1]:
             raise ConfigError(f"horizon={self.horizon}: give two steps, the lower first")
+        runs = set(self.objectives) & set(RUN_OBJECTIVES)
+        if self.curriculum and not runs:
+            raise ConfigError(
+                f"curriculum is of the rule's own runs, objectives={self.objectives} has none; "
+                f"add one of {RUN_OBJECTIVES}, or leave the curriculum out"
+            )
+        name, shortest = "horizon", self.horizon[0]
+        if self.curriculum:
+            name, shortest = "curriculum.lengths", self.curriculum.lengths[0]
+        if runs and shortest < self.window:
+            raise ConfigError(
+                f"{name} starts at {shortest}, shorter than window={self.window}; use a window of "
+                f"at most {shortest}, or longer runs"
+            )
+
+    def weight_of(self, objective: str) -> tuple[float, float]:
+        """What multiplies the loss of an objective, at the start and at the end."""
+        given = self.imitation_weight if objective.endswith("imitation") else (1.0, 1.0)
+        return self.weights.get(objective, given)
 
     def smoke(self) -> TrainConfig:
         """The same, shrunk to seconds."""
@@ -137,7 +274,9 @@ class TrainConfig:
             updates=2 * len(self.objectives),
             epoch_length=len(self.objectives),
             coordinates=200,
+            teacher=replace(self.teacher, length=5),
             horizon=(4, 10),
+            curriculum=self.curriculum and CurriculumConfig((4, 8), patience=1),
             window=4,
             open_runs=2,
             validation_steps=5,

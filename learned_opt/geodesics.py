@@ -12,7 +12,17 @@ from geodesic.dataset import PathDataset
 from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
 from learned_opt.tasks.base import seed_of
-from learned_opt.tasks.families import sample_tasks
+from learned_opt.tasks.families import FamilyConfig, sample_tasks
+
+# Settings of families that older data sets do not name: such a set is of a family without them.
+NEWER = (
+    "kinds",
+    "text",
+    "train_sizes",
+    "log10_reparametrization",
+    "reparametrize",
+    "equalize_gradients",
+)
 
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
@@ -23,10 +33,10 @@ def make_problem(config: GeodesicsConfig, index: int) -> Problem:
     def grad_fn(theta: Tensor, step: int) -> tuple[Tensor, Tensor]:
         return task.loss_and_grad(theta, task.batch(seed, step))
 
-    x, y = task.fixed_batch(config.evaluation_size)
+    batch = task.fixed_batch(config.evaluation_size)
     facts = {"index": index, "task": task.name, "batch_size": task.config.batch_size}
     return Problem(
-        task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), (x, y), facts
+        task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), batch, facts
     )
 
 
@@ -43,8 +53,9 @@ def make_geodesics(
         progress: wraps the numbers of the shards to make.
         rank: of this process among `world_size` that make it together.
     """
+    family, default = asdict(config.family), asdict(FamilyConfig())
     header = {
-        "family": asdict(config.family),
+        "family": {k: v for k, v in family.items() if k not in NEWER or v != default[k]},
         "evaluation_size": config.evaluation_size,
         "seed": config.seed,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import CHUNK
+from learned_opt.blocks import Block, guarded_update, partition
+from learned_opt.rules import UpdateRule
 from learned_opt.weights import load_rule
-
-# Coordinates of small tensors that are updated together: enough to hide what a call costs.
-BLOCK = 8 * CHUNK
 
 
 class LearnedOptimizer(Optimizer):
@@ -23,16 +22,28 @@ class LearnedOptimizer(Optimizer):
 
     Needs no learning rate: `optimizer = LearnedOptimizer(model.parameters())`.
 
+    A gradient that is not finite, or so large that its square is not in float32: the parameter
+    stays as it is, and so does its state; `skipped_steps()` counts.
+
+    Parameters may be of any floating type (features and state are float32), on several devices,
+    and sharded by FSDP2: statistics of a tensor are summed over its shards, so a sharded run is the
+    run of the whole. ZeroRedundancyOptimizer is not supported.
+
     Args:
-        params: tensors, or dicts of groups with their own `lr` and `weight_decay`.
+        params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
         lr: multiplies the whole update; 1 is what the rule was trained for.
         weight_decay: decoupled and relative to the tensor's own step |u|/|θ|, so dimensionless:
             1 takes back as much of θ as the update adds, but never more than all of it. A tensor
             that does not move does not decay.
-        weights: a weights file of `learned-opt train`, or a rule; by default the shipped one.
+        weights: a weights file of `learned-opt train`, "hf://owner/name" of the Hugging Face Hub,
+            or a rule; by default the shipped one.
+        maximize: ascend instead of descend.
+        compile: the rule's update by `torch.compile`. Needs a C++ compiler and, at the second step,
+            time: the more the more sizes of tensors there are. Not for sharded parameters.
+        revision: commit of a repository on the Hub, needed there.
 
-    State of a parameter p, in float32: "step"; per coordinate the rule's averages, of shape
-    (*p.shape, features); per tensor a few small vectors. The shipped rule keeps 20 bytes per
+    State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
+    shape (*p.shape, features); per tensor a few small vectors. The shipped rule keeps 20 bytes per
     parameter (Adam: 8).
 
     Raises:
@@ -44,20 +55,47 @@ class LearnedOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         weights: str | Path | UpdateRule | None = None,
+        *,
+        maximize: bool = False,
+        compile: bool = False,
+        revision: str | None = None,
     ) -> None:
         _check(lr, weight_decay)
-        self.rule = weights if isinstance(weights, UpdateRule) else load_rule(weights)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        rule = weights if isinstance(weights, UpdateRule) else load_rule(weights, revision)
+        self.rule, self.compile = rule, compile
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         _check(self.param_groups[-1]["lr"], self.param_groups[-1]["weight_decay"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"rule": self.rule}
+        return super().__getstate__() | {"rule": self.rule, "compile": self.compile}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            group.setdefault("maximize", False)  # checkpoints may be older than the setting
+        for p, entries in self.state.items():
+            if isinstance(entries, _AsSaved):
+                self.state[p] = {
+                    name: torch.as_tensor(value).to(p.device, copy=True)
+                    for name, value in entries.entries.items()
+                }
+
+    def _forget(self) -> None:
+        """Drops what can be made anew: blocks of each group's parameters, rules by device."""
+        self._blocks: dict[int, tuple[list[Tensor], list[Block]]] = {}
+        self._rules: dict[torch.device, UpdateRule] = {}
+        self._guarded = guarded_update
+        if self.compile:
+            self._guarded = torch.compile(guarded_update, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,86 +104,82 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for step, params in self._blocks(group["params"]):
-                self._update(params, step, float(group["lr"]), group["weight_decay"])
+        for number, group in enumerate(self.param_groups):
+            for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
+                rule = self._rule_on(block.parts[0].device)
+                block.update(
+                    rule, self._guarded, group["lr"], group["weight_decay"], group["maximize"]
+                )
         return loss
 
-    def _blocks(self, params: list[Tensor]) -> Iterable[tuple[int, list[Tensor]]]:
-        """(step, parameters) to update together: large tensors alone, small ones by the chunk.
+    def skipped_steps(self) -> int:
+        """How many updates of single tensors were skipped, as their gradients were not finite.
 
-        Rules treat tensors alike and apart, so how they are grouped changes no update.
+        Reading the count waits for the device; warns if there are any.
         """
-        small: dict[tuple, list[Tensor]] = {}
-        for p in params:
-            if p.grad is None or not p.numel():
-                continue
-            if p.grad.is_sparse or p.is_complex():
-                kind = "sparse gradients" if p.grad.is_sparse else "complex parameters"
-                raise RuntimeError(
-                    f"LearnedOptimizer does not support {kind}; give such parameters (here of "
-                    f"shape {tuple(p.shape)}) to another optimizer, such as torch.optim.SparseAdam"
-                )
-            step = int(self.state[p]["step"]) if self.state[p] else 0
-            if p.numel() >= CHUNK:
-                yield step, [p]
-                continue
-            block = small.setdefault((step, p.device), [])
-            block.append(p)
-            if sum(q.numel() for q in block) >= BLOCK:
-                yield step, small.pop((step, p.device))
-        yield from ((step, block) for (step, _), block in small.items())
+        counts = [s["skipped"] for s in self.state.values() if "skipped" in s]
+        skipped = int(sum(count.item() for count in counts))
+        if skipped:
+            warnings.warn(
+                f"{skipped} updates of tensors were skipped: their gradients were not finite; "
+                "look for the first such loss, or clip gradients",
+                stacklevel=2,
+            )
+        return skipped
 
-    def _update(self, params: list[Tensor], step: int, lr: float, weight_decay: float) -> None:
-        theta = _flatten(params)
-        grads = _flatten([p.grad for p in params])
-        if grads.device != next(self.rule.parameters()).device:
-            self.rule.to(grads.device)
-        state = self._gather(params, step, theta)
-        with torch.autocast(theta.device.type, enabled=False):
-            update, state = self.rule.update(grads, theta, state, in_place=True)
-        self._scatter(params, state)
-        parts = update.split([p.numel() for p in params])
-        for p, part in zip(params, parts, strict=True):
-            u = part.view_as(p)
-            if weight_decay and (norm := torch.linalg.vector_norm(p, dtype=u.dtype)) > 0:
-                p.mul_((1 - lr * weight_decay * u.norm() / norm).clamp(min=0))
-            p.add_(u, alpha=lr)
+    def _blocks_of(self, group: int, params: list[Tensor]) -> list[Block]:
+        """The blocks of a group's parameters that have gradients; the last ones if they fit."""
+        members, blocks = self._blocks.get(group, ([], []))
+        same = len(members) == len(params) and all(map(lambda p, q: p is q, members, params))
+        if not same or not all(block.is_state_of(self.state) for block in blocks):
+            chunked = not self.compile
+            blocks = [
+                Block(m, self.rule, [self.state[p] for p in m], chunked and not m[0].is_cuda)
+                for m in partition(params, chunked)
+            ]
+            for block in blocks:
+                self.state.update(zip(block.params, block.states, strict=True))
+            self._blocks[group] = params, blocks
+        return blocks
 
-    def _gather(self, params: list[Tensor], step: int, theta: Tensor) -> State:
-        """The rule's flat state of these parameters; views where there is but one."""
-        layout = Layout(tuple(tuple(p.shape) for p in params))
-        fresh = self.rule.init_state(theta if step == 0 else theta[:0], layout.shapes)
-        if step == 0:
-            return fresh
-        states = [self.state[p] for p in params]
-        coordinate = {
-            name: _join([s[name].movedim(-1, 0).reshape(s[name].shape[-1], -1) for s in states])
-            for name in fresh.coordinate
-        }
-        tensor = {name: torch.stack([s[name] for s in states], -1) for name in fresh.tensor}
-        return State(layout, step, coordinate, tensor)
-
-    def _scatter(self, params: list[Tensor], state: State) -> None:
-        """Keeps a flat state as views in the shape of each parameter, features last."""
-        sizes = [p.numel() for p in params]
-        pieces = {name: flat.split(sizes, -1) for name, flat in state.coordinate.items()}
-        for i, p in enumerate(params):
-            kept = {n: piece[i].unflatten(-1, p.shape or (1,)) for n, piece in pieces.items()}
-            kept = {n: (k if p.dim() else k.squeeze(-1)).movedim(0, -1) for n, k in kept.items()}
-            kept |= {name: flat[:, i] for name, flat in state.tensor.items()}
-            self.state[p] = {"step": torch.tensor(float(state.step)), **kept}
+    def _rule_on(self, device: torch.device) -> UpdateRule:
+        if device not in self._rules:
+            here = next(self.rule.parameters()).device == device
+            self._rules[device] = self.rule if here else copy.deepcopy(self.rule).to(device)
+        return self._rules[device]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state_dict; torch alone would cast the state to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(saved["params"], group["params"], strict=True):
-                if key in state_dict["state"]:
-                    entries = state_dict["state"][key].items()
-                    self.state[p] = {
-                        k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in entries
-                    }
+        """Restores a state_dict, in float32 and cloned: torch alone would cast the state to the
+        parameters' dtype and share its tensors."""
+        handle = self.register_load_state_dict_pre_hook(_as_saved)  # the last: after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+
+class _AsSaved:
+    """Entries of a parameter that torch does not look into."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        self.entries = entries
+
+
+def _as_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return state_dict | {"state": {k: _AsSaved(v) for k, v in state_dict["state"].items()}}
+
+
+def _moves(p: Tensor) -> bool:
+    """Whether a parameter takes part in this step."""
+    if p.grad is None or not p.numel():
+        return False
+    if p.grad.is_sparse or p.is_complex():
+        kind = "sparse gradients" if p.grad.is_sparse else "complex parameters"
+        raise RuntimeError(
+            f"LearnedOptimizer does not support {kind}; give such parameters (here of shape "
+            f"{tuple(p.shape)}) to another optimizer, such as torch.optim.SparseAdam"
+        )
+    return True
 
 
 def _check(lr: float | Tensor, weight_decay: float) -> None:
@@ -154,12 +188,3 @@ def _check(lr: float | Tensor, weight_decay: float) -> None:
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not 0 <= float(value) < float("inf"):
             raise ValueError(f"{name} is {value}; use a finite number of at least 0")
-
-
-def _flatten(tensors: list[Tensor]) -> Tensor:
-    return _join([t.detach().reshape(-1).to(torch.float32) for t in tensors])
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    """Their concatenation along the last dimension; the piece itself if there is but one."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)

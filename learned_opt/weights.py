@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from learned_opt.rules import UpdateRule, make_rule
 
 FORMAT, VERSION = "learned-opt", 1
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
+DEFAULT_SHA256 = "95ed491ac061f28deb03f50073ee4d1d5dedf0e6c285e3dd7567071370b06cc8"
+MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
+HUB, HUB_FILE = "hf://", "weights.safetensors"
 
 
 def digest(rule: str, config: dict, tensors: dict[str, Tensor]) -> str:
@@ -49,18 +53,39 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
     temporary.replace(path)
 
 
-def load_rule(path: str | Path | None = None) -> UpdateRule:
+def load_rule(weights: str | Path | None = None, revision: str | None = None) -> UpdateRule:
     """The rule in a weights file, by default the shipped one.
+
+    Args:
+        weights: path of a file; or "hf://owner/name", a repository of the Hugging Face Hub whose
+            weights.safetensors is meant, or "hf://owner/name/path" of another file in it.
+        revision: the commit of that repository, in full: what is downloaded once cannot change.
 
     Raises:
         WeightsError: the file is missing, truncated, altered, not one of ours, from a newer
-            version, or of a rule that is not registered or does not fit.
+            version, or of a rule that is not registered or does not fit; it cannot be downloaded,
+            or `revision` is missing.
     """
-    path = DEFAULT if path is None else Path(path)
+    if isinstance(weights, str) and weights.startswith(HUB):
+        path = _download(weights, revision)
+    elif revision is not None:
+        raise WeightsError(f"revision={revision!r} goes with weights='{HUB}owner/name', "
+                           f"not with {weights!r}")  # fmt: skip
+    else:
+        path = DEFAULT if weights is None else Path(weights)
     if not path.is_file():
         raise WeightsError(f"weights={str(path)!r} is not a file; give the path of a "
-                           ".safetensors file that `learned-opt train` wrote")  # fmt: skip
+                           f".safetensors file that `learned-opt train` wrote, or "
+                           f"'{HUB}owner/name'")  # fmt: skip
+    if weights is None and hashlib.sha256(path.read_bytes()).hexdigest() != DEFAULT_SHA256:
+        raise WeightsError(f"the shipped weights {str(path)!r} were altered; install learned-opt "
+                           "anew")  # fmt: skip
     try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+        if header_size > MAX_HEADER:
+            raise SafetensorError(f"its header would be {header_size} bytes, the limit is "
+                                  f"{MAX_HEADER}")  # fmt: skip
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -94,3 +119,23 @@ def load_rule(path: str | Path | None = None) -> UpdateRule:
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None
     return rule.requires_grad_(False)
+
+
+def _download(address: str, revision: str | None) -> Path:
+    """The local copy of a file of the Hugging Face Hub, as of one commit."""
+    owner, _, rest = address.removeprefix(HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not owner or not name:
+        raise WeightsError(f"weights={address!r} names no repository; write '{HUB}owner/name'")
+    if re.fullmatch("[0-9a-f]{40}", revision or "") is None:
+        raise WeightsError(f"revision is {revision!r}; weights={address!r} needs the full hash of "
+                           "a commit (40 digits), so that they cannot change")  # fmt: skip
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise WeightsError(f"weights={address!r} needs huggingface_hub: "
+                           "pip install 'learned-opt[hub]'") from None  # fmt: skip
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file or HUB_FILE, revision=revision))
+    except Exception as error:  # the Hub's own, and those of the connection
+        raise WeightsError(f"weights={address!r} cannot be downloaded: {error}") from error

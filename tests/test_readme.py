@@ -49,6 +49,30 @@ def test_the_page_on_geodesics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names["many"].certified.all() and (tmp_path / "b.png").exists()
 
 
+def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one process of one, where a recipe is for many."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    mine = Path("runs/mine/weights.safetensors")
+    mine.parent.mkdir(parents=True)
+    shutil.copy(DEFAULT, mine)
+    names: dict = {}
+    try:
+        for block in blocks((ROOT / "docs" / "recipes.md").read_text()):
+            if "init_process_group" in block:  # what torchrun does
+                store = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0"}
+                for name, value in (store | {"WORLD_SIZE": "1"}).items():
+                    monkeypatch.setenv(name, value)
+            exec(block, names)  # the page's own
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert names["optimizer"].param_groups[0]["lr"] == 1.0
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert all(p.full_tensor().isfinite().all() for p in names["sharded"].parameters())
+
+
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

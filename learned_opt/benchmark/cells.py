@@ -33,7 +33,7 @@ from learned_opt.errors import ConfigError, LearnedOptError
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.outputs import provenance, write_atomic
 from learned_opt.run import run_optimizer
-from learned_opt.tasks.mlp import make_task
+from learned_opt.tasks.kinds import make_task
 from learned_opt.weights import DEFAULT
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.mlp import TaskConfig
+from learned_opt.tasks.kinds import TaskConfig
 
 LEARNED = "learned"  # the `optimizer` of an entrant that is LearnedOptimizer
 # Where the seeds start when a config says only how many: never in reach of each other.
@@ -21,7 +21,7 @@ class BenchmarkTask:
     Attributes:
         task: what is optimised.
         steps: optimizer steps per run.
-        label: what tables call it; by default the task's name, or its data, widths and activation.
+        label: what tables call it; by default the task's, see TaskConfig.label.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -32,10 +32,7 @@ class BenchmarkTask:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; use at least 1")
         if not self.label:
-            task = self.task
-            widths = "-".join(map(str, task.hidden)) or "linear"
-            label = task.name or f"{task.data} {widths} {task.activation}"
-            object.__setattr__(self, "label", label)
+            object.__setattr__(self, "label", self.task.label)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +29,24 @@ CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what
 
 @dataclass(frozen=True)
 class Layout:
-    """How a flat vector divides into tensors."""
+    """How a flat vector divides into tensors.
+
+    Attributes:
+        shapes: of the tensors.
+        local: of the parts of them that are here, where they are sharded over processes.
+        reduction: adds sums over these parts, (*, tensors, *), to those of the other processes.
+        chunk: coordinates to work on at a time; None: all.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
+    local: tuple[tuple[int, ...], ...] | None = None
+    reduction: Callable[[Tensor], Tensor] | None = None
+    chunk: int | None = CHUNK
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(math.prod(s) for s in self.shapes)
+        """Coordinates of each tensor that are here."""
+        return tuple(math.prod(s) for s in self.local or self.shapes)
 
     @cached_property
     def tensor_of(self) -> Tensor:
@@ -42,19 +54,50 @@ class Layout:
         return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
     @cached_property
-    def chunks(self) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
-        """(start, stop, [(tensor, start, stop), …]), cache-sized and cut at tensors' borders."""
-        ends = torch.tensor((0, *self.sizes)).cumsum(0).tolist()
-        chunks = []
-        for lo in range(0, ends[-1], CHUNK):
-            hi = min(lo + CHUNK, ends[-1])
-            spans = [
-                (i, max(a, lo), min(b, hi))
-                for i, (a, b) in enumerate(pairwise(ends))
-                if max(a, lo) < min(b, hi)
-            ]
-            chunks.append((lo, hi, spans))
-        return chunks
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """(first tensor, tensors, start, stop), in chunks: neighbours of one size, or a part of a
+        large one. The coordinates of each are a matrix (tensors, size)."""
+        runs, first, start = [], 0, 0
+        for size, equal in groupby(self.sizes):
+            last = first + len(list(equal))
+            chunk = self.chunk or size * (last - first)
+            for i in range(first, last, step := max(1, chunk // max(1, size))):
+                n = min(step, last - i)
+                stop = start + n * size
+                runs += [(i, n, a, min(a + chunk, stop)) for a in range(start, stop, chunk)]
+                start = stop
+            first = last
+        return runs
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        return sums if self.reduction is None else self.reduction(sums)
+
+    def squared_norms(self, x: Tensor) -> Tensor:
+        """|x|² of each tensor, (*, tensors), from (*, d)."""
+        squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
+        for i, n, a, b in self.runs:
+            part = x[..., a:b].unflatten(-1, (n, -1))
+            squares[..., i : i + n] += torch.linalg.vecdot(part, part)
+        return self.reduce(squares)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """What each tensor has, (*, tensors), for each of its coordinates, (*, d)."""
+        parts = [
+            x[..., i : i + n, None].expand(*x.shape[:-1], n, (b - a) // n).flatten(-2)
+            for i, n, a, b in self.runs
+        ]
+        return join(parts) if parts else x[..., :0]
+
+    def numbers(self, values: Iterable[float], x: Tensor) -> Tensor:
+        """A number for each tensor, (tensors,), of the type and on the device of `x`."""
+        key = (tuple(values), x.dtype, x.device)
+        if key not in self._numbers:
+            self._numbers[key] = x.new_tensor(key[0])
+        return self._numbers[key]
+
+    @cached_property
+    def _numbers(self) -> dict[tuple, Tensor]:
+        return {}  # a copy to an accelerator would wait for it at every step
 
 
 @dataclass(frozen=True)
@@ -63,13 +106,13 @@ class State:
 
     Attributes:
         layout: the tensors.
-        step: updates made so far.
+        step: updates made so far; (tensors,) where the tensors differ in it.
         coordinate: name -> (*tasks, features, d).
         tensor: name -> (*tasks, features, tensors).
     """
 
     layout: Layout
-    step: int
+    step: int | Tensor
     coordinate: dict[str, Tensor]
     tensor: dict[str, Tensor]
 
@@ -92,6 +135,11 @@ class Observation:
             merge_tasks(self.tensor),
             task * tensors + self.layout.tensor_of[where],
         )
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Their concatenation along the last dimension; the piece itself if there is but one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def merge_tasks(x: Tensor) -> Tensor:

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 
 
+def per_task(weight: Tensor, x: Tensor) -> Tensor:
+    """A matrix to multiply x (*tasks, inputs, units) with, as a view for each task: else matmul
+    transposes x to make one product of many, which costs several times the product."""
+    return weight.expand(*x.shape[:-2], *weight.shape)
+
+
 class LSTMCell(nn.Module):
     """Hochreiter & Schmidhuber's LSTM over many independent units, features first.
 
@@ -25,7 +31,7 @@ class LSTMCell(nn.Module):
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, inputs, units), state (*, 2·hidden, units) = [h; c] -> (h', state')."""
         h, c = state.chunk(2, dim=-2)
-        gates = self.weight @ torch.cat([x, h], dim=-2) + self.bias.unsqueeze(-1)
+        gates = per_task(self.weight, x) @ torch.cat([x, h], dim=-2) + self.bias.unsqueeze(-1)
         i, f, g, o = gates.chunk(4, dim=-2)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, register
-from learned_opt.rules.cell import LSTMCell
+from learned_opt.rules.cell import LSTMCell, per_task
 
 
 @register
@@ -66,5 +66,5 @@ class CoordinatewiseLSTM(UpdateRule):
         for cell, state in zip(self.cells, split, strict=True):
             x, state = cell(x, state)
             states.append(state)
-        out = self.head.weight @ x + self.head.bias.unsqueeze(-1)
+        out = per_task(self.head.weight, x) @ x + self.head.bias.unsqueeze(-1)
         return self.output_scale * out.squeeze(-2), torch.cat(states, -2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, register
+from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, join, register
 from learned_opt.rules.cell import LSTMCell
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
@@ -85,72 +87,69 @@ class GeodesicRNN(UpdateRule):
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Observation, State]:
-        lead, tensors, step = grads.shape[:-1], len(state.layout.shapes), state.step + 1
+        lead, layout = grads.shape[:-1], state.layout
+        tensors, counts = len(layout.shapes), layout.numbers(map(math.prod, layout.shapes), grads)
         rows = state.coordinate["averages"]
         if not in_place:
             rows = rows.clone()
+        step = _as_tensor(state.step, grads) + 1
         # (1 − β) / (1 − βᵗ): the weight with which an average is its own bias-corrected one
-        weights = [(1 - b) / (1 - b**step) for b in (*BETAS, BETA_V)]
-        momentum_weights = grads.new_tensor(weights[:-1]).unsqueeze(-1)
+        weights = torch.stack([(1 - b) / (1 - b**step) for b in (*BETAS, BETA_V)])
+        weights = weights.to(grads.dtype).expand(-1, tensors).unsqueeze(-1)
         gram = grads.new_zeros(*lead, tensors, DIRECTIONS, DIRECTIONS)
         squares = grads.new_zeros(*lead, tensors, DIRECTIONS + 2)  # of g, m̂, r and θ
-        sizes = grads.new_tensor(state.layout.sizes)
-        share = self._clip(grads, state, sizes)
-        floor = (VANISHED * state.tensor["peak_gradient"]).clamp(min=EPS)
-        for lo, hi, spans in state.layout.chunks:
-            row = rows[..., lo:hi]
-            g = row[..., 0, :]
-            for i, a, b in spans:
-                torch.mul(grads[..., a:b], share[..., i : i + 1], out=rows[..., 0, a:b])
-            row[..., 1:-1, :].lerp_(g.unsqueeze(-2), momentum_weights)
-            row[..., -1, :].square_().lerp_(g * g, weights[-1]).sqrt_()
-            for i, a, b in spans:
-                r = rows[..., -1, a:b]
-                torch.maximum(r, floor[..., 0, i : i + 1], out=r)
-            normal = row[..., :-1, :] / row[..., -1:, :]
-            for i, a, b in spans:
-                n, p = normal[..., a - lo : b - lo], params[..., a:b]
-                gram[..., i, :, :] += n @ n.mT
-                squares[..., i, :-1] += torch.linalg.vector_norm(rows[..., a:b], dim=-1) ** 2
-                squares[..., i, -1] += torch.linalg.vecdot(p, p)
+        share = self._clip(grads, state, counts)
+        floor = (VANISHED * state.tensor["peak_gradient"].squeeze(-2)).clamp(min=EPS)
+        moved = []
+        for i, n, a, b in layout.runs:
+            own = slice(i, i + n)
+            row, g, theta = (x[..., a:b].unflatten(-1, (n, -1)) for x in (rows, grads, params))
+            row = _average(row, g, share[..., own, None], weights[:, own], floor[..., own, None])
+            gram[..., own, :, :] += _gram(row)
+            squares[..., own, :-1] += torch.linalg.vecdot(row, row).mT
+            squares[..., own, -1] += torch.linalg.vecdot(theta, theta)
+            moved.append(row.flatten(-2))
+        if torch.compiler.is_compiling():
+            rows = join(moved)
+        sums = layout.reduce(torch.cat([gram.flatten(-2), squares], -1)) / counts.unsqueeze(-1)
+        moments, means = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)
         tensor, kept = self._tensor_features(
-            gram / sizes[:, None, None], (squares / sizes[:, None]).sqrt(), state, step
+            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), state, step
         )
         return (
-            Observation(rows, tensor, state.layout),
-            State(state.layout, step, state.coordinate | {"averages": rows}, state.tensor | kept),
-        )
+            Observation(rows, tensor, layout),
+            State(layout, state.step + 1, state.coordinate | {"averages": rows},
+                  state.tensor | kept),
+        )  # fmt: skip
 
     @staticmethod
-    def _clip(grads: Tensor, state: State, sizes: Tensor) -> Tensor:
+    def _clip(grads: Tensor, state: State, counts: Tensor) -> Tensor:
         """What is left of each tensor's gradient, (*tasks, tensors): min(1, CLIP · r̄ / RMS(g)),
         with the r̄ of the step before."""
-        squares = torch.zeros_like(state.tensor["gradient_rms"][..., 0, :])
-        for _, _, spans in state.layout.chunks:
-            for i, a, b in spans:
-                squares[..., i] += torch.linalg.vecdot(grads[..., a:b], grads[..., a:b])
-        usual, rms = state.tensor["gradient_rms"][..., 0, :], (squares / sizes).sqrt()
+        usual = state.tensor["gradient_rms"].squeeze(-2)
+        rms = (state.layout.squared_norms(grads) / counts).sqrt()
         left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
         return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 
     @staticmethod
     def _tensor_features(
-        gram: Tensor, rms: Tensor, state: State, step: int
+        gram: Tensor, rms: Tensor, state: State, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
         (*tasks, tensors, 4, 4) of m̂_k/r and the RMS (*tasks, tensors, 6) of m̂_k, r and θ."""
         r_bar, rms_p = rms[..., -2] + EPS, rms[..., -1]
-        start = state.tensor["initial_rms"].squeeze(-2) if state.step else rms_p
+        start = torch.where(step == 1, rms_p, state.tensor["initial_rms"].squeeze(-2))
         peak = torch.maximum(state.tensor["peak_gradient"].squeeze(-2), r_bar)
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
         sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
         safe = adam + 1e-6
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
-        matrix = rms.new_tensor([len(s) > 1 for s in state.layout.shapes])
-        fan_in = rms.new_tensor([s[1:].numel() for s in map(torch.Size, state.layout.shapes)])
+        layout = state.layout
+        matrix = layout.numbers((float(len(s) > 1) for s in layout.shapes), rms)
+        fan_in = layout.numbers((float(math.prod(s[1:])) for s in layout.shapes), rms)
         floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
-        clock = torch.full_like(rms_p, min(step, LONGEST)).log()
+        clock = step.clamp(max=LONGEST).to(rms.dtype).log().expand_as(rms_p)
         inputs = [
             *safe.log().clamp(min=-5).unbind(-1),
             *(cosine[..., i, j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))),
@@ -175,11 +174,12 @@ class GeodesicRNN(UpdateRule):
             gains, hidden = self.gains(observation.tensor, hidden)
             return self._mix(gains, observation), hidden
         d = observation.coordinate.shape[-1]
-        width = d if torch.is_grad_enabled() else CHUNK
+        width = max(d, 1) if torch.is_grad_enabled() else CHUNK
         index = observation.layout
-        index = index.tensor_of if isinstance(index, Layout) else index
+        if isinstance(index, Layout):
+            index = index.tensor_of.to(observation.tensor.device)
         updates, states = [], []
-        for lo in range(0, d, width):
+        for lo in range(0, max(d, 1), width):
             row = observation.coordinate[..., lo : lo + width]
             tensor = observation.tensor[..., index[lo : lo + width]]
             r = row[..., -1:, :]
@@ -217,13 +217,51 @@ class GeodesicRNN(UpdateRule):
             return (gains[..., observation.layout] * _features(rows)).sum(-2)
         updates = torch.empty_like(rows[..., 0, :])
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
-        for lo, hi, spans in observation.layout.chunks:
-            mixed = rows.new_empty(*rows.shape[:-2], 2, hi - lo)
-            for i, a, b in spans:
-                mixed[..., a - lo : b - lo] = weights[..., i, :, :] @ rows[..., :-1, a:b]
-            adam, sgd = mixed.unbind(-2)
-            updates[..., lo:hi] = torch.addcdiv(sgd, adam, rows[..., -1, lo:hi])
+        for i, n, a, b in observation.layout.runs:
+            row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)  # (*, n, 5, size)
+            adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
+            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
         return updates
+
+
+def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
+    """A count, (tensors,) or (1,), fit for powers near 1."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's has no float64
+    return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
+
+
+def _average(row: Tensor, grads: Tensor, share: Tensor, weights: Tensor, floor: Tensor) -> Tensor:
+    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place."""
+    m, r = row[..., 1:-1, :, :], row[..., -1, :, :]
+    if torch.compiler.is_compiling():  # makes one loop of it all, but not of writes to views
+        g = grads * share
+        m = m.lerp(g.unsqueeze(-3), weights[:-1])
+        r = r.square().lerp(g * g, weights[-1]).sqrt().clamp(min=floor)
+        return torch.cat([g.unsqueeze(-3), m, r.unsqueeze(-3)], -3)
+    g = torch.mul(grads, share, out=row[..., 0, :, :])
+    m.lerp_(g.unsqueeze(-3), weights[:-1])
+    r.square_().lerp_(g * g, weights[-1]).sqrt_().clamp_(min=floor)
+    return row
+
+
+def _gram(row: Tensor) -> Tensor:
+    """⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of rows (*, 5, n, size)."""
+    normal = (row[..., :-1, :, :] / row[..., -1:, :, :]).movedim(-2, -3)
+    if not torch.compiler.is_compiling():
+        return normal @ normal.mT
+    rows = normal.unbind(-2)
+    products = {
+        (i, j): (rows[i] * rows[j]).sum(-1) for j in range(DIRECTIONS) for i in range(j + 1)
+    }
+    lines = [[products[min(i, j), max(i, j)] for j in range(DIRECTIONS)] for i in range(DIRECTIONS)]
+    return torch.stack([torch.stack(line, -1) for line in lines], -2)
+
+
+def _matmul(weights: Tensor, rows: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return weights @ rows
+    terms = zip(weights.unsqueeze(-1).unbind(-2), rows.unsqueeze(-3).unbind(-2), strict=True)
+    return sum(w * row for w, row in terms)
 
 
 def _features(rows: Tensor) -> Tensor:

@@ -1,0 +1,11 @@
+"""Tasks to learn from and to compare optimizers on. A kind of task is known once it is imported."""
+
+from learned_opt.tasks import (  # noqa: F401
+    autoencoder,
+    conv,
+    logistic,
+    matrix_factorization,
+    mlp,
+    quadratic,
+    sequence,
+)

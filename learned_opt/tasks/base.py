@@ -10,12 +10,14 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Batch = tuple[Tensor, ...]
 Shapes = tuple[tuple[int, ...], ...]
+T = TypeVar("T")
 
 
 def generator(*key: object) -> torch.Generator:
@@ -29,6 +31,22 @@ def seed_of(*key: object) -> int:
     return generator(*key).initial_seed()
 
 
+def uniform(rng: torch.Generator, low: float, high: float, size: tuple[int, ...] = ()) -> Tensor:
+    """U(low, high), of shape `size`."""
+    return low + (high - low) * torch.rand(size, generator=rng)
+
+
+def log_uniform(rng: torch.Generator, low: int, high: int) -> int:
+    """An integer whose logarithm is uniform between those of low and high."""
+    low, high = torch.tensor((low, high)).float().log().tolist()
+    return round(float(uniform(rng, low, high).exp()))
+
+
+def choice(rng: torch.Generator, options: Sequence[T]) -> T:
+    """One of `options`, uniformly."""
+    return options[int(torch.randint(len(options), (), generator=rng))]
+
+
 class Task(ABC):
     """F(theta; batch) for one task, or for `num_tasks` tasks of one shape evaluated together.
 
@@ -36,11 +54,14 @@ class Task(ABC):
         name: what tables call it.
         shapes: the tensors' shapes, in the order in which theta concatenates them.
         num_tasks: the leading dimension of theta, or None for a single task without one.
+        chance: the loss of a guess that ignores the inputs, a number or (*tasks,): all classes
+            equally likely, zero for standardised targets, θ = 0 of a quadratic.
     """
 
     name: str
     shapes: Shapes
     num_tasks: int | None
+    chance: float | Tensor
 
     @property
     def dim(self) -> int:
@@ -73,7 +94,8 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, theta: Tensor) -> dict[str, Tensor]:
-        """train_loss on all training data, test_loss and test_accuracy; each (*tasks,)."""
+        """train_loss on all training data, test_loss and test_accuracy (NaN where there are no
+        classes); each (*tasks,)."""
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """F, (*tasks,), and its gradient, (*tasks, d). Tasks do not mix: F_i sees theta_i only."""

@@ -83,17 +83,22 @@ def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
     """
     if name == "digits":
         return _load("digits", None)
-    folder = Path(name).expanduser()
-    if not folder.is_absolute():
-        root = os.environ.get("LEARNED_OPT_DATA") if data_root is None else data_root
-        if not root:
-            raise DataError(
-                f"data set {name!r} is read from a folder, and none is given: pass data_root, or "
-                "set LEARNED_OPT_DATA to the folder that holds your data sets (only 'digits' "
-                "needs neither)"
-            )
-        folder = Path(root).expanduser() / _IDX_FOLDERS.get(name, name)
-    return _load(name, folder.absolute())
+    return _load(name, find_data(_IDX_FOLDERS.get(name, name), data_root))
+
+
+def find_data(name: str, data_root: str | Path | None = None) -> Path:
+    """`name` under `data_root` or $LEARNED_OPT_DATA, where it is not absolute itself."""
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        return path
+    root = os.environ.get("LEARNED_OPT_DATA") if data_root is None else data_root
+    if not root:
+        raise DataError(
+            f"data set {name!r} is read from a folder, and none is given: pass data_root, or "
+            "set LEARNED_OPT_DATA to the folder that holds your data sets (only 'digits' and "
+            "'markov' need neither)"
+        )
+    return (Path(root).expanduser() / path).absolute()
 
 
 # Four: a benchmark goes back and forth between a few sets, each 0.2 GB or so once float32.

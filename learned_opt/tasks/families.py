@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.base import generator
-from learned_opt.tasks.data import load_images
-from learned_opt.tasks.mlp import ACTIVATIONS, MLPTask, TaskConfig
+from learned_opt.tasks.augment import RescaledTask, equal_gradients
+from learned_opt.tasks.base import Task, generator, uniform
+from learned_opt.tasks.kinds import ACTIVATIONS, KINDS, check_kind
 
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """Random MLPs on one image set; a draw is `num_tasks` tasks of one shape.
+    """Random tasks, by default MLPs on one image set; a draw is `num_tasks` tasks of one shape.
+
+    Sizes, batches and init scales are those of MLPs; what other kinds make of them, their classes
+    say. Input maps, input scales and noise are for MLPs only.
 
     Attributes:
         data: the image set, see TaskConfig.
@@ -36,6 +39,14 @@ class FamilyConfig:
             U(low, high) (the data's is 1): no network can learn such tasks by heart, so gradients
             stay noisy as they do on data sets larger than digits.
         noise_probability: share of draws with such noise.
+        kinds: of task, and how often each is drawn, as weights; see TaskConfig.
+        text: of language models, see TaskConfig; "markov" is another chain in each draw.
+        train_sizes: train on the first so many examples, one of these; by default on all.
+        log10_reparametrization: the optimizer sees θ/s, s = 10^U(low, high).
+        reparametrize: one s for each "tensor" or each "task".
+        equalize_gradients: multiply each task's loss so that the initial gradients of a draw have
+            one norm. For rules that see unnormalised gradients, and for losses of several tasks
+            that are summed unweighted; geodesic_rnn divides the scale out by itself.
     """
 
     data: str = "digits"
@@ -50,6 +61,12 @@ class FamilyConfig:
     log10_input_scale: tuple[float, float] = (0.0, 0.0)
     input_noise: tuple[float, float] = (0.2, 1.0)
     noise_probability: float = 0.0
+    kinds: dict[str, float] = field(default_factory=lambda: {"mlp": 1.0})
+    text: str = "markov"
+    train_sizes: tuple[int, ...] = ()
+    log10_reparametrization: tuple[float, float] = (0.0, 0.0)
+    reparametrize: str = "tensor"
+    equalize_gradients: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,6 +75,7 @@ class FamilyConfig:
             "log10_init_scale",
             "log10_input_scale",
             "input_noise",
+            "log10_reparametrization",
         ):
             low, high = getattr(self, name)
             if low > high:
@@ -69,6 +87,7 @@ class FamilyConfig:
             "width": self.width,
             "batch_sizes": self.batch_sizes,
             "input_sizes": self.input_sizes,
+            "train_sizes": self.train_sizes or (1,),
         }
         for name, values in sizes.items():
             if not values or min(values) < 1:
@@ -81,6 +100,13 @@ class FamilyConfig:
         for name in ("projection_probability", "noise_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use 0 to 1")
+        for kind in self.kinds:
+            check_kind(kind, "kinds")
+        weights = self.kinds.values()
+        if not all(0 <= w < math.inf for w in weights) or not any(weights):
+            raise ConfigError(f"kinds={self.kinds}: weights must be at least 0, and one above it")
+        if self.reparametrize not in ("tensor", "task"):
+            raise ConfigError(f"reparametrize is {self.reparametrize!r}; use 'tensor' or 'task'")
 
 
 def sample_tasks(
@@ -88,37 +114,22 @@ def sample_tasks(
     key: tuple[object, ...],
     data_root: str | Path | None = None,
     device: torch.device | str = "cpu",
-) -> MLPTask:
+) -> Task:
     """The tasks of `key`: the same key gives the same tasks, on any machine."""
-    rng = generator("family", *key)
+    task = KINDS[_kind(family, key)].sample(family, generator("family", *key), data_root, device)
+    if not any(family.log10_reparametrization) and not family.equalize_gradients:
+        return task
+    tensors, rng = len(task.shapes), generator("reparametrization", *key)
+    size = (family.num_tasks, tensors if family.reparametrize == "tensor" else 1)
+    scales = 10 ** uniform(rng, *family.log10_reparametrization, size).expand(-1, tensors)
+    rescaled = RescaledTask(task, scales)
+    if family.equalize_gradients:
+        rescaled = RescaledTask(task, scales, equal_gradients(rescaled))
+    return rescaled
 
-    def uniform(low: float, high: float, size: tuple[int, ...] = ()) -> Tensor:
-        return low + (high - low) * torch.rand(size, generator=rng)
 
-    def choice(options: tuple) -> object:
-        return options[int(torch.randint(len(options), (), generator=rng))]
-
-    data = load_images(family.data, data_root)
-    layers = choice(tuple(range(family.hidden_layers[0], family.hidden_layers[1] + 1)))
-    low, high = torch.tensor(family.width).float().log().tolist()
-    config = TaskConfig(
-        data=family.data,
-        hidden=tuple(round(float(uniform(low, high).exp())) for _ in range(layers)),
-        activation=choice(family.activations),
-        batch_size=choice(family.batch_sizes),
-    )
-    n, pixels = family.num_tasks, data.train_x.shape[1]
-    projections = None
-    if float(uniform(0, 1)) < family.projection_probability:
-        inputs = choice(family.input_sizes)
-        projections = torch.randn(n, pixels, inputs, generator=rng) * pixels**-0.5
-    labels = torch.stack([torch.randperm(data.num_classes, generator=rng) for _ in range(n)])
-    scales = 10 ** uniform(*family.log10_init_scale, (n,))
-    noise = None
-    if float(uniform(0, 1)) < family.noise_probability:
-        noise = uniform(*family.input_noise, (n,))
-    if any(family.log10_input_scale):
-        if projections is None:
-            projections = torch.eye(pixels).expand(n, -1, -1)
-        projections = projections * 10 ** uniform(*family.log10_input_scale, (n, 1, 1))
-    return MLPTask(config, data, n, projections, labels, scales, noise, device)
+def _kind(family: FamilyConfig, key: tuple[object, ...]) -> str:
+    """Of the draw `key`: each kind as often as its weight says."""
+    names, weights = zip(*sorted(family.kinds.items()), strict=True)
+    rng = generator("kind", *key)
+    return names[int(torch.multinomial(torch.tensor(weights).double(), 1, generator=rng))]

@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from learned_opt.errors import ConfigError
-from learned_opt.tasks.base import Batch, Task, generator
+from learned_opt.tasks.base import Batch, Task, choice, generator, log_uniform, uniform
 from learned_opt.tasks.data import ImageData, load_images
+from learned_opt.tasks.kinds import ACTIVATIONS, SINGLE, Draw, NoOptions, TaskConfig, register
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-}
+if TYPE_CHECKING:
+    from learned_opt.tasks.families import FamilyConfig
 
 
-@dataclass(frozen=True)
-class TaskConfig:
-    """An MLP on an image set.
-
-    Attributes:
-        name: what tables call it; by default the data, the widths and the activation.
-        data: "digits", "mnist", or a folder of train.npz and test.npz under data_root.
-        hidden: widths of the hidden layers; () is logistic regression.
-        activation: relu, tanh, sigmoid or gelu.
-        batch_size: examples per minibatch.
-        init: "torch" (nn.Linear's U(±1/sqrt(fan_in)), biases too) or "normal" (N(0, .01²),
-            as in Andrychowicz et al. 2016).
-        init_scale: multiplies the initial weights.
-        train_size: train on the first so many examples only; None is all.
-    """
-
-    name: str = ""
-    data: str = "digits"
-    hidden: tuple[int, ...] = (32,)
-    activation: str = "relu"
-    batch_size: int = 128
-    init: str = "torch"
-    init_scale: float = 1.0
-    train_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"activation is {self.activation!r}; use one of {known}")
-        if self.init not in ("torch", "normal"):
-            raise ConfigError(f"init is {self.init!r}; use 'torch' or 'normal'")
-        if self.batch_size < 1 or self.init_scale <= 0 or any(w < 1 for w in self.hidden):
-            raise ConfigError(
-                f"batch_size={self.batch_size}, init_scale={self.init_scale} and "
-                f"hidden={self.hidden} must all be positive"
-            )
-        if self.train_size is not None and self.train_size < 1:
-            raise ConfigError(f"train_size is {self.train_size}; use at least 1, or null for all")
-
-
+@register("mlp")
 class MLPTask(Task):
     """Cross-entropy of x -> W_L φ(… φ(W_1 x + b_1) …) + b_L, W_l of shape (out, in).
 
@@ -77,6 +35,9 @@ class MLPTask(Task):
         device: of theta and of the data. Random numbers are drawn on the CPU, so that a key means
             the same everywhere.
     """
+
+    Options: type = NoOptions
+    unused: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -105,7 +66,60 @@ class MLPTask(Task):
             data.name, "-".join(map(str, sizes)), config.activation
         )
         self.shapes = tuple(shape for i, o in pairwise(sizes) for shape in ((o, i), (o,)))
+        self.chance = math.log(data.num_classes)
         self._train = self._view(self._train_x, self._train_y)
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> MLPTask:
+        """The tasks that `config` describes."""
+        data, labels = load_images(config.data, data_root), None
+        if draw.rng is not None and draw.num_tasks is not None:
+            (labels,) = draw.rename(torch.arange(data.num_classes), classes=data.num_classes)
+        return cls(
+            config,
+            data,
+            draw.num_tasks,
+            labels=labels,
+            init_scales=draw.init_scales,
+            device=draw.device,
+        )
+
+    @classmethod
+    def sample(
+        cls,
+        family: FamilyConfig,
+        rng: torch.Generator,
+        data_root: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> MLPTask:
+        """`family.num_tasks` tasks of one random architecture."""
+        data = load_images(family.data, data_root)
+        layers = choice(rng, range(family.hidden_layers[0], family.hidden_layers[1] + 1))
+        config = TaskConfig(
+            data=family.data,
+            hidden=tuple(log_uniform(rng, *family.width) for _ in range(layers)),
+            activation=choice(rng, family.activations),
+            batch_size=choice(rng, family.batch_sizes),
+        )
+        n, pixels = family.num_tasks, data.train_x.shape[1]
+        projections = None
+        if float(uniform(rng, 0, 1)) < family.projection_probability:
+            inputs = choice(rng, family.input_sizes)
+            projections = torch.randn(n, pixels, inputs, generator=rng) * pixels**-0.5
+        labels = torch.stack([torch.randperm(data.num_classes, generator=rng) for _ in range(n)])
+        scales = 10 ** uniform(rng, *family.log10_init_scale, (n,))
+        noise = None
+        if float(uniform(rng, 0, 1)) < family.noise_probability:
+            noise = uniform(rng, *family.input_noise, (n,))
+        if any(family.log10_input_scale):
+            if projections is None:
+                projections = torch.eye(pixels).expand(n, -1, -1)
+            projections = projections * 10 ** uniform(rng, *family.log10_input_scale, (n, 1, 1))
+        if family.train_sizes:
+            config = replace(config, train_size=choice(rng, family.train_sizes))
+        return cls(config, data, n, projections, labels, scales, noise, device)
 
     def _view(self, x: Tensor, y: Tensor) -> Batch:
         """Images and labels as the tasks see them: (n, …), or (tasks, n, …) where they differ."""
@@ -180,8 +194,3 @@ class MLPTask(Task):
             total -= log_p.gather(-1, vy.unsqueeze(-1)).squeeze(-1).sum(-1)
             hits += (log_p.argmax(-1) == vy).sum(-1)
         return total / len(y), hits / len(y)
-
-
-def make_task(config: TaskConfig, data_root: str | Path | None = None) -> MLPTask:
-    """The single task that `config` describes."""
-    return MLPTask(config, load_images(config.data, data_root))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -37,6 +38,24 @@ def recipe(config: TrainConfig) -> dict:
     facts = asdict(config)
     del facts["dataset"], facts["geodesics"]["data_root"]
     return facts
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what cannot work on this machine, before any work is done.
+
+    Raises:
+        ConfigError: the rule or its config is unknown, an objective cannot train it, or there are
+            fewer GPUs than asked for.
+    """
+    MetaTraining(config)
+    if config.accelerator in ("gpu", "cuda"):
+        wanted = config.devices if isinstance(config.devices, int) else 1
+        there = torch.cuda.device_count()
+        if there < max(wanted, 1):
+            raise ConfigError(
+                f"accelerator={config.accelerator!r}, devices={config.devices!r}, but torch sees "
+                f"{there} GPUs here; use --accelerator cpu, or fewer devices"
+            )
 
 
 def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:

@@ -35,6 +35,11 @@ class Replay(ABC):
         """⟨u_s, y_s⟩ over each tensor, (steps, tasks · tensors), from y_s (tasks, d)."""
 
     @abstractmethod
+    def moments(self, y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """|u_s|², ⟨u_s, y_s⟩ and |y_s|² over each tensor, (steps, tasks · tensors), all of the
+        same coordinates."""
+
+    @abstractmethod
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
         """|u_s − y_s|² over each tensor, (steps, tasks · tensors)."""
 
@@ -92,6 +97,10 @@ class SampledReplay(Replay):
         y = torch.stack([v.flatten()[self.index] for v in y])
         return self._per_tensor(self._updates() * y)
 
+    def moments(self, y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        u, y = self._updates(), torch.stack([v.flatten()[self.index] for v in y])
+        return tuple(self._per_tensor(x) for x in (u * u, u * y, y * y))
+
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
         y = torch.stack([v.flatten()[self.index] for v in y])
         return self._per_tensor((self._updates() - y).square())
@@ -127,14 +136,15 @@ class TensorReplay(Replay):
         products = [self._products(*pair) for pair in zip(self.seen, y, strict=True)]
         return (self._gains() * torch.stack(products).squeeze(2)).sum(1)
 
-    def squared_error(self, y: Sequence[Tensor]) -> Tensor:
+    def moments(self, y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         gram = torch.stack([self._products(seen) for seen in self.seen])
         gains = self._gains()
         own = (gains.unsqueeze(1) * gram * gains.unsqueeze(2)).sum((1, 2))
         products = [self._products(*pair) for pair in zip(self.seen, y, strict=True)]
         cross = (gains * torch.stack(products).squeeze(2)).sum(1)
-        return (
-            own
-            - 2 * cross
-            + torch.stack([sum_by_tensor(v.square(), self.seen[0].layout) for v in y])
-        ).clamp(min=0)
+        squares = [sum_by_tensor(v.square(), self.seen[0].layout) for v in y]
+        return own, cross, torch.stack(squares)
+
+    def squared_error(self, y: Sequence[Tensor]) -> Tensor:
+        own, cross, squares = self.moments(y)
+        return (own - 2 * cross + squares).clamp(min=0)

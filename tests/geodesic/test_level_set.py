@@ -3,7 +3,7 @@ import torch
 
 from geodesic import LevelProfile, sgd_profile
 from geodesic.level_set import SublevelSet
-from geodesic.path import chord, fractions
+from geodesic.path import chord, fractions, subdivide
 
 ROWS = torch.arange(1)
 
@@ -25,17 +25,28 @@ def test_profile_becomes_non_increasing_without_going_below_a_value():
     assert LevelProfile(values).values.tolist() == [[3.0, 3.0, 2.5, 2.5, 0.0]]
 
 
-def test_sgd_profile_covers_the_trajectory_and_ends_at_its_losses():
+def rough(x):
+    return 2 - x[0].tanh() + 0.2 * (5 * x[1]).sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sgd_profile_is_kept_by_its_own_trajectory(dtype):
     generator = torch.Generator().manual_seed(0)
-    points = torch.randn(3, 20, 4, generator=generator, dtype=torch.float64).cumsum(1)
-    losses = torch.linspace(3, 1, 20) + 0.5 * torch.rand(3, 20, generator=generator).double()
-    losses[:, 0], losses[:, -1] = 4, 0.5
-    profile = sgd_profile(losses, points)
-    at_points = profile(fractions(points))
-    assert (at_points >= losses - 1e-12).all() and (at_points.diff(dim=1) <= 1e-12).all()
-    torch.testing.assert_close(at_points[:, [0, -1]], losses[:, [0, -1]])
-    # The least such level: each value is the loss at some later point.
-    assert (at_points[..., None] - losses[:, None]).abs().amin(-1).max() < 1e-12
+    steps = torch.randn(8, 12, 2, generator=generator, dtype=torch.float64).mul(0.3)
+    steps[..., 0] += 0.5
+    trajectory = steps.cumsum(1).to(dtype)
+    profile, rows = sgd_profile(rough, trajectory), torch.arange(8)
+    sublevel = SublevelSet(rough, (), num_pairs=8, chunk_size=4096)
+    sublevel.set_level(profile)
+    assert sublevel.certify(trajectory, 16, rows).feasible.all()
+    assert sublevel.sample(trajectory, 160, rows).feasible.all()
+    # Hardly higher than it has to be: what is ahead, from two samples of 1/16 segment back on.
+    losses = sublevel.losses(trajectory, 16, rows)[..., :-1].flatten(1)
+    ahead = losses.flip(1).cummax(1).values.flip(1)
+    level = profile(fractions(subdivide(trajectory, 16)))
+    assert (level.diff(dim=1) <= 0).all() and (level[:, 2:-1] <= ahead[:, :-2] + 2e-2).all()
+    torch.testing.assert_close(level[:, -1], torch.func.vmap(rough)(trajectory[:, -1]))
+    assert (level[:, 0] >= losses.amax(1)).all() and (level[:, 0] < losses.amax(1) + 2e-2).all()
 
 
 def test_sampling_finds_the_peak_between_samples():
@@ -90,6 +101,6 @@ def test_profile_refuses(arguments, named):
         LevelProfile(*arguments)
 
 
-def test_sgd_profile_refuses_unequal_counts():
-    with pytest.raises(ValueError, match="trajectory_losses"):
-        sgd_profile(torch.ones(3), torch.ones(4, 2))
+def test_sgd_profile_refuses_a_single_point():
+    with pytest.raises(ValueError, match="trajectory"):
+        sgd_profile(rough, torch.ones(1, 2))

@@ -13,6 +13,7 @@ from geodesic.plot import (
     plot_length_against_level,
     plot_loss,
     plot_plane,
+    plot_stages,
     principal_plane,
 )
 from geodesic.targets import Problem, TargetConfig, write_dataset
@@ -121,6 +122,28 @@ def test_a_falling_level_has_two_regions_and_a_loss_that_is_no_number_is_outside
         assert 0.5 <= region.min() and region.max() < x + 0.01
     figure.savefig(file := io.BytesIO(), format="png")
     assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_what_numpy_does_not_take_as_it_is_can_be_drawn():
+    """Matplotlib refuses a tensor with a gradient as it refuses one on a GPU."""
+    path, lengths = arc(3).requires_grad_(), torch.ones(2, 3, requires_grad=True)
+    levels = torch.arange(3.0, requires_grad=True)
+    plain, drawn = (
+        (
+            plot_loss(bump, {"x": p}, LevelProfile(bump(p[0]) - torch.arange(2) / 9)),
+            plot_plane(bump, p, LEVEL, {"chord": p[[0, -1]]}),
+            plot_length_against_level({"a": (x, y)}),
+            plot_stages(x, y[0], y[0] > 0),
+        )
+        for p, x, y in (
+            (path.detach(), levels.detach(), lengths.detach()),
+            (path, levels, lengths),
+        )
+    )
+    for expected, figure in zip(plain, drawn, strict=True):
+        for axes, other in zip(expected.axes, figure.axes, strict=True):
+            for one, two in zip(axes.lines, other.lines, strict=True):
+                np.testing.assert_array_equal(one.get_xydata(), two.get_xydata())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

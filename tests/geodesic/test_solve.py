@@ -1,4 +1,4 @@
-"""Known answers: closed-form geodesics around a ball, in a shell and of the linear 1-p-1 net."""
+"""Known answers around a ball and in a shell, falling levels, and bad input; see test_exact.py."""
 
 import math
 
@@ -19,11 +19,6 @@ def bump(x):
 
 def shell(x):
     return (x.square().sum() - 1) ** 2
-
-
-def linear_net(x):
-    u, v = x.chunk(2)
-    return 0.5 * (u @ v - 1) ** 2
 
 
 def ends(radius, angle, dimension, dtype=torch.float64):
@@ -116,26 +111,6 @@ def test_shell_length_against_level(angle, share):
     assert_inside(shell, result, level, 1e-9)
 
 
-@pytest.mark.parametrize("width", [2, 10])
-@pytest.mark.parametrize(
-    ("level", "exact"), [(0.01, 1.4743), (0.1, 1.2920), (0.4, 1.0533), (0.5, 1)]
-)
-def test_linear_net_connects(width, level, exact):
-    a = torch.zeros(2 * width, dtype=torch.float64)
-    a[0] = a[width] = 1
-    result = find_geodesic(linear_net, a, -a, level)
-    assert result.certified
-    assert result.normalized_length == pytest.approx(exact, rel=5e-3)
-
-
-@pytest.mark.parametrize("level", [0.01, 0.1, 0.4, 0.49])
-def test_linear_net_of_one_neuron_is_disconnected(level):
-    a = torch.ones(2, dtype=torch.float64)
-    result = find_geodesic(linear_net, a, -a, level)
-    assert not result.certified and result.max_loss > level
-    assert torch.equal(result.path[0], a) and torch.equal(result.path[-1], -a)
-
-
 def falling_pair():
     """A valley bent along a circle, F falling along it; a trajectory that zigzags down it."""
 
@@ -151,11 +126,11 @@ def falling_pair():
 
 def test_falling_level_shortens_the_trajectory():
     loss_fn, trajectory, losses = falling_pair()
-    level = sgd_profile(losses, trajectory)
+    level = sgd_profile(loss_fn, trajectory)
     result = find_geodesic(loss_fn, trajectory[0], trajectory[-1], level, initial_path=trajectory)
     assert result.certified and not result.chord_feasible
     assert result.length < 0.95 * length(trajectory).item()
-    assert result.level == pytest.approx(losses.max().item())
+    assert 0 <= result.level - losses.max().item() < 1e-3  # F also rises between the points
     assert_inside(loss_fn, result, level, 1e-9)
     constant = find_geodesic(loss_fn, trajectory[0], trajectory[-1], initial_path=trajectory)
     assert constant.certified and constant.length <= result.length + 1e-9

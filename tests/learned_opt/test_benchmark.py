@@ -25,7 +25,7 @@ from learned_opt.benchmark.cells import Cell, run_cells
 from learned_opt.benchmark.tune import learning_rate_grid, tune
 from learned_opt.errors import ConfigError, LearnedOptError, OutputError
 from learned_opt.run import run_optimizer
-from learned_opt.tasks.mlp import TaskConfig, make_task
+from learned_opt.tasks.kinds import TaskConfig, make_task
 
 TASK = BenchmarkTask(TaskConfig(hidden=(8,), batch_size=32), steps=15)
 ADAM = Entrant("Adam <tuned>", "torch.optim.Adam", tune=True)

@@ -10,6 +10,7 @@ import torch
 
 from learned_opt.errors import DataError
 from learned_opt.tasks.data import load_images
+from learned_opt.tasks.text import load_text
 
 IDX_FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -217,3 +218,54 @@ def test_the_real_sets(name, file, train, test, shape):
     for labels in (data.train_y, data.test_y):
         share = labels.bincount() / len(labels)
         assert len(share) == 10 and share.min() > 0.08 and share.max() < 0.12
+
+
+def test_text_of_a_file_is_split_and_numbered_by_frequency(tmp_path):
+    (tmp_path / "a.txt").write_text("aab " * 45 + "zzzz" * 5)  # the last tenth is new
+    text = load_text("a.txt", tmp_path)
+    assert text.vocabulary == ("<unk>", "a", " ", "b")
+    assert text.train.tolist() == [1, 1, 3, 2] * 45 and text.test.tolist() == [0] * 20
+    assert load_text("a.txt", tmp_path) is text
+    small = load_text("a.txt", tmp_path, vocabulary=2)
+    assert small.vocabulary == ("<unk>", "a") and small.train.tolist() == [1, 1, 0, 0] * 45
+
+
+def test_text_by_word_keeps_the_frequent_ones(tmp_path):
+    (tmp_path / "b.txt").write_text("to be or not to be <unk> to \n be or to be . .\n" * 10)
+    text = load_text("b.txt", tmp_path, level="word", vocabulary=4)
+    assert text.vocabulary == ("<unk>", "be", "to", ".")  # by alphabet where equally frequent
+    assert text.train[:15].tolist() == [2, 1, 0, 0, 2, 1, 0, 2, 1, 0, 2, 1, 3, 3, 2]
+
+
+def test_markov_text_needs_the_last_two_tokens_and_each_number_is_another_chain():
+    text, other = load_text("markov"), load_text("markov-1")
+    assert load_text("markov-0").train.equal(text.train) and not other.train.equal(text.train)
+    assert len(text.train) > 30_000 and len(text.test) > 3_000
+    n = len(text.vocabulary)
+
+    def entropy(order: int) -> float:
+        """Empirical, of the next token given the last `order`; nats."""
+        context = sum(text.train[i : len(text.train) - order + i] * n**i for i in range(order))
+        joint = torch.bincount(context + n**order * text.train[order:], minlength=n ** (order + 1))
+        joint = joint.view(n, -1).double() / joint.sum()
+        given = (joint / joint.sum(0).clamp(min=1e-12)).clamp(min=1e-12)
+        return -float((joint * given.log()).sum())
+
+    assert entropy(2) < 1.6 and 2.1 < entropy(1) < 2.45
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    for name in ("binary", "absent.txt"):
+        with pytest.raises(DataError, match=f"{name}.*'markov'"):
+            load_text(name, tmp_path)
+
+
+def test_penn_treebank_characters():
+    root = Path(os.environ.get("LEARNED_OPT_DATA", ""))
+    if not (root / "ptb/ptb.valid.txt").is_file():
+        pytest.skip("needs ptb/ptb.valid.txt in the folder $LEARNED_OPT_DATA")
+    text = load_text("ptb/ptb.valid.txt", root)
+    assert 40 < len(text.vocabulary) < 60 and len(text.train) > 300_000
+    start = "".join(text.vocabulary[i] for i in text.train[:29].tolist())
+    assert start == " consumers may want to move t"

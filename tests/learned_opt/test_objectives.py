@@ -12,20 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from geodesic.targets import target_paths
+from learned_opt.config import OBJECTIVES, RUN_OBJECTIVES, TeacherConfig, TrainConfig
+from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.data import ImageData
 from learned_opt.tasks.mlp import MLPTask, TaskConfig
-from learned_opt.training.objectives import (
+from learned_opt.training import objectives
+from learned_opt.training.imitation import (
     AHEAD,
     HUBER,
     MIN_PROGRESS,
     PULL,
-    OpenRun,
     imitation_loss,
-    meta_loss,
     nearest,
+    regression,
 )
+from learned_opt.training.meta_loss import meta_loss, unrolled_loss
+from learned_opt.training.replay import SampledReplay
+from learned_opt.training.runs import OpenRun
+from learned_opt.training.torch_imitation import torch_imitation_loss
 
 ALL = 10**6  # coordinates to learn from: more than there are
 
@@ -44,39 +50,83 @@ def open_run(rule: UpdateRule, task: MLPTask) -> OpenRun:
     return OpenRun(("test", 0), 100, theta, rule.init_state(theta, task.shapes))
 
 
-def unrolled_loss(
-    rule: UpdateRule, task: MLPTask, run: OpenRun, steps: int, floor: float
-) -> Tensor:
-    """Σ_t F(θ_t) with a graph through θ_{t+1} = θ_t + u_t; what the rule sees is detached."""
-    every = torch.arange(run.theta.numel())
-    theta, state, hidden = run.theta, run.state, rule.pick_hidden(run.state, every)
-    losses = []
-    for step in range(steps + 1):
-        batch = task.batch(seed_of(*run.key), state.step)
-        losses.append(task.loss(theta, batch))
-        if step < steps:
-            _, grad = task.loss_and_grad(theta, batch)
-            with torch.no_grad():
-                observation, state = rule.observe(grad, theta, state)
-            update, hidden = rule.respond(observation.pick(every), hidden)
-            theta = theta + update.view_as(theta)
-    mean = torch.stack(losses[1:]).mean(0)
-    return (mean / (mean.detach() + floor)).mean()
-
-
 def gradient(loss: Tensor, rule: UpdateRule) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(rule.parameters()))])
 
 
-def test_the_linear_form_has_the_gradient_of_the_unrolled_loss(rule: UpdateRule) -> None:
+def test_every_objective_has_its_name() -> None:
+    assert set(objectives.OBJECTIVES) == set(OBJECTIVES)
+    assert all(name == o.name for name, o in objectives.OBJECTIVES.items())
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1.1])
+def test_the_replayed_form_has_the_gradient_of_the_unrolled_loss(
+    rule: UpdateRule, limit: float
+) -> None:
     task = tiny_task()
     run = open_run(rule, task)
     meta_loss(rule, task, run, 3, ALL, 0.01)  # states are carried into the next window
     assert run.state.step == 3
-    expected = gradient(unrolled_loss(rule, task, deepcopy(run), 6, 0.01), rule)
-    linear, losses = meta_loss(rule, task, run, 6, ALL, 0.01)
+    other = deepcopy(run)
+    loss, raw = unrolled_loss(rule, task, other, 6, 0.01, limit)
+    expected = gradient(loss, rule)
+    linear, losses = meta_loss(rule, task, run, 6, ALL, 0.01, limit)
     torch.testing.assert_close(gradient(linear, rule), expected)
-    assert run.state.step == 9 and losses.shape == (2,) and expected.norm() > 0
+    assert run.state.step == other.state.step == 9 and expected.norm() > 0
+    torch.testing.assert_close(run.theta, other.theta)
+    torch.testing.assert_close(raw, losses)
+    for mine, its in zip(
+        (run.state.coordinate, run.state.tensor),
+        (other.state.coordinate, other.state.tensor),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, its)
+        assert not any(value.requires_grad for value in its.values())
+
+
+def test_clipped_losses_have_no_gradient() -> None:
+    torch.manual_seed(0)
+    rule, task = make_rule("geodesic_rnn", hidden=3).double(), tiny_task()
+    for loss in (
+        meta_loss(rule, task, open_run(rule, task), 4, ALL, 0.01, limit=0.1)[0],
+        unrolled_loss(rule, task, open_run(rule, task), 4, 0.01, limit=0.1)[0],
+    ):
+        assert gradient(loss, rule).norm() == 0
+
+
+def test_second_derivatives_against_finite_differences() -> None:
+    torch.manual_seed(0)
+    rule = make_rule("coordinatewise_lstm", hidden=3, output_scale=0.3).double()
+    task, h = tiny_task(), 1e-6
+
+    def loss(first_order: bool) -> Tensor:
+        return unrolled_loss(rule, task, open_run(rule, task), 5, 1.0, first_order=first_order)[0]
+
+    def relative_losses() -> Tensor:
+        return unrolled_loss(rule, task, open_run(rule, task), 5, 1.0)[1]
+
+    found, first = gradient(loss(False), rule), gradient(loss(True), rule)
+    direction = torch.randn_like(found)
+    start = nn.utils.parameters_to_vector(rule.parameters()).detach()
+    ends = []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(start + sign * h * direction, rule.parameters())
+        ends.append(relative_losses())
+    nn.utils.vector_to_parameters(start, rule.parameters())
+    slope = ((ends[0] - ends[1]) / (2 * h) / (relative_losses() + 1.0)).mean()
+    torch.testing.assert_close(found @ direction, slope, rtol=1e-5, atol=1e-9)
+    assert (first @ direction - slope).abs() > 1e-3 * slope.abs()
+
+
+def test_second_derivatives_need_a_rule_that_has_them() -> None:
+    config = TrainConfig(objectives=("backprop",), first_order=False)
+    with pytest.raises(ConfigError, match=r"first_order is False.*coordinatewise_lstm"):
+        objectives.OBJECTIVES["backprop"](config, make_rule("geodesic_rnn"))
+
+
+class DoubleTask(MLPTask):
+    def init(self, seed: int) -> Tensor:
+        return super().init(seed).double()
 
 
 class FullBatch(MLPTask):
@@ -101,14 +151,31 @@ def test_learning_from_some_coordinates_is_unbiased() -> None:
     assert (mean - full).norm() < 0.1 * full.norm()
 
 
-def test_a_lost_task_does_not_spoil_the_gradient(rule: UpdateRule) -> None:
-    task = tiny_task()
-    run = open_run(rule, task)
-    run.theta[1] = float("nan")
-    linear, losses = meta_loss(rule, task, run, 3, ALL, 0.01)
-    found = gradient(linear, rule)
+class Breaks(DoubleTask):
+    """The second task has data that are no numbers, from the third step on."""
+
+    def batch(self, seed: int, step: int) -> tuple[Tensor, ...]:
+        x, y = super().batch(seed, step)
+        if step >= 2:
+            x[1] = math.nan
+        return x, y
+
+
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("name", RUN_OBJECTIVES)
+def test_a_lost_task_weighs_nothing(name: str, lost: bool, rule: UpdateRule) -> None:
+    """One that was lost before a window, or in the midst of it."""
+    task = tiny_task(Breaks)
+    config = TrainConfig(objectives=(name,), coordinates=ALL)
+    objective = objectives.OBJECTIVES[name](config, rule)
+    run = objective.open(("test", 0), 100, task, rule)
+    if lost:
+        run.theta[1::2] = math.nan
+    loss, losses = objective.window(rule, task, run, 4)
+    found = gradient(loss, rule)
     assert losses[0].isfinite() and not losses[1].isfinite()
-    assert found.isfinite().all() and found.norm() > 0
+    assert loss.isfinite() and found.isfinite().all() and found.norm() > 0
+    assert run.theta[0].isfinite().all() and not run.theta[1].isfinite().all()  # the run ends
 
 
 def paths(task: MLPTask, steps: int) -> Tensor:
@@ -123,7 +190,32 @@ def pseudo_huber(error: Tensor) -> Tensor:
     return HUBER**2 * ((1 + error.square() / HUBER**2).sqrt() - 1)
 
 
-def test_imitation_off_policy_is_regression_onto_the_path_s_steps(rule: UpdateRule) -> None:
+def cosine_form(u: Tensor, y: Tensor) -> Tensor:
+    return 1 - u @ y / (u.norm() * y.norm()) + (u.norm() / y.norm()).log() ** 2
+
+
+def test_forms_of_the_imitation_loss_by_hand() -> None:
+    """Two tensors of 3 and 1 coordinates: |u − y|² = 16 and 0 in units of the scale; or a right
+    angle and a size of e to 1, beside the same update twice as long."""
+    layout, ones = Layout(((3,), (1,))), torch.ones(1, 2)
+
+    class Known(SampledReplay):
+        def __init__(self, squared_error: Tensor, moments: tuple[Tensor, ...]) -> None:
+            self.squared_error, self.moments = lambda y: squared_error, lambda y: moments
+
+    replay = Known(torch.tensor([[32.0, 0.0]]), ())
+    found = regression(replay, [], 2 * ones, ones, layout, "huber")
+    assert found.item() == pytest.approx((3 * 6 + 1 * 0) / 4)  # 9 (√(1 + 16/9) − 1) = 6
+    u, product, y = [[math.e**2, 4.0]], [[0.0, 2.0]], [[1.0, 1.0]]
+    replay = Known(ones, tuple(map(torch.tensor, (u, product, y))))
+    found = regression(replay, [], ones, ones, layout, "cosine")
+    assert found.item() == pytest.approx((3 * (1 + 1) + 1 * math.log(2) ** 2) / 4)
+
+
+@pytest.mark.parametrize("form", ["huber", "cosine"])
+def test_imitation_off_policy_is_regression_onto_the_path_s_steps(
+    rule: UpdateRule, form: str
+) -> None:
     task, key, lengths = tiny_task(), ("test", 1), torch.tensor([5, 3])
     points = paths(task, 5)
     every, state = torch.arange(points[:, 0].numel()), rule.init_state(points[:, 0], task.shapes)
@@ -137,9 +229,11 @@ def test_imitation_off_policy_is_regression_onto_the_path_s_steps(rule: UpdateRu
         for i in (lengths > t).nonzero().flatten():
             made, wanted = task.unflatten(update.view_as(step)[i]), task.unflatten(step[i])
             for u, target in zip(made, wanted, strict=True):
-                losses.append(pseudo_huber((u - target).norm() / target.norm()))
+                u, target = u.flatten(), target.flatten()
+                error = (u - target).norm() / target.norm()
+                losses.append(pseudo_huber(error) if form == "huber" else cosine_form(u, target))
                 sizes.append(u.numel())
-    found = imitation_loss(rule, task, points, lengths, ALL, False, key)
+    found = imitation_loss(rule, task, points, lengths, ALL, False, key, form)
     expected = sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / sum(sizes)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient(found, rule), gradient(expected, rule))
@@ -232,3 +326,82 @@ def test_target_paths_join_up_in_equal_steps_until_one_is_not_certified() -> Non
     torch.testing.assert_close(points[0], torch.tensor(first + second))
     torch.testing.assert_close(points[1], torch.tensor(first + [[4, 0]] * 3))
     assert points.shape == (3, 7, 2) and (points[2] == 0).all()
+
+
+class Moments(UpdateRule):
+    """Adam (β = .9, .999, ε = 1e-8), its learning rate the one meta-parameter."""
+
+    name, hidden_per = "moments", "coordinate"
+    config: ClassVar[dict] = {}
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr = nn.Parameter(torch.tensor(lr, dtype=torch.float64))
+
+    def init_state(self, params: Tensor, shapes: tuple) -> State:
+        lead, d = params.shape[:-1], params.shape[-1]
+        rows = {"moments": params.new_zeros(*lead, 2, d), "hidden": params.new_zeros(*lead, 0, d)}
+        return State(Layout(tuple(shapes)), 0, rows, {})
+
+    def observe(self, grads: Tensor, params: Tensor, state: State, in_place: bool = False):
+        step, (m, v) = state.step + 1, state.coordinate["moments"].unbind(-2)
+        m, v = 0.9 * m + 0.1 * grads, 0.999 * v + 0.001 * grads**2
+        direction = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        rows = state.coordinate | {"moments": torch.stack([m, v], -2)}
+        none = grads.new_zeros(*grads.shape[:-1], 0, len(state.layout.shapes))
+        observation = Observation(direction.unsqueeze(-2), none, state.layout)
+        return observation, replace(state, step=step, coordinate=rows)
+
+    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return -self.lr * observation.coordinate[..., 0, :], hidden
+
+
+@pytest.mark.parametrize("form", ["huber", "cosine"])
+@pytest.mark.parametrize("student_drives", [False, True])
+def test_imitating_adam_costs_nothing_if_the_rule_is_adam(form: str, student_drives: bool) -> None:
+    task, teacher = tiny_task(DoubleTask), TeacherConfig("Adam", lr=0.01, length=8)
+
+    def loss(rule: UpdateRule) -> Tensor:
+        return torch_imitation_loss(rule, task, teacher, ALL, student_drives, ("test",), form)
+
+    assert loss(Moments(0.01)).item() == pytest.approx(0, abs=1e-9)
+    if not student_drives:  # twice its steps: e = 1 everywhere
+        expected = pseudo_huber(torch.tensor(1.0)) if form == "huber" else math.log(2) ** 2
+        assert loss(Moments(0.02)).item() == pytest.approx(float(expected), rel=1e-5)
+    rule = Moments(0.03)
+    optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(rule).backward()
+        optimizer.step()
+    assert rule.lr.item() == pytest.approx(0.01, rel=0.2)
+
+
+class Slope(DoubleTask):
+    """F = Σ θ: k steps of SGD are one with k times the learning rate."""
+
+    def loss(self, theta: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        return theta.sum(-1)
+
+
+@pytest.mark.parametrize("student_drives", [False, True])
+def test_a_teacher_makes_k_steps_for_one_of_the_rule(student_drives: bool) -> None:
+    task = tiny_task(Slope)
+    teacher = TeacherConfig("SGD", lr=0.1, steps=3, length=4)
+    for speed, expected in ((1.0, 0.0), (1.5, pseudo_huber(torch.tensor(0.5).double()).item())):
+        rule = Constant(torch.full((2, task.dim), -0.3 * speed, dtype=torch.float64))
+        loss = torch_imitation_loss(rule, task, teacher, ALL, student_drives, ("test",))
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_task_on_which_the_teacher_diverges_weighs_nothing(rule: UpdateRule) -> None:
+    class Lost(DoubleTask):
+        def init(self, seed: int) -> Tensor:
+            theta = super().init(seed)
+            theta[1] = math.nan
+            return theta
+
+    for student_drives in (False, True):
+        args = (TeacherConfig(length=3), ALL, student_drives, ("test",))
+        found = torch_imitation_loss(rule, tiny_task(Lost), *args)
+        assert gradient(found, rule).isfinite().all() and found.isfinite() and found > 0

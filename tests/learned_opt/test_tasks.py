@@ -15,7 +15,8 @@ from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
-from learned_opt.tasks.mlp import MLPTask, TaskConfig, make_task
+from learned_opt.tasks.kinds import TaskConfig, make_task
+from learned_opt.tasks.mlp import MLPTask
 
 CONFIG = TaskConfig(hidden=(9, 7), activation="gelu", batch_size=16)
 MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}

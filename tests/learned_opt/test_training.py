@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,17 @@ import pytest
 import torch
 
 from geodesic.dataset import PathDataset
-from learned_opt.config import TrainConfig
+from learned_opt.config import (
+    OBJECTIVES,
+    RUN_OBJECTIVES,
+    CurriculumConfig,
+    PESConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from learned_opt.errors import ConfigError
 from learned_opt.geodesics import make_geodesics
+from learned_opt.rules import make_rule
 from learned_opt.training.data import Updates
 from learned_opt.training.fit import fit
 from learned_opt.weights import load_rule
@@ -27,13 +37,20 @@ from learned_opt.weights import load_rule
 ROOT = Path(__file__).parents[2]
 CHANGES = {"updates": 40, "epoch_length": 5, "open_runs": 3}
 CONFIG = replace(TrainConfig(rule_config={"hidden": 3}).smoke(), **CHANGES)
+ALL = {  # every objective, with particles and a curriculum
+    "objectives": OBJECTIVES,
+    "window": 2,
+    "curriculum": CurriculumConfig((6, 8, 12), patience=1),
+    "loss_clip": 1.5,
+    "imitation_form": "cosine",
+}
 FIT = """
 import json, sys, torch
 from dataclasses import replace
 from pathlib import Path
 import learned_opt.training.fit
 from geodesic.dataset import PathDataset
-from learned_opt.config import TrainConfig
+from learned_opt.config import CurriculumConfig, TrainConfig
 from learned_opt.training.module import MetaTraining
 
 class Watched(MetaTraining):  # keeps what each rank saw and ended with
@@ -50,6 +67,8 @@ class Watched(MetaTraining):  # keeps what each rank saw and ended with
 
 torch.set_num_threads(1)
 folder, paths, changes = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+if "curriculum" in changes:
+    changes["curriculum"] = CurriculumConfig(**changes["curriculum"])
 config = TrainConfig(rule_config={"hidden": 3}).smoke()
 learned_opt.training.fit.MetaTraining = Watched
 learned_opt.training.fit.fit(replace(config, **changes), folder, PathDataset.open(paths))
@@ -73,8 +92,9 @@ def start(folder: Path, dataset: PathDataset, **changes) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     script = folder / "fit.py"
     script.write_text(FIT)
+    settings = json.dumps(CHANGES | changes, default=vars)
     return subprocess.Popen(
-        [sys.executable, script, folder, dataset.folder, json.dumps(CHANGES | changes)],
+        [sys.executable, script, folder, dataset.folder, settings],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -88,11 +108,14 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> Path:
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    while not checkpoint.exists():
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, number: int = 1) -> Path:
+    """The checkpoint, as soon as it was written for the `number`-th time."""
+    checkpoint, written = folder / "checkpoints" / "last.ckpt", set()
+    while len(written) < number:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+        if checkpoint.exists():
+            written.add(checkpoint.stat().st_mtime_ns)
+        time.sleep(0.001)
     return checkpoint
 
 
@@ -113,26 +136,53 @@ def test_training_moves_the_rule_and_logs_its_losses(trained: Path) -> None:
         assert any(row[name] for row in rows), name
 
 
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["default", "all"])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(
-    trained: Path, dataset: PathDataset, tmp_path: Path
+    changes: dict, trained: Path, dataset: PathDataset, tmp_path: Path
 ) -> None:
-    process = start(tmp_path, dataset)
-    checkpoint = wait_for_checkpoint(process, tmp_path)
+    if changes:
+        trained = fit(replace(CONFIG, **changes), tmp_path / "whole", dataset)
+    process = start(tmp_path, dataset, **changes)
+    checkpoint = wait_for_checkpoint(process, tmp_path, random.randint(1, 4))
+    time.sleep(random.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < CONFIG.updates
+    left = torch.load(checkpoint, weights_only=True)
+    assert 0 < left["global_step"] < CONFIG.updates
+    if changes:
+        particles = [run for run in left["objectives"][0]["pes"]["runs"] if run]
+        assert any(run["xi"].norm() > 0 for run in particles)
     assert not (tmp_path / "weights.safetensors").exists()
-    output = finish(start(tmp_path, dataset))
+    output = finish(start(tmp_path, dataset, **changes))
     assert output.splitlines()[-1] == "False"  # the csv logger does not import wandb
     assert (tmp_path / "weights.safetensors").read_bytes() == trained.read_bytes()
     assert [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_curriculum_moves_on_and_says_so(dataset: PathDataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, **ALL | {"learning_rate": 1e-12})  # nothing is learned
+    fit(config, tmp_path, dataset)
+    (log,) = tmp_path.glob("log/**/metrics.csv")
+    with log.open() as file:
+        lengths = [float(row["val/length"]) for row in csv.DictReader(file) if row["val/length"]]
+    assert lengths[0] == 6 and lengths[-1] == 12 and lengths == sorted(lengths)
+
+
+def test_tasks_that_all_diverge_leave_the_rule_whole(tmp_path: Path) -> None:
+    """Inputs of 1e30: losses and gradients overflow, and contribute zeros."""
+    family = replace(CONFIG.family, log10_input_scale=(30.0, 30.0), activations=("relu",))
+    config = replace(CONFIG, **ALL | {"objectives": RUN_OBJECTIVES, "updates": 20}, family=family)
+    found = load_rule(fit(config, tmp_path, None)).state_dict()
+    start = make_rule("geodesic_rnn", hidden=3).state_dict()
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["head.weight"].equal(start["head.weight"])  # zeros taught it nothing
 
 
 def test_two_processes_train_one_rule_on_different_tasks_and_resume(
     trained: Path, dataset: PathDataset, tmp_path: Path
 ) -> None:
     folder, resumed = tmp_path / "whole", tmp_path / "resumed"
-    process = start(folder, dataset, devices=2, strategy="ddp")
+    process = start(folder, dataset, devices=2, strategy="ddp", **ALL)
     checkpoint = wait_for_checkpoint(process, folder)
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copy(checkpoint, resumed / "checkpoints")
@@ -148,11 +198,11 @@ def test_two_processes_train_one_rule_on_different_tasks_and_resume(
 
     copied = torch.load(resumed / "checkpoints" / "last.ckpt", weights_only=True)
     assert 0 < copied["global_step"] < CONFIG.updates
-    finish(start(resumed, dataset, devices=2, strategy="ddp"))
+    finish(start(resumed, dataset, devices=2, strategy="ddp", **ALL))
     weights = [f / "weights.safetensors" for f in (folder, resumed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     with pytest.raises(ConfigError, match="of 2 processes, this run has 1"):
-        fit(CONFIG, resumed, dataset)
+        fit(replace(CONFIG, **ALL), resumed, dataset)
 
 
 def test_wandb_logs_offline(dataset: PathDataset, tmp_path: Path, monkeypatch) -> None:
@@ -197,8 +247,34 @@ def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
         ({"updates": 7, "epoch_length": 5}, "multiple of epoch_length"),
         ({"logger": "mlflow"}, "mlflow"),
         ({"horizon": (9, 3)}, "horizon"),
+        ({"horizon": (10, 300)}, "starts at 10, shorter than window=20; use a window of at most"),
+        ({"weights": {"pes": (1.0, 0.1)}}, "weights has .'pes'., objectives is"),
+        ({"imitation_form": "square"}, "'square'; use 'huber' or 'cosine'"),
+        ({"loss_clip": 0.0}, "loss_clip is 0.0; use e.g. 1.5"),
+        (
+            {"objectives": ("imitation",), "curriculum": CurriculumConfig()},
+            "objectives=.* has none; add one of",
+        ),
+        ({"curriculum": CurriculumConfig((10, 20))}, "lengths starts at 10, shorter than window"),
     ],
 )
 def test_a_bad_config_is_refused_by_name(wrong: dict, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         TrainConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: CurriculumConfig((20, 20, 40)), r"lengths=\(20, 20, 40\) must rise"),
+        (lambda: CurriculumConfig(()), r"must rise from at least 1"),
+        (lambda: CurriculumConfig(patience=0), "patience is 0"),
+        (lambda: PESConfig(sigma=0.0), "pes.sigma=0.0 must be positive"),
+        (lambda: TeacherConfig("LBFGS"), "teacher.optimizer is 'LBFGS'; use one of Adadelta, Ada"),
+        (lambda: TeacherConfig("SGD", options={"betas": (0, 1)}), "SGD refuses .* 'betas'"),
+        (lambda: TeacherConfig(steps=0), "teacher.steps=0"),
+    ],
+)
+def test_a_bad_part_of_a_config_is_refused_by_name(make: Callable, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        make()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from learned_opt.cli import parse
 from learned_opt.errors import WeightsError
 from learned_opt.tasks.data import load_images
 from learned_opt.training.fit import recipe
-from learned_opt.weights import DEFAULT, digest
+from learned_opt.weights import DEFAULT, MAX_HEADER, digest
 
 TRAIN = Path(__file__).parents[2] / "configs" / "train" / "default.yaml"
 RULES = [
@@ -110,9 +114,78 @@ def test_a_file_of_a_future_version_is_refused(path: Path) -> None:
     refused(path, "version 99.*upgrade")
 
 
+def test_a_header_beyond_all_bounds_is_refused_unread(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes((MAX_HEADER + 1).to_bytes(8, "little") + content[8:] + bytes(MAX_HEADER))
+    refused(path, f"header would be {MAX_HEADER + 1} bytes")
+
+
+def test_altered_shipped_weights_are_refused(path: Path, monkeypatch) -> None:
+    """A file that is sound in itself, in the place of the shipped one."""
+    monkeypatch.setattr("learned_opt.weights.DEFAULT", path)
+    with pytest.raises(WeightsError, match=r"shipped weights .* were altered"):
+        LearnedOptimizer([torch.ones(2, requires_grad=True)])
+
+
 def test_an_unknown_rule_is_refused(path: Path) -> None:
     rewrite(path, rule="os.system")
     refused(path, "'os.system'; known rules are")
+
+
+def test_the_tensors_of_another_rule_are_refused(path: Path) -> None:
+    rewrite(path, rule="coordinatewise_lstm", config={"hidden": 2})
+    refused(path, "do not fit.*Missing key")
+
+
+COMMIT = 40 * "a"
+
+
+@pytest.mark.parametrize(
+    ("address", "revision", "why"),
+    [
+        ("hf://owner", COMMIT, "names no repository"),
+        ("hf:///name", COMMIT, "names no repository"),
+        ("hf://owner/name", None, "revision is None.*full hash"),
+        ("hf://owner/name", "main", "revision is 'main'.*full hash"),
+        ("somewhere.safetensors", COMMIT, "revision='a+' goes with weights='hf://owner/name'"),
+    ],
+)
+def test_an_unclear_address_of_the_hub_is_refused(address, revision, why: str) -> None:
+    with pytest.raises(WeightsError, match=why):
+        LearnedOptimizer([torch.ones(2, requires_grad=True)], weights=address, revision=revision)
+
+
+def test_without_the_hub_s_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(WeightsError, match=r"pip install 'learned-opt\[hub\]'"):
+        load_rule("hf://owner/name", COMMIT)
+
+
+def test_what_the_hub_has_cached_is_loaded_without_network(path: Path, tmp_path: Path) -> None:
+    """In a process of its own, as the package reads its settings when it is imported."""
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT
+    for file in ("weights.safetensors", "small/other.safetensors"):
+        (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, snapshot / file)
+    script = f"""
+from learned_opt import load_rule
+from learned_opt.errors import WeightsError
+for address in ("hf://owner/name", "hf://owner/name/small/other.safetensors"):
+    print(load_rule(address, "{COMMIT}").config["hidden"])
+try:
+    load_rule("hf://owner/name", "{40 * "b"}")
+except WeightsError as error:
+    print(error)
+"""
+    settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert lines[:2] == ["2", "2"] and "cannot be downloaded" in lines[2]
+    assert not found.stderr  # no noise
 
 
 @pytest.mark.parametrize("config", [{"hidden": 7}, {"hidden": 2, "units": 4}, {"per": "row"}])
@@ -155,9 +228,12 @@ def test_the_shipped_rule_trains_on_digits_without_a_learning_rate() -> None:
     assert loss < 0.2  # from 2.3
 
 
-def test_the_shipped_weights_are_those_of_the_default_config() -> None:
+def test_the_shipped_weights_are_those_of_the_default_config(tmp_path: Path) -> None:
+    """Settings that are newer than the weights have defaults that change nothing."""
     with safe_open(DEFAULT, "pt") as file:
         facts = json.loads(file.metadata()["learned-opt"])["facts"]["train"]
+    recorded = tmp_path / "recorded.yaml"
+    recorded.write_text(json.dumps(facts))
+    _, then, _ = parse(["train", "--config", str(recorded), "--output", "unused"])
     _, config, _ = parse(["train", "--config", str(TRAIN), "--output", "unused"])
-    expected = json.loads(json.dumps(recipe(config)))
-    assert facts == expected
+    assert recipe(then) == recipe(config)

@@ -1,0 +1,177 @@
+"""Parameters that a rule updates together, and their state in flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules import Layout, State, UpdateRule
+from learned_opt.rules.base import CHUNK, join
+
+# Coordinates that are updated together, of one large tensor or of many small ones: enough to hide
+# what a call costs, few enough that scratch memory does not count.
+BLOCK = 32 * CHUNK
+BLOCK_ACCELERATOR = 1 << 24  # an accelerator has more to hide, and more memory
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here: itself, unless it is sharded (DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class Block:
+    """Parameters of one device and sharding, and what a rule remembers of them.
+
+    `states` are their entries in `Optimizer.state`: views of the flat buffers in the shape of each
+    parameter, features last, sharded as the parameter is; "step" and "skipped" are its counts.
+    """
+
+    def __init__(
+        self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]], chunked: bool
+    ) -> None:
+        self.params = params
+        self.parts = [local(p.detach()) for p in params]
+        shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, self.parts)]
+        chunk = CHUNK if chunked else None
+        self.layout = Layout(*shapes, _reduction(params[0]), chunk)
+        theta = self.parts[0].new_empty(sum(self.layout.sizes), dtype=torch.float32)
+        fresh = rule.init_state(theta, self.layout.shapes)
+        steps = theta.new_zeros(len(params))
+        self.state = replace(fresh, layout=self.layout, step=steps)
+        self.skipped = torch.zeros_like(steps)
+        self.used = False
+        self.states = [self._views(i) for i in range(len(params))]
+        for views, entries in zip(self.states, saved, strict=True):
+            for name, value in entries.items():
+                if name in views:
+                    local(views[name]).copy_(local(torch.as_tensor(value)))
+
+    def _views(self, i: int) -> dict[str, Tensor]:
+        p, part = self.params[i], self.parts[i]
+        views = {"step": self.state.step[i], "skipped": self.skipped[i]}
+        start = sum(self.layout.sizes[:i])
+        for name, flat in self.state.coordinate.items():
+            view = flat[:, start : start + part.numel()].reshape(len(flat), *part.shape)
+            views[name] = _shard_like(p, view.movedim(0, -1))
+        return views | {name: flat[:, i] for name, flat in self.state.tensor.items()}
+
+    def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether nobody has put other tensors into an optimizer's state since."""
+        return all(
+            len(kept) == len(mine) and all(kept.get(name) is mine[name] for name in mine)
+            for kept, mine in ((states.get(p, {}), m) for p, m in zip(self.params, self.states,
+                                                                     strict=True))
+        )  # fmt: skip
+
+    def update(
+        self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
+        weight_decay: float | Tensor, maximize: bool,
+    ) -> None:  # fmt: skip
+        """One step of these parameters."""
+        theta = _flatten(self.parts)
+        grads = _flatten([local(p.grad) for p in self.params])
+        if maximize:
+            grads = -grads
+        with torch.autocast(theta.device.type, enabled=False):
+            # the first time in Python, which fills what the layout caches: compilers cannot
+            advance = guarded if self.used else guarded_update
+            update = advance(rule, grads, theta, self.state, self.skipped)
+            self.used = True
+        if isinstance(weight_decay, Tensor) or weight_decay:
+            norm, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
+            share = torch.where(norm > 0, moved / norm, 0)
+            shrink = (1 - lr * weight_decay * share).clamp(min=0)
+            torch._foreach_mul_(self.parts, list(shrink.unbind()))
+        if isinstance(lr, Tensor):  # read on its device
+            update, lr = update * lr, 1.0
+        pieces = zip(update.split(self.layout.sizes), self.parts, strict=True)
+        torch._foreach_add_(self.parts, [u.view(p.shape) for u, p in pieces], alpha=lr)
+
+
+def guarded_update(
+    rule: UpdateRule, grads: Tensor, theta: Tensor, state: State, skipped: Tensor
+) -> Tensor:
+    """The rule's update, with its state moved on in place. A tensor whose gradient is not finite
+    stays as it is, state included, and is counted in `skipped`, (tensors,)."""
+    layout = state.layout
+    finite = layout.squared_norms(grads).isfinite()
+    on_cpu = theta.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and finite.all():  # on other devices Python would have to wait for the answer
+        update, new = rule.update(grads, theta, state, in_place=True)
+        _move_on(state, new, lambda old, now, _: now)
+        return update
+    here = layout.expand(finite)
+    update, new = rule.update(torch.where(here, grads, 0), theta, state)
+    _move_on(state, new, lambda old, now, per: torch.where(finite if per else here, now, old))
+    skipped += ~finite
+    return torch.where(here, update, 0)
+
+
+def _move_on(state: State, new: State, choose: Callable[[Tensor, Tensor, bool], Tensor]) -> None:
+    """Overwrites a state; `choose(old, new, whether it is per tensor)` says with what."""
+    state.step.copy_(choose(state.step, new.step, True))
+    for olds, news, per in (
+        (state.coordinate, new.coordinate, False), (state.tensor, new.tensor, True)
+    ):  # fmt: skip
+        for name, old in olds.items():
+            if (now := choose(old, news[name], per)) is not old:
+                old.copy_(now)
+
+
+def partition(params: Iterable[Tensor], chunked: bool) -> list[list[Tensor]]:
+    """Parameters to update together: of one device and sharding, equal shapes side by side.
+
+    Rules treat tensors alike and apart, so how they are grouped changes no update. Sharded ones
+    are grouped by their whole shapes, so that all processes do it alike.
+    """
+    kinds: dict[tuple, list[Tensor]] = {}
+    for p in params:
+        kind = (p.device, getattr(p, "device_mesh", None), getattr(p, "placements", None))
+        kinds.setdefault(kind, []).append(p)
+    blocks = []
+    for (device, *_), members in kinds.items():
+        limit = BLOCK if device.type == "cpu" and chunked else BLOCK_ACCELERATOR
+        size = limit
+        for p in sorted(members, key=lambda p: (p.numel(), p.shape)):
+            if size + p.numel() > limit:
+                blocks.append([])
+                size = 0
+            blocks[-1].append(p)
+            size += p.numel()
+    return blocks
+
+
+def _reduction(p: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Sums over the processes that hold parts of a parameter."""
+    mesh = getattr(p, "device_mesh", None)
+    if mesh is None:
+        return None
+    groups = [mesh.get_group(i) for i, placed in enumerate(p.placements) if placed.is_shard()]
+
+    def reduce(sums: Tensor) -> Tensor:
+        for group in groups:
+            torch.distributed.all_reduce(sums, group=group)
+        return sums
+
+    return reduce
+
+
+def _shard_like(p: Tensor, part: Tensor) -> Tensor:
+    """`part`, (*local shape, features), as a tensor that is sharded as the parameter `p` is."""
+    if not hasattr(p, "placements"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((*p.shape, part.shape[-1]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    return join([t.detach().reshape(-1).to(torch.float32) for t in tensors])

@@ -1,0 +1,143 @@
+"""Persistent evolution strategies: long runs without the bias of short windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.rules import Observation, UpdateRule
+from learned_opt.tasks.base import Batch, Task, generator, seed_of
+from learned_opt.training.runs import OpenRun, RunObjective
+
+Respond = Callable[[Observation, Tensor], tuple[Tensor, Tensor]]
+
+
+class PES(RunObjective):
+    """Antithetic PES (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835, algorithm 2).
+
+    Every task has N pairs of particles, which run with weights w ± ε, ε ~ N(0, σ² I) drawn anew
+    in every window for each pair; ξ is the sum of a pair's ε since the run began, and
+
+        ĝ = 1 / (2 σ² N) Σ_pairs ξ (L⁺ − L⁻),   L = log(mean loss of the window + loss_floor).
+
+    It is the gradient of the σ-smoothed sum of L over the run, to all that came before, not only
+    within the window; the mean over tasks is taken. L is ours: its gradient has the weights
+    1 / (mean loss + loss_floor) of `meta_loss`. A pair of which one diverges weighs nothing.
+    """
+
+    name = "pes"
+
+    def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
+        run, pairs = super().open(key, horizon, task, rule), self.config.pes.particles
+        run.theta = run.theta.repeat(2 * pairs, 1)
+        run.state = rule.init_state(run.theta, task.shapes)
+        weights = sum(p.numel() for p in rule.parameters())
+        run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
+        return run
+
+    def window(
+        self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        estimate, losses = pes_gradient(
+            rule, task, run, steps, config.pes.sigma, config.loss_floor, self.limit(task)
+        )
+        weights = nn.utils.parameters_to_vector(rule.parameters())
+        value = losses.nanmean().nan_to_num()
+        return value + estimate @ (weights - weights.detach()), losses  # its gradient is ĝ
+
+
+def pes_gradient(
+    rule: UpdateRule,
+    task: Task,
+    run: OpenRun,
+    steps: int,
+    sigma: float,
+    floor: float,
+    limit: float | Tensor = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """ĝ, (weights,), of the next `steps` updates, and mean losses, (tasks,); moves `run` on.
+
+    Args:
+        run: theta (2 · pairs · tasks, d), the particles of +ε first; xi (pairs · tasks, weights).
+        limit: losses count as at most this, a number or (*tasks,).
+    """
+    rng = generator("perturbation", *run.key, run.state.step)
+    epsilon = sigma * torch.randn(run.xi.shape, generator=rng, dtype=run.xi.dtype)
+    epsilon = epsilon.to(run.xi.device)
+    run.xi = run.xi + epsilon
+    weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
+    respond = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
+    losses = roll_out(rule, respond, task, run, steps)
+    clipped = losses.view(steps, -1, *task.lead).clamp(max=limit)
+    plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
+    difference = torch.where((plus - minus).isfinite(), plus - minus, 0)
+    estimate = difference @ run.xi / (2 * sigma**2 * len(difference))
+    return estimate, losses.mean(0).view(-1, *task.lead).mean(0)
+
+
+@torch.no_grad()
+def roll_out(rule: UpdateRule, respond: Respond, task: Task, run: OpenRun, steps: int) -> Tensor:
+    """Losses after each of the next `steps` updates, (steps, particles); moves `run` on."""
+    seed, losses = seed_of(*run.key), []
+    for step in range(steps + 1):
+        loss, grad = losses_and_grads(
+            task, run.theta, task.batch(seed, run.state.step), step < steps
+        )
+        losses.append(loss)
+        if grad is None:
+            break
+        observation, state = rule.observe(grad, run.theta, run.state, in_place=True)
+        update, hidden = respond(observation, rule.hidden(state))
+        entries = getattr(state, rule.hidden_per) | {"hidden": hidden}
+        run.state = replace(state, **{rule.hidden_per: entries})
+        run.theta = run.theta + update
+    return torch.stack(losses[1:])
+
+
+def losses_and_grads(
+    task: Task, theta: Tensor, batch: Batch, grads: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """F of all particles, (particles · tasks,), on one minibatch for each task; its gradient."""
+    with torch.set_grad_enabled(grads):
+        theta = theta.detach().requires_grad_(grads)
+        particles = theta.view(-1, *task.lead, theta.shape[-1])
+        loss = torch.func.vmap(task.loss, in_dims=(0, None))(particles, batch)
+        grad = torch.autograd.grad(loss.sum(), theta)[0] if grads else None
+    return loss.detach().flatten(), grad
+
+
+class _Respond(nn.Module):
+    """`rule.respond` as a forward, which is what functional_call calls."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rule.respond(observation, hidden)
+
+
+def perturbed(rule: UpdateRule, weights: Tensor) -> Respond:
+    """`rule.respond` with weights of their own for each particle, from (particles, weights)."""
+    module = _Respond(rule)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    parts = weights.split([p.numel() for p in parameters], dim=-1)
+    own = {
+        name: part.unflatten(-1, p.shape)
+        for name, part, p in zip(names, parts, parameters, strict=True)
+    }
+
+    def respond(observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def one(own: dict[str, Tensor], coordinate: Tensor, tensor: Tensor, hidden: Tensor):
+            seen = Observation(coordinate, tensor, observation.layout)
+            return torch.func.functional_call(module, own, (seen, hidden))
+
+        vmapped = torch.func.vmap(one)
+        return vmapped(own, observation.coordinate, observation.tensor, hidden)
+
+    return respond

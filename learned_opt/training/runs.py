@@ -1,0 +1,120 @@
+"""Runs of the rule that meta-training comes back to, window after window."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from learned_opt.config import TrainConfig
+from learned_opt.rules import Layout, State, UpdateRule
+from learned_opt.tasks.base import Task, generator, seed_of
+from learned_opt.training.base import Objective
+
+if TYPE_CHECKING:
+    from learned_opt.training.module import MetaTraining
+
+LOST = 3.0  # a run ends when all its losses are so many times that of chance, or θ overflows
+
+
+@dataclass
+class OpenRun:
+    """A run under way.
+
+    Attributes:
+        key: of its tasks and minibatches.
+        horizon: steps after which it ends.
+        theta: (tasks, d); of PES (2 · particles · tasks, d).
+        state: the rule's.
+        xi: of PES, what its weights were perturbed by so far, (particles · tasks, weights).
+    """
+
+    key: tuple[object, ...]
+    horizon: int
+    theta: Tensor
+    state: State
+    xi: Tensor | None = None
+
+
+class RunObjective(Objective):
+    """Learns from windows of `window` updates on `open_runs` runs in turn (truncated unrolls).
+
+    A run is `horizon` steps long, log-uniform, or as long as the curriculum says.
+    """
+
+    def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
+        super().__init__(config, rule)
+        self.runs: list[OpenRun | None] = [None] * config.open_runs
+
+    @abstractmethod
+    def window(
+        self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Moves `run` on by `steps`; the loss to learn from, and mean losses of all tasks."""
+
+    def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
+        theta = task.init(seed_of(*key))
+        return OpenRun(key, horizon, theta, rule.init_state(theta, task.shapes))
+
+    def loss(self, module: MetaTraining, item: dict) -> Tensor:
+        slot = self._updates_before(item["number"]) % len(self.runs)
+        run = self.runs[slot]
+        key = run.key if run else ("train", self.config.seed, module.global_rank, item["number"])
+        task = module.tasks(module.family, *key)
+        run = run or self.open(key, self._horizon(module, key), task, module.rule)
+        steps = min(self.config.window, run.horizon - run.state.step)
+        loss, losses = self.window(module.rule, task, run, steps)
+        module.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
+        lost = ~(losses < LOST * task.chance).any() or not run.theta.isfinite().all()
+        self.runs[slot] = None if lost or run.state.step >= run.horizon else run
+        return loss
+
+    def _updates_before(self, number: int) -> int:
+        cycle = self.config.objectives
+        cycles, rest = divmod(number, len(cycle))
+        return cycles * cycle.count(self.name) + cycle[:rest].count(self.name)
+
+    def _horizon(self, module: MetaTraining, key: tuple[object, ...]) -> int:
+        if module.curriculum:
+            return module.curriculum.length
+        low, high = torch.tensor(self.config.horizon).double().log()
+        share = torch.rand((), generator=generator("horizon", *key), dtype=torch.double)
+        return round(float((low + share * (high - low)).exp()))
+
+    def limit(self, task: Task) -> float | Tensor:
+        """Where losses are clipped."""
+        clip = self.config.loss_clip
+        return math.inf if clip is None else clip * task.chance
+
+    def state_dict(self) -> dict:
+        return {"runs": [run and pack(run) for run in self.runs]}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.runs = [packed and unpack(packed, device) for packed in state["runs"]]
+
+
+def pack(run: OpenRun) -> dict:
+    """Tensors and plain values of a run."""
+    packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta.cpu()}
+    packed |= {"layout": asdict(run.state.layout), "step": run.state.step}
+    packed["xi"] = run.xi if run.xi is None else run.xi.cpu()
+    for kind in ("coordinate", "tensor"):
+        packed[kind] = {name: value.cpu() for name, value in getattr(run.state, kind).items()}
+    return packed
+
+
+def unpack(packed: dict, device: torch.device) -> OpenRun:
+    """The run of `pack`."""
+    layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
+    coordinate, tensor = (
+        {name: value.to(device) for name, value in packed[kind].items()}
+        for kind in ("coordinate", "tensor")
+    )
+    state = State(layout, packed["step"], coordinate, tensor)
+    xi = packed["xi"] if packed["xi"] is None else packed["xi"].to(device)
+    theta = packed["theta"].to(device)
+    return OpenRun(tuple(packed["key"]), packed["horizon"], theta, state, xi)

@@ -1,0 +1,98 @@
+"""Imitation of another torch optimizer: the control that imitation of geodesics has to beat."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from learned_opt.config import TeacherConfig
+from learned_opt.rules import UpdateRule
+from learned_opt.tasks.base import Task, seed_of
+from learned_opt.training.base import Objective
+from learned_opt.training.imitation import MAX_DRIVE, cap, regression, student_drives
+from learned_opt.training.replay import start_replay, sum_by_tensor
+
+if TYPE_CHECKING:
+    from learned_opt.training.module import MetaTraining
+
+
+class TorchImitation(Objective):
+    """Each update fresh inits of the tasks that geodesics are made of, and `teacher` on them."""
+
+    name = "torch_imitation"
+
+    def loss(self, module: MetaTraining, item: dict) -> Tensor:
+        config, key = self.config, (self.config.seed, module.global_rank, item["number"])
+        task = module.tasks(config.geodesics.family, "train", *key)
+        return torch_imitation_loss(
+            module.rule, task, config.teacher, config.coordinates,
+            student_drives(config, *key), key, config.imitation_form,
+        )  # fmt: skip
+
+
+class Teacher:
+    """An element-wise torch optimizer on the flat parameters of many tasks."""
+
+    def __init__(self, config: TeacherConfig, theta: Tensor) -> None:
+        self.theta = theta.clone().requires_grad_()
+        self.optimizer = config.make(self.theta)
+
+    def step(self, theta: Tensor, grad: Tensor) -> Tensor:
+        """θ after a step from `theta`; the optimizer's state moves on."""
+        with torch.no_grad():
+            self.theta.copy_(theta)
+        self.theta.grad = grad
+        self.optimizer.step()
+        return self.theta.detach().clone()
+
+
+def torch_imitation_loss(
+    rule: UpdateRule,
+    task: Task,
+    config: TeacherConfig,
+    coordinates: int,
+    student_drives: bool,
+    key: tuple[object, ...],
+    form: str = "huber",
+) -> Tensor:
+    """`regression` of the rule's updates onto `config.steps` (K) steps of a torch optimizer each.
+
+    The first of the K has the minibatch that the rule sees. Off policy the teacher drives, and its
+    state is that of its own run. On policy the rule drives, its step capped; the teacher's state
+    has seen the same gradients as the rule, and its K steps are made from where the rule is.
+
+    Args:
+        coordinates: how many to learn from, where the rule does not allow for all.
+        key: of the inits, minibatches and coordinates.
+        form: of the loss, "huber" or "cosine".
+    """
+    seed = seed_of(*key)
+    theta = task.init(seed)
+    state = rule.init_state(theta, task.shapes)
+    replay, teacher = start_replay(rule, state, coordinates, *key), Teacher(config, theta)
+    alive = torch.ones(len(theta), dtype=torch.bool, device=theta.device)
+    targets, scales, masks = [], [], []
+    with torch.no_grad():
+        for step in range(config.length):
+            _, grad = task.loss_and_grad(theta, task.batch(seed, step))
+            observation, state = rule.observe(grad, theta, state)
+            replay.see(observation)
+            after = teacher.step(theta, grad)
+            ahead = deepcopy(teacher) if student_drives and config.steps > 1 else teacher
+            for more in range(1, config.steps):
+                _, grad = task.loss_and_grad(after, task.batch(seed, step + more * config.length))
+                after = ahead.step(after, grad)
+            alive &= (after - theta).isfinite().all(-1)
+            targets.append(torch.where(alive[:, None], after - theta, 0))
+            scales.append(sum_by_tensor(targets[-1].square(), state.layout))
+            masks.append((scales[-1] > 0).to(theta.dtype))  # of a lost task all are 0
+            if student_drives:
+                update, state = rule.advance(observation, state)
+                limit = MAX_DRIVE * targets[-1].norm(dim=-1, keepdim=True)
+                theta = theta + cap(update.nan_to_num(), limit)
+            else:
+                theta = theta + targets[-1]
+    return regression(replay, targets, torch.stack(scales), torch.stack(masks), state.layout, form)

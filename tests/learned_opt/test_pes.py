@@ -1,0 +1,131 @@
+"""Persistent evolution strategies: against finite differences, and particle by particle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.config import PESConfig, TrainConfig
+from learned_opt.rules import Layout, Observation, State, UpdateRule
+from learned_opt.tasks.base import Batch, Task
+from learned_opt.training.pes import PES, perturbed, pes_gradient, roll_out
+
+HORIZON, WINDOW, FLOOR = 12, 3, 0.1
+
+
+class Quadratic(Task):
+    """F(θ) = ½ Σ a θ², a = (.2, 1, 3), from (1, −1, .5)."""
+
+    name, shapes, num_tasks = "quadratic", ((3,),), 1
+    curvature = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+    def init(self, seed: int) -> Tensor:
+        return torch.tensor([[1.0, -1.0, 0.5]], dtype=torch.float64)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        return ()
+
+    def loss(self, theta: Tensor, batch: Batch) -> Tensor:
+        return (self.curvature * theta.square()).sum(-1) / 2
+
+    fixed_batch = evaluate = batch
+
+
+class Momentum(UpdateRule):
+    """u = −w₁ m, m ← (1 − w₂) m + g: what it does now, it does through m for long."""
+
+    name, hidden_per = "momentum", "coordinate"
+    config: ClassVar[dict] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.15, 0.4], dtype=torch.float64))
+
+    def init_state(self, params: Tensor, shapes: tuple) -> State:
+        hidden = params.new_zeros(*params.shape[:-1], 1, params.shape[-1])
+        return State(Layout(tuple(shapes)), 0, {"hidden": hidden}, {})
+
+    def observe(self, grads: Tensor, params: Tensor, state: State, in_place: bool = False):
+        none = grads.new_zeros(*grads.shape[:-1], 0, len(state.layout.shapes))
+        observation = Observation(grads.unsqueeze(-2), none, state.layout)
+        return observation, replace(state, step=state.step + 1)
+
+    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (1 - self.w[1]) * hidden + observation.coordinate
+        return -self.w[0] * hidden.squeeze(-2), hidden
+
+
+def run_objective(rule: UpdateRule, w: Tensor) -> float:
+    """Σ over windows of log(mean loss + FLOOR), a whole run with weights w."""
+    task, state = Quadratic(), rule.init_state(Quadratic().init(0), Quadratic.shapes)
+    theta, losses = task.init(0), []
+    with torch.no_grad():
+        rule.w.copy_(w)
+        for _ in range(HORIZON):
+            update, state = rule.update(task.loss_and_grad(theta, ())[1], theta, state)
+            theta = theta + update
+            losses.append(task.loss(theta, ()))
+    return float((torch.cat(losses).view(-1, WINDOW).mean(-1) + FLOOR).log().sum())
+
+
+def estimates(persistent: bool, sigma: float = 0.01, runs: int = 60, pairs: int = 40) -> Tensor:
+    """ĝ summed over the windows of each of many runs, (runs, 2)."""
+    rule, task = Momentum(), Quadratic()
+    config = TrainConfig(objectives=("pes",), pes=PESConfig(sigma, pairs))
+    found = []
+    for key in range(runs):
+        run, total = PES(config, rule).open(("test", key), HORIZON, task, rule), 0
+        while run.state.step < HORIZON:
+            if not persistent:
+                run.xi = torch.zeros_like(run.xi)
+            total = total + pes_gradient(rule, task, run, WINDOW, sigma, FLOOR)[0]
+        found.append(total)
+    return torch.stack(found)
+
+
+def test_the_estimate_is_the_gradient_of_the_whole_run() -> None:
+    rule, h = Momentum(), 1e-5
+    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
+    differences = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
+    expected = torch.tensor(differences, dtype=torch.float64) / (2 * h)
+    found = estimates(persistent=True)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert error.norm() < 0.1 * expected.norm()
+    short = estimates(persistent=False)  # what windows alone would say
+    assert (short.mean(0) - expected).norm() > 10 * short.std(0).norm() / len(short) ** 0.5
+
+
+def test_a_particle_is_a_run_with_its_own_weights(rule: UpdateRule) -> None:
+    task = Quadratic()
+    config = TrainConfig(objectives=("pes",), pes=PESConfig(particles=2))
+    run = PES(config, rule).open(("test",), 9, task, rule)
+    weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
+    own = weights + 0.1 * torch.randn(4, len(weights), dtype=torch.float64)
+    losses = roll_out(rule, perturbed(rule, own), task, run, 5)
+    for particle in range(4):
+        nn.utils.vector_to_parameters(own[particle], rule.parameters())
+        theta, state, expected = task.init(0), rule.init_state(task.init(0), task.shapes), []
+        for _ in range(5):
+            update, state = rule.update(task.loss_and_grad(theta, ())[1], theta, state)
+            theta = theta + update
+            expected.append(task.loss(theta, ()))
+        torch.testing.assert_close(losses[:, particle], torch.cat(expected))
+        torch.testing.assert_close(run.theta[particle], theta[0])
+        torch.testing.assert_close(rule.hidden(run.state)[particle], rule.hidden(state)[0])
+
+
+def test_the_loss_has_the_estimate_as_its_gradient_and_the_mean_loss_as_its_value() -> None:
+    rule, task = Momentum(), Quadratic()
+    objective = PES(TrainConfig(objectives=("pes",), loss_floor=FLOOR), rule)
+    runs = [objective.open(("test",), HORIZON, task, rule) for _ in range(2)]
+    objective.limit = lambda task: math.inf
+    loss, losses = objective.window(rule, task, runs[0], WINDOW)
+    loss.backward()
+    expected, _ = pes_gradient(rule, task, runs[1], WINDOW, 0.01, FLOOR)
+    torch.testing.assert_close(rule.w.grad, expected)
+    assert loss.item() == losses.mean().item() and expected.norm() > 0
