@@ -47,7 +47,7 @@ COLUMNS = {  # published lengths count weights only; shortening counts all
 
 @dataclass(frozen=True)
 class Setting:
-    """A column of the figure.
+    """A row of the figure.
 
     Attributes:
         problem: makes it.
@@ -76,8 +76,8 @@ class Setting:
     chunk_size: int = 64
 
 
-# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Nets are looked
-# at every 5 steps, as there. Published values: read off the vector figures of arXiv 1611.01540.
+# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Polynomials are
+# looked at every 5 steps, as there. Published values: read off the vector figures of arXiv 1611.01540.
 # fmt: off
 SETTINGS = {
     "cubic": Setting(
