@@ -77,7 +77,7 @@ class Setting:
 
 
 # A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Polynomials are
-# looked at every 5 steps, as there. Published values: read off the vector figures of arXiv 1611.01540.
+# looked at every 5 steps, as there. Published values: the vector figures of arXiv 1611.01540.
 # fmt: off
 SETTINGS = {
     "cubic": Setting(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from geodesic.model import ModelLoss
-from learned_opt.errors import DataError
-from learned_opt.tasks.data import load_images
+from learned_opt.tasks.data import find_data, load_images
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,7 @@ class LanguageModel(nn.Module):
 
 def read_words(split: str) -> list[str]:
     """A split of the Penn Treebank as Mikolov left it, ``<eos>`` after each sentence."""
-    path = Path(os.environ.get("LEARNED_OPT_DATA", "")) / "ptb" / f"ptb.{split}.txt"
-    if not path.is_file():
-        raise DataError(f"missing {path}; set LEARNED_OPT_DATA to the folder that holds ptb/")
-    return path.read_text().replace("\n", "<eos>").split()
+    return find_data(f"ptb/ptb.{split}.txt").read_text().replace("\n", "<eos>").split()
 
 
 def language(vocabulary: int, width: int, steps: int = 20, batch: int = 20) -> Problem:
