@@ -186,7 +186,7 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
     if problem.bound is not None:
         bound = problem.bound(sampling.slack * level)
         bounds = torch.full((len(paths),), bound, dtype=smooth.dtype)
-    else:  # under another loss: the least sublevel set of it that holds the string, or its ends
+    else:  # the least sublevel set of another loss that holds the string; without one, the chord
         losses, each = vmap(smooth, chunk_size=chunk), zip(paths, strings.connected, strict=True)
         held = [path if connected else path[[0, -1]] for path, connected in each]
         bounds = torch.stack([losses(subdivide(path, sampling.grid)).max() for path in held])
@@ -205,6 +205,8 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
     rows = []
     for i, string in enumerate(paths):
         connected, certified = bool(strings.connected[i]), bool(found.certified[i])
+        if problem.bound is None:
+            certified &= connected  # no string, no set: the chord in its own would be no find
         shorter = found.path[i]
         # A resampled string that could not be pushed back into the set: DSS's own is ours.
         fallback = connected and not (certified and found.length[i] <= length(string))
