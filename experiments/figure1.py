@@ -3,8 +3,11 @@
 Pairs of networks of different inits, each trained until F ≤ L0, are joined by Dynamic String
 Sampling as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
 inside the set that DSS allows it, F ≤ slack · L0: two lengths of the same pair at the same level.
+A classification error has no gradient: there the set is the least one of the cross-entropy that
+holds the string.
 
     python experiments/figure1.py run --setting cubic quadratic
+    LEARNED_OPT_DATA=folder python experiments/figure1.py run --setting mnist cifar ptb
     python experiments/figure1.py plot
 """
 
@@ -20,21 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from figure1_problems import Problem, images, language, polynomial
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rows import save
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.func import grad, vmap
 from tqdm import tqdm
 
 from geodesic.dss import PRESETS, StringSampling, sample_strings
-from geodesic.model import ModelLoss
 from geodesic.path import length, normalized_length, resample, subdivide
 from geodesic.plot import plot_length_against_level
 from geodesic.solve import find_geodesics
-from learned_opt.tasks.data import load_images
 
 METHODS = ("DSS", "shortened")
 COLUMNS = {  # published lengths count weights only; shortening counts all
@@ -45,28 +46,12 @@ COLUMNS = {  # published lengths count weights only; shortening counts all
 
 
 @dataclass(frozen=True)
-class Problem:
-    """F on flat parameters, and what stands in for it where it has no gradient.
-
-    Attributes:
-        module: a network from a fresh init.
-        loss: F, in units of the level.
-        smooth: what is shortened under: F in float64, or the cross-entropy where F is an error.
-        train_fn: what beads and nets descend, as for `sample_strings`; None is F.
-    """
-
-    module: Callable[[], nn.Module]
-    loss: ModelLoss
-    smooth: ModelLoss
-    train_fn: Callable[[Tensor, int], Tensor] | None = None
-
-
-@dataclass(frozen=True)
 class Setting:
-    """A column of the figure.
+    """A row of the figure.
 
     Attributes:
         problem: makes it.
+        unit: of the level.
         lengths, bands, beads: published, by level: the mean normalised length and, where read off,
             its band to either side and the mean number of beads.
         sampling: of strings; nets are trained by the same optimizer.
@@ -78,6 +63,7 @@ class Setting:
     """
 
     problem: Callable[[], Problem]
+    unit: str
     lengths: dict[float, float]
     bands: dict[float, float]
     beads: dict[float, float]
@@ -90,85 +76,13 @@ class Setting:
     chunk_size: int = 64
 
 
-def polynomial(target: Callable[[Tensor], Tensor], bias: bool) -> Problem:
-    """MAE of a 1-4-4-1 sigmoid network on 500 even points of [0, 1]; published: 10,000 random."""
-    x = (torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500
-
-    def module() -> nn.Module:
-        network = nn.Sequential(
-            *(nn.Linear(1, 4, bias), nn.Sigmoid()),
-            *(nn.Linear(4, 4, bias), nn.Sigmoid()),
-            *(nn.Linear(4, 1, bias), nn.Identity() if bias else nn.Sigmoid()),
-        )
-        for p in network.parameters():  # as in the scripts, not torch's
-            nn.init.uniform_(p, -1, 1) if p.ndim > 1 else nn.init.normal_(p)
-        return network
-
-    def loss(dtype: torch.dtype) -> ModelLoss:
-        return ModelLoss(module().to(dtype), nn.functional.l1_loss, x.to(dtype), target(x))
-
-    return Problem(module, loss(torch.float32), loss(torch.float64))
-
-
-class Pixels(nn.Module):
-    """Flat images, channels last, to means of 2 × 2 pixels, channels first."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(x.unflatten(1, self.shape).movedim(-1, 1), 2)
-
-
-def images(
-    name: str, shape: tuple[int, int, int], channels: tuple[int, int], std: float
-) -> Problem:
-    """Test error in % of 2,500 images; 500 of them give the cross-entropy to shorten under.
-
-    Two 5 × 5 convolutions, each with a ReLU and a 2 × 2 pool, then 128 hidden units and dropout.
-    """
-    data, (a, b) = load_images(name), channels
-
-    def module() -> nn.Module:
-        network = nn.Sequential(
-            Pixels(*shape),
-            *(nn.Conv2d(shape[2], a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear((shape[0] // 8) ** 2 * b, 128), nn.ReLU()),
-            *(nn.Dropout(), nn.Linear(128, 10)),
-        )
-        for p in network.parameters():  # as in the scripts
-            nn.init.constant_(p, 0.1)
-            if p.ndim > 1:
-                nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
-        return network
-
-    def error(outputs: Tensor, y: Tensor) -> Tensor:
-        return 100 * (outputs.argmax(-1) != y).float().mean()
-
-    def loss(function: Callable, count: int) -> ModelLoss:
-        return ModelLoss(module(), function, data.test_x[:count], data.test_y[:count], 500)
-
-    live = module().train()  # with dropout, which F has not
-    shapes = {key: p.shape for key, p in live.named_parameters()}
-
-    def train_fn(theta: Tensor, step: int) -> Tensor:
-        batch = torch.arange(step * 100, step * 100 + 100) % len(data.train_y)
-        parts = theta.split([shape.numel() for shape in shapes.values()])
-        values = {k: part.view(s) for part, (k, s) in zip(parts, shapes.items(), strict=True)}
-        outputs = functional_call(live, values, (data.train_x[batch],))
-        return cross_entropy(outputs, data.train_y[batch])
-
-    return Problem(module, loss(error, 2500), loss(cross_entropy, 500), train_fn)
-
-
-# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Nets are looked
-# at every 5 steps, as there. Published values: read off the vector figures of arXiv 1611.01540.
+# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Polynomials are
+# looked at every 5 steps, as there. Published values: the vector figures of arXiv 1611.01540.
 # fmt: off
 SETTINGS = {
     "cubic": Setting(
         lambda: polynomial(lambda x: 8 * x**3 - 10 * x**2 + 3 * x, bias=True),
+        unit="mean absolute error",
         lengths={
             0.01: 1.872, 0.02: 1.688, 0.03: 1.509, 0.05: 1.428, 0.08: 1.394, 0.10: 1.382,
             0.12: 1.375, 0.14: 1.422, 0.15: 1.657, 0.154: 1.989, 0.156: 2.415, 0.158: 2.538,
@@ -181,6 +95,7 @@ SETTINGS = {
     ),
     "quadratic": Setting(
         lambda: polynomial(lambda x: 0.5 * x**2 + 0.25 * x + 0.1, bias=False),
+        unit="mean absolute error",
         lengths={0.001: 1.863, 0.0025: 1.754, 0.005: 1.661, 0.01: 1.476, 0.05: 1.366, 0.125: 1.270},
         bands={},
         beads={0.001: 62.4, 0.01: 13.8, 0.125: 4.0},
@@ -188,12 +103,31 @@ SETTINGS = {
         pairs=20, steps=30_000, check_every=5,
     ),
     "mnist": Setting(  # ten times the learning rate, so a tenth of the steps, also between looks
-        lambda: images("mnist", (28, 28, 1), (8, 16), std=0.1),
+        lambda: images("mnist", (8, 16), std=0.1, dropout=0.5, batch=100),
+        unit="test error, %",
         lengths={1.5: 1.0077, 2: 1.0053, 4: 1.0033},
         bands={},
         beads={4: 4.1},
         sampling=replace(PRESETS["mnist"], learning_rate=1e-3, max_steps=5500, check_every=55),
-        pairs=5, steps=12_000, check_every=10, segments=8, iterations=15, chunk_size=8,
+        pairs=5, steps=3500, check_every=20, segments=8, iterations=8, chunk_size=8,
+    ),
+    "cifar": Setting(
+        lambda: images("cifar10_jpeg", (8, 16), std=0.05),
+        unit="test error, %",
+        lengths={50: 1.005, 60: 1.005, 70: 1.005},  # at most
+        bands={},
+        beads={},
+        sampling=replace(PRESETS["cifar"], max_steps=1000, check_every=20),
+        pairs=5, steps=1200, check_every=20, segments=8, iterations=8, chunk_size=8,
+    ),
+    "ptb": Setting(
+        lambda: language(vocabulary=2000, width=32),
+        unit="perplexity",
+        lengths={135: 1.178, 150: 1.278, 200: 1.346, 300: 1.086, 700: 1.091},
+        bands={},
+        beads={},
+        sampling=replace(PRESETS["ptb"], max_steps=1000, check_every=20),
+        pairs=5, steps=1000, check_every=5, segments=8, iterations=10, chunk_size=8,
     ),
 }
 # fmt: on
@@ -249,9 +183,10 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
         problem.loss, nets[::2], nets[1::2], level, sampling, (), problem.train_fn, chunk
     )
     paths = [path.to(smooth.dtype) for path in strings.paths]
-    if problem.train_fn is None:
-        bounds = torch.full((len(paths),), sampling.slack * level, dtype=smooth.dtype)
-    else:  # under another loss: the least sublevel set of it that holds the string, or its ends
+    if problem.bound is not None:
+        bound = problem.bound(sampling.slack * level)
+        bounds = torch.full((len(paths),), bound, dtype=smooth.dtype)
+    else:  # the least sublevel set of another loss that holds the string; without one, the chord
         losses, each = vmap(smooth, chunk_size=chunk), zip(paths, strings.connected, strict=True)
         held = [path if connected else path[[0, -1]] for path, connected in each]
         bounds = torch.stack([losses(subdivide(path, sampling.grid)).max() for path in held])
@@ -270,6 +205,8 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
     rows = []
     for i, string in enumerate(paths):
         connected, certified = bool(strings.connected[i]), bool(found.certified[i])
+        if problem.bound is None:
+            certified &= connected  # no string, no set: the chord in its own would be no find
         shorter = found.path[i]
         # A resampled string that could not be pushed back into the set: DSS's own is ours.
         fallback = connected and not (certified and found.length[i] <= length(string))
@@ -304,7 +241,7 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
 def run(name: str, setting: Setting, levels: list[float], output: Path, cache: Path) -> None:
     """Adds the levels that output/name.csv lacks, one after the other."""
     facts = asdict(setting) | {"problem": name, "published": sorted(setting.lengths)}
-    facts = {k: v for k, v in facts.items() if k not in ("lengths", "bands", "beads")}
+    facts = {k: v for k, v in facts.items() if k not in ("unit", "lengths", "bands", "beads")}
     table, rows = output / f"{name}.csv", []
     if table.exists():
         if json.loads(table.with_suffix(".json").read_text())["arguments"] != facts:
@@ -330,11 +267,14 @@ def run(name: str, setting: Setting, levels: list[float], output: Path, cache: P
 
 
 def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
-    """One quantity of one setting as an image."""
+    """One quantity of one setting as an image.
+
+    Shortened paths stand beside the strings only in the length that shortening is about.
+    """
     levels = sorted({float(row["level"]) for row in rows})
     pairs, log_x = 1 + max(int(row["pair"]) for row in rows), levels[-1] > 100 * levels[0]
     curves = {}
-    for method in METHODS if column != "beads" else METHODS[:1]:
+    for method in METHODS if column == "normalized_length" else METHODS[:1]:
         values = torch.full((pairs, len(levels)), torch.nan)
         for row in rows:
             if row["method"] == method and row["found"] == "1":
@@ -342,11 +282,15 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
         curves[method] = (torch.tensor(levels), values)
     figure = plot_length_against_level(curves, log_x)
     (axes,) = figure.axes
-    published = {"normalized_length_weights": "lengths", "beads": "beads"}.get(column)
-    if published:
-        setting = SETTINGS[name]
-        marks = {x: y for x, y in getattr(setting, published).items() if x in levels}
-        bands = [setting.bands.get(x, torch.nan) if published == "lengths" else 0 for x in marks]
+    setting = SETTINGS[name]
+    published = {
+        "normalized_length_weights": (setting.lengths, setting.bands),
+        "beads": (setting.beads, {}),
+    }
+    marks, bands = published.get(column, ({}, {}))
+    marks = {x: y for x, y in marks.items() if x in levels}
+    if marks:
+        bands = [bands.get(x, torch.nan) for x in marks]
         label = {"fmt": "kx", "ms": 5, "capsize": 2, "lw": 1, "label": "DSS, published"}
         axes.errorbar(list(marks), list(marks.values()), bands, **label)
     if column == "beads":
@@ -354,9 +298,11 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(title=f"{name}, {pairs} pairs a level", ylabel=COLUMNS[column])
+    axes.set_title(f"{name}, {pairs} pairs a level")
+    axes.set_xlabel(f"level $\\lambda$: {setting.unit}")
+    axes.set_ylabel(COLUMNS[column], fontsize=9)
     axes.legend(frameon=False, fontsize=8)
-    figure.set(figwidth=4.7, figheight=3.3, dpi=130)
+    figure.set(figwidth=4.2, figheight=3.1, dpi=130)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
