@@ -12,7 +12,7 @@ demo: .venv/.installed
 	$(BIN)/learned-opt benchmark --config configs/benchmark/demo.yaml --output runs/demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .
