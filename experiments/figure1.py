@@ -8,7 +8,7 @@ holds the string.
 
     python experiments/figure1.py run --setting cubic quadratic
     LEARNED_OPT_DATA=folder python experiments/figure1.py run --setting mnist cifar ptb
-    python experiments/figure1.py plot
+    python experiments/figure1.py plot    # docs/figure1.png; the README has that of --setting cubic
 """
 
 from __future__ import annotations
@@ -308,9 +308,9 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())
 
 
-def plot(results: Path, picture: Path) -> None:
-    """A row of panels for each setting that was run."""
-    tables = {name: results / f"{name}.csv" for name in SETTINGS}
+def plot(results: Path, picture: Path, settings: list[str]) -> None:
+    """A row of panels for each of the settings that was run."""
+    tables = {name: results / f"{name}.csv" for name in settings}
     tables = {name: read(table) for name, table in tables.items() if table.exists()}
     strips = [[panel(name, rows, column) for column in COLUMNS] for name, rows in tables.items()]
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.command == "plot":
-        return plot(args.results, args.picture)
+        return plot(args.results, args.picture, args.setting)
     for name in args.setting:
         chosen = {"pairs": args.pairs, "steps": args.steps}
         setting = replace(SETTINGS[name], **{k: v for k, v in chosen.items() if v})
