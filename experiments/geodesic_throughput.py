@@ -11,6 +11,7 @@ Seconds are the thread's own, so that they do not depend on what else the machin
 from __future__ import annotations
 
 import csv
+import json
 import math
 import multiprocessing
 import resource
@@ -597,6 +598,27 @@ def scaling(output: Path) -> str:
     lines = [{"cost against": key} | {k: f"{v[0]:.2f}, {v[1]:.2f}" for k, v in fit.items()}
              for key, fit in exponents.items()]  # fmt: skip
     return markdown(rows) + "\n\n" + markdown(lines)
+
+
+def scaling_table(folder: Path) -> str:
+    """Markdown from geodesics_scaling: ends of each series, and the exponent of its seconds."""
+    with (folder / "geodesics_scaling.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    facts = json.loads((folder / "geodesics_scaling.json").read_text())
+    lines = []
+    for name, fit in facts["exponents_all_and_last_three"].items():
+        series = [row for row in rows if f"{row['quantity']}, {row['problem']}" == name]
+        line = {"cost against": series[0]["quantity"], "problem": series[0]["problem"]}
+        for column, text in {
+            "value": "from, to",
+            "gradient_evaluations": "gradients a pair",
+            "loss_evaluations": "losses a pair",
+            "seconds": "seconds",
+        }.items():
+            line[text] = ", ".join(f"{float(series[i][column]):.3g}" for i in (0, -1))
+        exponents = ", ".join(f"{value:.2f}" for value in fit["seconds"])
+        lines.append(line | {"exponent of seconds: all, last three": exponents})
+    return markdown(lines)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
+from geodesic_throughput import scaling_table
 from geodesic_throughput import table as comparison_table
 from predictability import width_table
 
@@ -242,6 +243,7 @@ def main() -> None:
         "memory": memory(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
+        "scaling": scaling_table(RESULTS),
         "width": width_table(),
         "sizes": losses(cells, SIZES),
     }
