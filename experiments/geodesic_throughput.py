@@ -1,11 +1,7 @@
-"""What the geodesic solver finds and costs, beside other ways to find a path. See throughput.py.
+"""What the geodesic solver costs. See throughput.py.
 
-`comparison`: known problems and networks, against ASE's nudged elastic band, a penalty method,
-projected curve shortening and Dynamic String Sampling. `pairs`: a thousand pairs of SGD iterates.
-`scaling`: cost against segments, pairs and parameters. `profile`: where the time goes.
-
-Work is gradients + losses / 3: a gradient is a forward pass and a backward pass of twice the cost.
-Seconds are the thread's own, so that they do not depend on what else the machine does.
+`pairs`: a thousand pairs of SGD iterates. `scaling`: cost against segments, pairs and parameters.
+`profile`: where the time goes. Seconds are the thread's own, as in geodesic_comparison.py.
 """
 
 from __future__ import annotations
@@ -15,436 +11,37 @@ import json
 import math
 import multiprocessing
 import resource
-import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from rows import save
+from geodesic_comparison import SEGMENTS, bump, comparison, ends, warm_up
+from rows import markdown, save
 from torch import Tensor
 
 from geodesic import (
     Geodesic,
-    LevelProfile,
-    find_geodesic,
     find_geodesics,
-    length,
-    resample,
     sgd_profile,
 )
 from geodesic import shortening as shortening_module
 from geodesic import solve as solve_module
-from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import SublevelSet
-from geodesic.path import chord, fractions, subdivide
-from geodesic.solve import BULGES, CERTIFICATE_SAMPLES, CHORD_SAMPLES, _bulge
 from geodesic.targets import Pairs, Problem, consecutive_pairs, run_teacher
-from learned_opt.config import FamilyConfig, GeodesicsConfig
-from learned_opt.geodesics import make_problem
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask, TaskConfig
 
-SEGMENTS = 32
 # Level, pairs and digits in F (None: all 1437): what minutes allow on one core.
 PAIRS = (("constant", 1000, None), ("sgd_profile", 30, None), ("sgd_profile", 200, 128))
 # Digits times points at once: activations of twice as many do not stay in the cache, and F takes
 # 1.5 times as long.
 AT_ONCE = 50_000
-# Multiples of our work at which a baseline's path is judged, and the most work for a baseline and
-# setting: together minutes. ASE goes image by image, and what more NEB does is no shorter.
-LADDER = (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
-MOST_WORK = {"small": 5e4, "large": 1e4, "NEB": 1.5e3}  # small: up to 100 parameters
-# Swept, the best at each budget reported. Margins and weights are in units of the chord's excess
-# over the level, rates of |θ_b - θ_a| / √d. A weight needs a margin of about what it lets through.
-MARGINS = (0.0, 1e-3, 3e-3, 1e-2)
-WEIGHTS = ((0.3, 0.03), (1, 0.01), (10, 0.003), (1, 0.0))  # and their margins
-PENALTIES = tuple((*weight, rate) for weight, rate in product(WEIGHTS, (0.01, 0.03)))
-
-
-@dataclass(frozen=True)
-class Case:
-    family: str
-    name: str
-    loss_fn: Callable[[Tensor], Tensor]
-    theta_a: Tensor
-    theta_b: Tensor
-    level: float | LevelProfile
-    exact: float | None = None  # length, where known in closed form
-    trajectory: Tensor | None = None  # a first path for all methods
-
-    @property
-    def start(self) -> Tensor:
-        """Where all methods start: the trajectory, or the bulging chord that ours tries first."""
-        if self.trajectory is not None:
-            return resample(self.trajectory, SEGMENTS)
-        return _bulge(self.theta_a[None], self.theta_b[None], SEGMENTS, BULGES[0], 0)[0]
-
-    def sublevel(self, rows: int) -> SublevelSet:
-        sublevel = SublevelSet(self.loss_fn, (), rows, 1024)
-        constant = not callable(self.level)
-        sublevel.set_level(self.theta_a.new_full((rows,), self.level) if constant else self.level)
-        return sublevel
-
-    def chord_excess(self) -> float:
-        straight = chord(self.theta_a, self.theta_b, 1)[None]
-        return float(self.sublevel(1).certify(straight, CHORD_SAMPLES, torch.arange(1)).peak)
-
-
-def bump(x: Tensor) -> Tensor:
-    return torch.exp(-x.square().sum() / 2)
-
-
-def shell(x: Tensor) -> Tensor:
-    return (x.square().sum() - 1) ** 2
-
-
-def linear_net(x: Tensor) -> Tensor:
-    u, v = x.chunk(2)
-    return 0.5 * (u @ v - 1) ** 2
-
-
-def muller_brown(x: Tensor) -> Tensor:
-    """Müller & Brown, Theor. Chim. Acta 53 (1979), 75-93."""
-    height, xx, xy, yy, x0, y0 = x.new_tensor(
-        [[-200, -100, -170, 15], [-1, -1, -6.5, 0.7], [0, 0, 11, 0.6],
-         [-10, -10, -6.5, 0.7], [1, 0, -0.5, -1], [0, 0.5, 1.5, 1]]
-    )  # fmt: skip
-    dx, dy = x[0] - x0, x[1] - y0
-    return (height * torch.exp(xx * dx**2 + xy * dx * dy + yy * dy**2)).sum()
-
-
-def ends(radius: float, angle: float, d: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(d)
-    draw = torch.randn(d, 2, generator=generator, dtype=torch.float64)
-    x, y = torch.linalg.qr(draw)[0].T
-    return radius * x, radius * (math.cos(angle) * x + math.sin(angle) * y)
-
-
-def around(radius: float, inner: float, angle: float) -> float:
-    """The shortest way around a ball between points of one radius: two tangents and an arc."""
-    arc = angle - 2 * math.acos(inner / radius)
-    return 2 * math.sqrt(radius**2 - inner**2) + inner * arc
-
-
-def closed_form_cases() -> Iterator[Case]:
-    for d, angle in product((2, 10, 1000), (2.6, 3.1)):
-        name, exact = f"d = {d}, φ = {angle}", around(1.5, 1, angle)
-        yield Case("ball", name, bump, *ends(1.5, angle, d), math.exp(-0.5), exact)
-    for share in (0.02, 0.2, 0.6, 0.95):
-        level = share * math.sin(1.4) ** 4
-        exact = around(1, math.sqrt(1 - math.sqrt(level)), 2.8)
-        yield Case("shell", f"λ = {share} of the chord's", shell, *ends(1, 2.8, 10), level, exact)
-    # u = v on the path, which goes around a ball. Exactly opposite ends would leave DSS and NEB on
-    # a ridge by symmetry; 3.1 takes no luck.
-    for width, level in product((2, 10), (0.01, 0.1, 0.4)):
-        a, b = (torch.cat((end, end)) for end in ends(1, 3.1, width))
-        exact = around(math.sqrt(2), math.sqrt(2 * (1 - math.sqrt(2 * level))), 3.1)
-        yield Case("linear net", f"p = {width}, λ = {level}", linear_net, a, b, level, exact)
-
-
-def muller_brown_cases() -> Iterator[Case]:
-    """From the deepest minimum to the two others; only at -41, below the saddle, is no way."""
-    deepest, other, middle = torch.tensor(
-        [[-0.558224, 1.441726], [0.623499, 0.028038], [-0.050011, 0.466694]], dtype=torch.float64
-    )
-    for end, name in ((middle, "1 saddle"), (other, "2 saddles")):
-        for level in (-41.0, -40.6, -40.0, -35.0, -20.0):
-            family = "Müller-Brown" if level > -40.66 else "disconnected"
-            yield Case(family, f"{name}, λ = {level}", muller_brown, deepest, end, level)
-
-
-def digits_cases(count: int) -> Iterator[Case]:
-    """From each draw of small networks the first pair of a run whose chord sgd_profile refuses."""
-    family = FamilyConfig(hidden_layers=(1, 2), width=(8, 32), projection_probability=0)
-    config = GeodesicsConfig(family=family, evaluation_size=128)
-    for index in range(count):
-        problem = make_problem(config, index)
-        pairs = consecutive_pairs(run_teacher(problem, 320, 10), 320)
-        for run, points, losses in zip(pairs.run, pairs.points, pairs.losses, strict=True):
-            batch = tuple(arg[run] for arg in problem.loss_args)
-            loss_fn = partial(lambda theta, batch, f: f(theta, *batch), batch=batch,
-                              f=problem.loss_fn)  # fmt: skip
-            profile, name = sgd_profile(loss_fn, points), f"{problem.facts['task']}, draw {index}"
-            case = Case("digits", name, loss_fn, points[0], points[-1], profile, None, points)
-            if case.chord_excess() > 1e-3 * float(losses[0]):
-                yield case
-                break
-
-
-class Trace:
-    """A baseline on a case, several settings side by side: evaluations, and its paths judged.
-
-    Judging is free of charge, and the best path so far is what counts: nothing is held against a
-    baseline that it could have known.
-    """
-
-    def __init__(self, case: Case, settings: list[str], work: float, limit: float):
-        self.settings, self.rows = settings, torch.arange(len(settings))
-        self.sublevel, self._judge = case.sublevel(len(settings)), case.sublevel(len(settings))
-        self._work, self._ladder = work, [b for b in LADDER if b < limit] + [limit]
-        self._seconds, self._clock = 0.0, time.process_time()
-        self.seen: list[dict] = []
-
-    def visit(self, path: Tensor, converged: bool = False) -> bool:
-        """Judges the paths (settings, K + 1, d) when due. False when the budget is spent."""
-        counts = int(self.sublevel.gradient_evaluations[0]), int(self.sublevel.loss_evaluations[0])
-        spent, budget = (counts[0] + counts[1] / 3) / self._work, None
-        while self._ladder and (spent >= self._ladder[0] or (converged and budget is None)):
-            budget = self._ladder.pop(0)
-        if budget is not None:
-            self._seconds += time.process_time() - self._clock
-            self.judge(path, budget, *counts, self._seconds / len(self.settings))
-            self._clock = time.process_time()
-        return bool(self._ladder)
-
-    def judge(self, path: Tensor, budget: float, gradients: int, losses: int, seconds: float):
-        found = self._judge.certify(path, CERTIFICATE_SAMPLES, self.rows)
-        self.seen += [
-            {
-                "budget": budget,
-                "settings": setting,
-                "certified": int(found.feasible[i]),
-                "excess": float(found.peak[i].amax()),
-                "max_loss": float(found.max_loss[i]),
-                "length": float(length(path[i])),
-                "gradient_evaluations": gradients,
-                "loss_evaluations": losses,
-                "seconds": seconds,
-            }
-            for i, setting in enumerate(self.settings)
-        ]
-
-
-def ours(case: Case) -> dict:
-    ends = case.theta_a, case.theta_b
-    return _once(case, partial(find_geodesic, case.loss_fn, *ends, case.level, SEGMENTS,
-                               case.trajectory))  # fmt: skip
-
-
-def dss(case: Case) -> dict:
-    """Strict settings; it ends by itself, whatever the budget."""
-    ends, settings = (case.theta_a[None], case.theta_b[None]), StringSampling(max_steps=3000)
-    return _once(case, partial(sample_strings, case.loss_fn, *ends, case.level, settings))
-
-
-def _once(case: Case, solve: Callable) -> dict:
-    start, trace = time.process_time(), Trace(case, [""], 1, 1)
-    found = solve()
-    path = found.paths[0] if hasattr(found, "paths") else found.path
-    counts = int(found.gradient_evaluations), int(found.loss_evaluations)
-    trace.judge(path[None], 1, *counts, time.process_time() - start)
-    return trace.seen[0]
-
-
-def curve_shortening(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """Beads go to the middle of their neighbours, then by one Newton step into the set."""
-    trace = Trace(case, [f"margin {m:g}" for m in MARGINS], work, limit)
-    margins = scale * torch.tensor(MARGINS).to(case.theta_a)[:, None]
-    path = case.start.repeat(len(MARGINS), 1, 1)
-    reach = torch.linalg.vector_norm(case.theta_b - case.theta_a) / 4
-    while trace.visit(path):
-        path[:, 1:-1] = (path[:, :-2] + path[:, 2:]) / 2
-        losses, gradients = trace.sublevel.gradients(path[:, 1:-1], trace.rows)
-        excess = losses - trace.sublevel.level(fractions(path)[:, 1:-1], trace.rows) + margins
-        norms = torch.linalg.vector_norm(gradients, dim=-1).clamp_min(1e-12)
-        steps = torch.minimum(excess.clamp_min(0) / norms, reach) / norms
-        path[:, 1:-1] -= steps[..., None] * gradients
-        path = resample(path, SEGMENTS)
-    return trace.seen
-
-
-def penalty(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """Adam on √(K Σ|Δ|²) + weight · Σ relu(F - λ + margin)² at beads and middles of segments.
-
-    The first term is the length, which evenly spaced beads minimise. The rate falls along a cosine
-    to 0 at the end, so there is a run for each budget.
-    """
-    settings = [f"weight {w:g} margin {m:g} rate {r:g}" for w, m, r in PENALTIES]
-    weights, margins, rates = torch.tensor(PENALTIES).to(case.theta_a).T[..., None]
-    distance = torch.linalg.vector_norm(case.theta_b - case.theta_a)
-    weights, margins = weights * distance / scale**2, margins * scale
-    rates = (rates * distance / case.start.shape[1] ** 0.5)[..., None]
-    start, seen = case.start.expand(len(settings), -1, -1), []
-    for budget in [b for b in (1, 3, 10) if b < limit / 2] + [limit]:
-        trace = Trace(case, settings, work, budget)
-        # Adam does not see scales: a parameter times a rate moves by that rate.
-        moved = torch.zeros_like(start[:, 1:-1], requires_grad=True)
-        optimizer = torch.optim.Adam([moved], lr=1.0)
-        steps = math.ceil(budget * work / (2 * SEGMENTS - 1))
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-        def whole(moved=moved) -> Tensor:
-            return start + torch.nn.functional.pad(rates * moved, (0, 0, 1, 1))
-
-        while trace.visit(whole().detach()):
-            path = whole()
-            points = subdivide(path, 2)[:, 1:-1]
-            losses, gradients = trace.sublevel.gradients(points.detach(), trace.rows)
-            s = fractions(subdivide(path.detach(), 2))[:, 1:-1]
-            excess = losses - trace.sublevel.level(s, trace.rows) + margins
-            push = 2 * (weights * excess.clamp_min(0))[..., None] * gradients
-            lengths = (SEGMENTS * path.diff(dim=1).square().sum((1, 2))).sqrt()
-            optimizer.zero_grad()
-            (lengths.sum() + (push * points).sum()).backward()
-            optimizer.step()
-            cosine.step()
-        seen += trace.seen
-    return seen
-
-
-def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """ASE's NEB, improved tangents, its default spring and FIRE."""
-    try:
-        from ase import Atoms
-        from ase.calculators.calculator import Calculator
-        from ase.mep import NEB
-        from ase.optimize import FIRE
-    except ImportError as error:
-        raise ImportError("the nudged elastic band is ASE's; pip install ase") from error
-    trace, d = Trace(case, [""], work, limit), len(case.theta_a)
-    atoms, dtype = -(-d // 3), case.theta_a.dtype
-
-    def theta_of(image: Atoms) -> Tensor:
-        return torch.from_numpy(image.positions.ravel()[:d].copy()).to(dtype)
-
-    class Potential(Calculator):
-        implemented_properties = ("energy", "forces")
-        known = None  # θ, F and gradient, of all inner images at once where one has moved
-
-        def calculate(self, atoms=None, properties=("forces",), system_changes=()):
-            super().calculate(atoms, properties, system_changes)
-            theta = theta_of(atoms)
-            if self.known is None or not torch.equal(self.known[0], theta):
-                inner = [i.calc for i in images[1:-1]]
-                group = inner if self in inner else [self]
-                points = torch.stack([theta_of(c.image) for c in group])
-                losses, gradients = trace.sublevel.gradients(points[None], trace.rows)
-                for calculator, *known in zip(group, points, losses[0], gradients[0], strict=True):
-                    calculator.known = known
-            forces = np.zeros(atoms.positions.size)  # none on what pads d to atoms
-            forces[:d] = -self.known[2].double().numpy()
-            self.results = {"energy": float(self.known[1]), "forces": forces.reshape(-1, 3)}
-
-    images = []
-    for theta in case.start:
-        positions = np.zeros(3 * atoms)
-        positions[:d] = theta.double().numpy()
-        images.append(Atoms(["H"] * atoms, positions.reshape(-1, 3), calculator=Potential()))
-        images[-1].calc.image = images[-1]
-    optimizer = FIRE(NEB(images, method="improvedtangent"), logfile=None)
-    for _ in optimizer.irun(fmax=1e-6, steps=10**9):
-        path = torch.stack([theta_of(image) for image in images])[None]
-        if not trace.visit(path):
-            break
-    else:
-        trace.visit(path, converged=True)
-    return trace.seen
-
-
-def compare(case: Case) -> list[dict]:
-    """A row for ours and DSS, and for the other baselines at 1, 10 and most times our work."""
-    own, scale = ours(case), case.chord_excess()
-    work = own["gradient_evaluations"] + own["loss_evaluations"] / 3
-    seen = {"ours": [own], "DSS": [dss(case)]}
-    for name, method in BASELINES.items():
-        size = "small" if len(case.theta_a) <= 100 else "large"
-        most = MOST_WORK[name if name in MOST_WORK else size] / work
-        seen[name] = method(case, work, scale, min(100, max(1, most)))
-    certified = [e["length"] for entries in seen.values() for e in entries if e["certified"]]
-    # Without a closed form: the shortest certified path that any method found.
-    reference = case.exact or min(certified, default=math.nan)
-    error = 1.02 * abs(own["length"] / reference - 1) if own["certified"] else -1
-    rows = []
-    for method, entries in seen.items():
-        for entry in entries:
-            entry["length_error"] = entry["length"] / reference - 1
-        # The least gradients with which it is certified and as close to the reference length as
-        # ours; and with which it is within .2 % of it and sticks out by 1 % of what the chord does.
-        strict, lenient = (
-            min((e["gradient_evaluations"] for e in entries if abs(e["length_error"]) <= most and
-                 (e["certified"] or e["excess"] <= allowed)), default="")
-            for most, allowed in ((error, -math.inf), (max(error, 2e-3), 0.01 * scale))
-        )  # fmt: skip
-        last = max(entry["budget"] for entry in entries)
-        for budget in sorted({1, min(10, last), last}):
-            best = min(
-                (entry for entry in entries if entry["budget"] <= budget),
-                key=lambda e: (-e["certified"], e["length"] if e["certified"] else e["excess"]),
-            )
-            rows.append(
-                {"family": case.family, "case": case.name, "parameters": len(case.theta_a),
-                 "method": method, "exact": case.exact or "", "chord_excess": scale}
-                | best
-                | {"budget": budget, "gradients_same": strict, "gradients_lenient": lenient}
-            )  # fmt: skip
-    return rows
-
-
-BASELINES = {"NEB": elastic_band, "curve shortening": curve_shortening, "penalty": penalty}
-SWEPT = ("curve shortening", "penalty")
-
-
-def comparison(output: Path) -> str:
-    warm_up()
-    cases = [*closed_form_cases(), *muller_brown_cases(), *digits_cases(6)]
-    rows = []
-    for case in cases:
-        rows += compare(case)
-        print(case.family, case.name, f"{time.process_time():.0f}", flush=True)
-        save(output, "geodesics_comparison", rows, settings={
-            "segments": SEGMENTS, "margins": MARGINS, "penalties": PENALTIES})  # fmt: skip
-    return table(output / "geodesics_comparison.csv")
-
-
-def warm_up() -> None:
-    find_geodesic(bump, *ends(1.5, 2.6, 2), math.exp(-0.5))
-
-
-def table(path: Path) -> str:
-    """Markdown from geodesics_comparison.csv: certified cases, and their median length error."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    cells = defaultdict(lambda: defaultdict(dict))  # family, then column, then case: its row
-    for row in rows:
-        columns, method = cells[row["family"]], row["method"]
-        columns[f"{method}, most work" if method in SWEPT else method][row["case"]] = row
-        if method in SWEPT and row["budget"] == "1":  # the first of rising budgets; the last stays
-            columns[f"{method}, same work"][row["case"]] = row
-
-    def cell(group: list[dict]) -> str:
-        errors = [float(row["length_error"]) for row in group if row["certified"] == "1"]
-        error = 100 * statistics.median(errors) if errors else 0
-        text = f", {error:+.2g} %" if abs(error) < 100 else f", {error:+.0f} %"
-        return f"{len(errors)} of {len(group)}{text if errors else ''}"
-
-    lines = []
-    for family, columns in cells.items():
-        ours = columns["ours"]
-        counts = (
-            f"{statistics.median(int(row[f'{kind}_evaluations']) for row in ours.values()):.0f}"
-            for kind in ("gradient", "loss")
-        )
-        line = {"problem": family, "our gradients, losses": ", ".join(counts)}
-        lines.append(line | {name: cell(list(group.values())) for name, group in columns.items()})
-        for method in SWEPT:
-            last = columns[f"{method}, most work"]
-            ratios = [
-                int(row["gradients_lenient"]) / int(ours[case]["gradient_evaluations"])
-                for case, row in last.items()
-                if row["gradients_lenient"] and ours[case]["gradients_lenient"]
-            ]
-            times = f", {statistics.median(ratios):.1f} ×" if ratios else ""
-            lines[-1][f"{method}, gradients to .2 %"] = f"{len(ratios)} of {len(last)}{times}"
-    return markdown(lines)
 
 
 def digits_runs(hidden: int, runs: int, size: int | None) -> Problem:
@@ -519,12 +116,6 @@ def pairs(output: Path) -> str:
             print(rows[-1], flush=True)
             save(output, "geodesics_pairs", rows, available=available)
     return markdown(rows)
-
-
-def markdown(rows: list[dict]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ball_batch(count: int, d: int, dtype: torch.dtype = torch.float64) -> tuple:

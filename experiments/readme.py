@@ -17,8 +17,8 @@ import numpy as np
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
+from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
-from geodesic_throughput import table as comparison_table
 from predictability import width_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Raw results: rows as CSV, and beside them how they were made."""
+"""Raw results: rows as CSV, and beside them how they were made; as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.csv", text.getvalue().encode())
     write_atomic(folder / f"{name}.json", json.dumps(provenance() | facts, indent=2).encode())
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of rows with the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

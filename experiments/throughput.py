@@ -12,7 +12,8 @@ step_overhead.py.
 
     python experiments/throughput.py --what comparison pairs scaling profile
 
-writes geodesics_*.csv and .json, see geodesic_throughput.py; comparison needs `pip install ase`.
+writes geodesics_*.csv and .json, see geodesic_comparison.py and geodesic_throughput.py; comparison
+needs `pip install ase`.
 """
 
 from __future__ import annotations
