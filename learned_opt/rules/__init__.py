@@ -3,12 +3,14 @@
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM
 from learned_opt.rules.geodesic_rnn import GeodesicRNN
+from learned_opt.rules.scheduled import Scheduled
 
 __all__ = [
     "CoordinatewiseLSTM",
     "GeodesicRNN",
     "Layout",
     "Observation",
+    "Scheduled",
     "State",
     "UpdateRule",
     "make_rule",

@@ -11,6 +11,11 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
+    "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
+    "scheduled lstm": (
+        "scheduled",
+        {"base": "coordinatewise_lstm", "base_config": {"hidden": 4, "output_scale": 0.1}},
+    ),
 }
 
 

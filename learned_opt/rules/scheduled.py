@@ -1,0 +1,187 @@
+"""A learned step-size scheduler that any rule can wear."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+from learned_opt.rules.base import (
+    CHUNK,
+    Layout,
+    Observation,
+    State,
+    UpdateRule,
+    make_rule,
+    register,
+)
+from learned_opt.rules.cell import LSTMCell, per_task
+
+BETAS = (0.5, 0.9, 0.99)  # averages of the progress: of a few, of tens and of hundreds of steps
+EPS = 1e-12
+LONGEST = 10_000.0  # the clock stops here
+LEAST, MOST = math.log(1e-4), math.log(10.0)  # of the log of the factor
+INPUTS = 2 * len(BETAS) + 6
+
+
+@register
+class Scheduled(UpdateRule):
+    """u = e^s · u_base: an LSTM for each tensor scales the steps of another rule.
+
+    What it sees is how far the loss still falls along the steps that are made: where the last move
+    was m = θ_t − θ_{t−1}, the slope ⟨∇F(θ_t), m⟩ is negative as long as steps are too short, 0 at
+    the minimum along m and positive beyond. Without noise, and for a convex F, it bounds the
+    change of the loss from above; with noise, its sign is that of the progress, as the minibatch
+    is not the one that m was made from. Inputs, of each tensor: the cosine of ∇F and m; the mean of
+    past cosines, and their mean over their RMS, at β = .5, .9, .99; RMS(m) / RMS(θ); the gradient's
+    decline from its peak; the tensor's coordinates; the time. All are free of the loss's scale.
+    The output layer starts at zero, where the rule is its base. The form follows the scheduler of
+    Celo (Moudgil et al. 2025, arXiv 2501.12670), which sees the loss instead: torch's optimizers
+    need not be told it.
+
+    Args:
+        base: name of the rule whose steps are scaled.
+        base_config: its constructor arguments.
+        hidden: LSTM units.
+
+    State: 4 bytes per parameter more than the base's; if that has a recurrent state for each
+    coordinate, then also 8 for each hidden unit.
+    """
+
+    name = "scheduled"
+
+    def __init__(
+        self,
+        base: str = "geodesic_rnn",
+        base_config: dict[str, Any] | None = None,
+        hidden: int = 16,
+    ) -> None:
+        super().__init__()
+        if base == self.name or hidden < 1:
+            raise ConfigError(
+                f"base is {base!r} and hidden {hidden}; use another rule than 'scheduled', and at "
+                "least 1"
+            )
+        self.base = make_rule(base, **(base_config or {}))
+        self.hidden_per, self.gains_per_tensor = self.base.hidden_per, self.base.gains_per_tensor
+        self._config = {"base": base, "base_config": self.base.config, "hidden": hidden}
+        self.cell = LSTMCell(INPUTS, hidden)
+        self.head = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> dict:
+        return self._config
+
+    def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
+        state, lead, tensors = self.base.init_state(params, shapes), params.shape[:-1], len(shapes)
+        own = {
+            "previous": params.detach().unsqueeze(-2).clone(),
+            "progress": params.new_zeros(*lead, 2 * len(BETAS), tensors),
+            "peak": params.new_zeros(*lead, 1, tensors),
+        }
+        kinds = {kind: dict(getattr(state, kind)) for kind in ("coordinate", "tensor")}
+        kinds["coordinate"]["previous"] = own.pop("previous")
+        kinds["tensor"] |= own
+        hidden = kinds[self.hidden_per]["hidden"]
+        units = hidden.new_zeros(*lead, 2 * self.cell.hidden, hidden.shape[-1])
+        kinds[self.hidden_per]["hidden"] = torch.cat([hidden, units], -2)
+        return replace(state, **kinds)
+
+    def observe(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Observation, State]:
+        inputs, kept = self._progress(grads, params, state)
+        seen, new = self.base.observe(grads, params, state, in_place)
+        tensor = torch.cat([seen.tensor, inputs], -2)
+        previous = (
+            state.coordinate["previous"] if in_place else torch.empty_like(params)[..., None, :]
+        )
+        coordinate = new.coordinate | {"previous": previous.copy_(params.unsqueeze(-2))}
+        return replace(seen, tensor=tensor), replace(
+            new, coordinate=coordinate, tensor=new.tensor | kept
+        )
+
+    def _progress(
+        self, grads: Tensor, params: Tensor, state: State
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the network sees, (*tasks, INPUTS, tensors), and what is kept of it."""
+        layout, previous = state.layout, state.coordinate["previous"].squeeze(-2)
+        sums = grads.new_zeros(*grads.shape[:-1], len(layout.sizes), 4)  # g·m, g², m², θ²
+        for i, n, a, b in layout.runs:
+            g, theta, before = (
+                x[..., a:b].unflatten(-1, (n, -1)) for x in (grads, params, previous)
+            )
+            m = theta - before
+            pairs = ((g, m), (g, g), (m, m), (theta, theta))
+            sums[..., i : i + n, :] += torch.stack([torch.linalg.vecdot(*p) for p in pairs], -1)
+        slope, *squares = layout.reduce(sums).unbind(-1)
+        g, m, theta = (x.sqrt() for x in squares)
+        cosine = slope / (g * m).clamp(min=EPS)
+        peak = torch.maximum(state.tensor["peak"].squeeze(-2), g)
+        # No move comes before the first step: averages start at the second.
+        made = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device).clamp(min=1)
+        weights = torch.stack([(1 - b) / (1 - b**made) for b in BETAS]).to(grads.dtype)
+        weights = weights.reshape(len(BETAS), -1).repeat(2, 1)  # (2 · betas, tensors or 1)
+        now = torch.stack([cosine] * len(BETAS) + [cosine.square()] * len(BETAS), -2)
+        progress = state.tensor["progress"].lerp(now, weights.expand_as(now))
+        mean, square = progress.chunk(2, -2)
+        rms = square.clamp(min=EPS).sqrt()
+        counts = layout.numbers((float(math.prod(s)) for s in layout.shapes), grads)
+        clock = (made + 1).clamp(max=LONGEST).log().to(grads.dtype).expand_as(g)
+        inputs = [
+            *(mean / rms).unbind(-2),
+            *(mean * counts.sqrt()).asinh().div(3).unbind(-2),
+            rms[..., 1, :].log().clamp(min=-10) / 3 + 1,
+            (m / theta.clamp(min=EPS)).clamp(min=1e-7, max=10).log() / 4 + 1,
+            (g / peak.clamp(min=EPS)).clamp(min=1e-9).log() / 4,
+            counts.log().expand_as(g) / 4 - 1,
+            clock / 5 - 1,
+            (clock / 2 - 1).tanh(),
+        ]
+        return torch.stack(inputs, -2), {"progress": progress, "peak": peak.unsqueeze(-2)}
+
+    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        theirs, own = self._split(hidden)
+        seen = replace(observation, tensor=observation.tensor[..., :-INPUTS, :])
+        update, theirs = self.base.respond(seen, theirs)
+        inputs = observation.tensor[..., -INPUTS:, :]
+        index = observation.layout
+        if self.hidden_per == "tensor":
+            factor, own = self._factor(inputs, own)
+            tensor_of = index.tensor_of.to(update.device) if isinstance(index, Layout) else index
+            factor = factor[..., tensor_of]
+        else:
+            if isinstance(index, Layout):
+                index = index.tensor_of.to(inputs.device)
+            width = max(update.shape[-1], 1) if torch.is_grad_enabled() else CHUNK
+            parts = [
+                self._factor(inputs[..., i], h)
+                for i, h in zip(index.split(width), own.split(width, -1), strict=True)
+            ]
+            factor, own = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+        return update * factor.squeeze(-2), torch.cat([theirs, own], -2)
+
+    def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        theirs, own = self._split(hidden)
+        gains, theirs = self.base.gains(tensor[..., :-INPUTS, :], theirs)
+        factor, own = self._factor(tensor[..., -INPUTS:, :], own)
+        return gains * factor, torch.cat([theirs, own], -2)
+
+    def features(self, observation: Observation) -> Tensor:
+        return self.base.features(observation)
+
+    def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        own = 2 * self.cell.hidden
+        return hidden[..., :-own, :], hidden[..., -own:, :]
+
+    def _factor(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """e^s, (*, 1, units), and the next recurrent state."""
+        h, hidden = self.cell(inputs, hidden)
+        s = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
+        return s.clamp(LEAST, MOST).exp(), hidden
