@@ -144,6 +144,9 @@ class TrainConfig:
         rule_config: its constructor's arguments.
         geodesics: the data set of target paths, made first where it is missing.
         dataset: a folder of target paths to use; by default `geodesics` in the output folder.
+        start_from: weights to begin with: "shipped", or the path of a weights file, of this rule or
+            of the base that it wears; null: freshly initialised.
+        frozen: beginnings of the names of meta-parameters that stay as they are, such as ["base."].
         objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"
             of a torch optimizer; and the loss of the rule's own runs, "meta_loss" by replay,
             "backprop" through the unroll, "pes" by evolution strategies.
@@ -182,6 +185,8 @@ class TrainConfig:
 
     rule: str = "geodesic_rnn"
     rule_config: dict[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    frozen: tuple[str, ...] = ()
     geodesics: GeodesicsConfig = field(default_factory=GeodesicsConfig)
     dataset: str | None = None
     objectives: tuple[str, ...] = ("imitation", "meta_loss", "meta_loss")

@@ -15,6 +15,7 @@ from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.training.data import UpdatesModule
 from learned_opt.training.module import MetaTraining
+from learned_opt.training.start import origin
 from learned_opt.weights import save_rule
 
 
@@ -37,6 +38,7 @@ def recipe(config: TrainConfig) -> dict:
     """What made the weights: the config, but for where files lie on this machine."""
     facts = asdict(config)
     del facts["dataset"], facts["geodesics"]["data_root"]
+    facts["start_from"] = origin(config.start_from)
     return facts
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
-from learned_opt.rules import make_rule
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 from learned_opt.training.base import between
 from learned_opt.training.curriculum import Curriculum
 from learned_opt.training.objectives import OBJECTIVES
+from learned_opt.training.start import start, trainable
 
 FINAL_LEARNING_RATE = 0.05  # of the initial one
 
@@ -29,9 +29,7 @@ class MetaTraining(L.LightningModule):
         super().__init__()
         self.config = config
         self.family = config.family or config.geodesics.family
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self.rule = make_rule(config.rule, **config.rule_config)
+        self.rule = start(config)
         self.objectives = {
             name: OBJECTIVES[name](config, self.rule) for name in dict.fromkeys(config.objectives)
         }
@@ -39,7 +37,7 @@ class MetaTraining(L.LightningModule):
         self.scores: list[Tensor] = []  # of this validation
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.rule.parameters(), lr=self.config.learning_rate)
+        optimizer = torch.optim.Adam(trainable(self.rule), lr=self.config.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(
             optimizer, 1.0, FINAL_LEARNING_RATE, self.config.updates
         )

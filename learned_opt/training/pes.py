@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from learned_opt.rules import Observation, UpdateRule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
+from learned_opt.training.start import trainable
 
 Respond = Callable[[Observation, Tensor], tuple[Tensor, Tensor]]
 
@@ -35,7 +36,7 @@ class PES(RunObjective):
         run, pairs = super().open(key, horizon, task, rule), self.config.pes.particles
         run.theta = run.theta.repeat(2 * pairs, 1)
         run.state = rule.init_state(run.theta, task.shapes)
-        weights = sum(p.numel() for p in rule.parameters())
+        weights = sum(p.numel() for p in trainable(rule))
         run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
         return run
 
@@ -46,7 +47,7 @@ class PES(RunObjective):
         estimate, losses = pes_gradient(
             rule, task, run, steps, config.pes.sigma, config.loss_floor, self.limit(task)
         )
-        weights = nn.utils.parameters_to_vector(rule.parameters())
+        weights = nn.utils.parameters_to_vector(trainable(rule))
         value = losses.nanmean().nan_to_num()
         return value + estimate @ (weights - weights.detach()), losses  # its gradient is ĝ
 
@@ -70,7 +71,7 @@ def pes_gradient(
     epsilon = sigma * torch.randn(run.xi.shape, generator=rng, dtype=run.xi.dtype)
     epsilon = epsilon.to(run.xi.device)
     run.xi = run.xi + epsilon
-    weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
+    weights = nn.utils.parameters_to_vector(trainable(rule)).detach()
     respond = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
     losses = roll_out(rule, respond, task, run, steps)
     clipped = losses.view(steps, -1, *task.lead).clamp(max=limit)
@@ -125,7 +126,8 @@ class _Respond(nn.Module):
 def perturbed(rule: UpdateRule, weights: Tensor) -> Respond:
     """`rule.respond` with weights of their own for each particle, from (particles, weights)."""
     module = _Respond(rule)
-    names, parameters = zip(*module.named_parameters(), strict=True)
+    moving = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    names, parameters = zip(*moving, strict=True)
     parts = weights.split([p.numel() for p in parameters], dim=-1)
     own = {
         name: part.unflatten(-1, p.shape)

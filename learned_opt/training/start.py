@@ -1,0 +1,60 @@
+"""The rule as meta-training finds it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from learned_opt.config import TrainConfig
+from learned_opt.errors import ConfigError
+from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.weights import DEFAULT, load_rule
+
+SHIPPED = "shipped"
+
+
+def start(config: TrainConfig) -> UpdateRule:
+    """The config's rule: initialised by its seed, `start_from` loaded, what is `frozen` fixed.
+
+    Raises:
+        ConfigError: the rule cannot be made; the weights are of another rule or config; a name in
+            `frozen` fits no meta-parameter, or all are frozen.
+        WeightsError: `start_from` cannot be read.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        rule = make_rule(config.rule, **config.rule_config)
+    if config.start_from is not None:
+        loaded = load_rule(None if config.start_from == SHIPPED else config.start_from)
+        worn = getattr(rule, "base", rule)
+        part = worn if loaded.name == worn.name else rule
+        if (part.name, part.config) != (loaded.name, loaded.config):
+            raise ConfigError(
+                f"start_from={config.start_from!r} is {loaded.name} with {loaded.config}, not "
+                f"{part.name} with {part.config}; set rule and rule_config to match it"
+            )
+        part.load_state_dict(loaded.state_dict())
+    names = [name for name, _ in rule.named_parameters()]
+    for beginning in config.frozen:
+        if not any(name.startswith(beginning) for name in names):
+            raise ConfigError(f"frozen has {beginning!r}; no meta-parameter of {names} begins so")
+    for name, p in rule.named_parameters():
+        p.requires_grad_(not name.startswith(config.frozen))
+    if not trainable(rule):
+        raise ConfigError(f"frozen={config.frozen} leaves nothing to train; freeze less")
+    return rule
+
+
+def trainable(rule: UpdateRule) -> list[nn.Parameter]:
+    return [p for p in rule.parameters() if p.requires_grad]
+
+
+def origin(start_from: str | None) -> str | None:
+    """What tells the weights of `start_from` apart from others, free of where they lie."""
+    if start_from is None:
+        return None
+    path = DEFAULT if start_from == SHIPPED else Path(start_from)
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,68 @@
+"""Meta-training that begins with weights that are there, and leaves some of them as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from learned_opt import make_rule
+from learned_opt.config import PESConfig, TrainConfig
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.families import FamilyConfig
+from learned_opt.training.fit import fit, recipe
+from learned_opt.training.start import start
+from learned_opt.weights import DEFAULT, load_rule, save_rule
+
+SHIPPED = load_rule()
+WORN = {"base": SHIPPED.name, "base_config": SHIPPED.config, "hidden": 4}
+CONFIG = TrainConfig(
+    rule="scheduled", rule_config=WORN, start_from="shipped", frozen=("base.",),
+    objectives=("pes", "meta_loss"), updates=4, epoch_length=4, horizon=(8, 8), window=4,
+    open_runs=1, validation_steps=4, pes=PESConfig(particles=2),
+    family=FamilyConfig(num_tasks=2, width=(4, 8), hidden_layers=(1, 1)),
+)  # fmt: skip
+
+
+def test_a_scheduler_is_trained_on_rules_that_stay_as_they_are(tmp_path: Path) -> None:
+    rule = load_rule(fit(CONFIG, tmp_path, None))
+    for name, value in SHIPPED.state_dict().items():
+        assert rule.base.state_dict()[name].equal(value)
+    assert rule.head.weight.abs().max() > 0  # zeros at first
+
+
+def test_it_goes_on_with_weights_of_the_rule_itself(tmp_path: Path) -> None:
+    rule = start(CONFIG)
+    rule.head.weight.data.fill_(0.25)
+    save_rule(rule, path := tmp_path / "w.safetensors")
+    again = start(replace(CONFIG, start_from=str(path), frozen=()))
+    assert all(value.equal(again.state_dict()[name]) for name, value in rule.state_dict().items())
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_what_the_weights_are_of_is_kept_but_not_where_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "copy.safetensors").write_bytes(DEFAULT.read_bytes())
+    copied = replace(CONFIG, start_from=str(tmp_path / "copy.safetensors"))
+    assert recipe(copied) == recipe(CONFIG)
+    assert recipe(CONFIG)["start_from"].startswith("sha256:")
+    assert recipe(replace(CONFIG, start_from=None))["start_from"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rule_config": {"base_config": {"hidden": 3}}}, "start_from='shipped'.*hidden"),
+        ({"rule": "coordinatewise_lstm", "rule_config": {}, "frozen": ()}, "coordinatewise_lstm"),
+        ({"frozen": ("bse",)}, "frozen has 'bse'"),
+        ({"frozen": ("",)}, "nothing to train"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        start(replace(CONFIG, **change))
+
+
+def test_a_fresh_rule_is_that_of_the_seed() -> None:
+    fresh = start(replace(CONFIG, rule="geodesic_rnn", rule_config={}, start_from=None, frozen=()))
+    assert fresh.config == make_rule("geodesic_rnn").config and not fresh.head.weight.any()
