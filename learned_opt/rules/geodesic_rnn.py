@@ -24,7 +24,7 @@ WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix'
 DIRECTIONS = 1 + len(BETAS)
 FEATURES = 2 * DIRECTIONS
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
-MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size of the tensor
+MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size with its decay
 
 
 @register
@@ -37,7 +37,9 @@ class GeodesicRNN(UpdateRule):
     ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than 370 inputs, the
     RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o, softly limited to
     move no tensor by more than its size; its output layer starts at zero, with a bias that makes
-    the rule Adam (β = .9, .99) with a relative step of 10 %.
+    the rule Adam (β = .9, .99) with a relative step of 10 %. From step t = decay_after on, a is
+    multiplied by decay_after / t: Σ a diverges and Σ a² does not (Robbins & Monro 1951), so that a
+    run comes to rest. Steps relative to a tensor that gradient noise makes grow would not.
 
     Args:
         hidden: LSTM units.
@@ -45,20 +47,23 @@ class GeodesicRNN(UpdateRule):
             that is how noisy and how curved the way is, the gradient's decline, the tensor's
             size, shape and growth, and the time; u is then odd in the gradients. "coordinate":
             one for each coordinate, which sees its own m̂_k/r besides.
+        decay_after: steps; about as many as the longest runs that the rule is trained on.
 
     State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit.
     """
 
     name = "geodesic_rnn"
 
-    def __init__(self, hidden: int = 32, per: str = "tensor") -> None:
+    def __init__(self, hidden: int = 32, per: str = "tensor", decay_after: int = 1000) -> None:
         super().__init__()
-        if per not in ("tensor", "coordinate") or hidden < 1:
+        if per not in ("tensor", "coordinate") or min(hidden, decay_after) < 1:
             raise ConfigError(
-                f"per is {per!r} and hidden {hidden}; use 'tensor' or 'coordinate', and at least 1"
+                f"per is {per!r}, hidden {hidden} and decay_after {decay_after}; use 'tensor' or "
+                "'coordinate', and at least 1"
             )
         self.hidden_per, self.gains_per_tensor = per, per == "tensor"
-        self._config = {"hidden": hidden, "per": per}
+        self.decay_after = decay_after
+        self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
         self.head = nn.Linear(hidden, FEATURES + 1)
@@ -131,9 +136,8 @@ class GeodesicRNN(UpdateRule):
         left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
         return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 
-    @staticmethod
     def _tensor_features(
-        gram: Tensor, rms: Tensor, state: State, step: Tensor
+        self, gram: Tensor, rms: Tensor, state: State, step: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
         (*tasks, tensors, 4, 4) of m̂_k/r and the RMS (*tasks, tensors, 6) of m̂_k, r and θ."""
@@ -164,7 +168,8 @@ class GeodesicRNN(UpdateRule):
             rms_p / size,
             (sgd[..., 0] + 1e-6).log() / 2,
         ]
-        mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size]
+        rest = (self.decay_after / step).clamp(max=1).to(rms.dtype)
+        mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size * rest]
         kept = {"initial_rms": start, "peak_gradient": peak, "gradient_rms": r_bar}
         kept = {name: value.unsqueeze(-2) for name, value in kept.items()}
         return torch.stack(inputs + mixing, dim=-2), kept

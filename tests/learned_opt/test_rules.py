@@ -163,6 +163,17 @@ def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
             torch.testing.assert_close(u, -STEP * rho * a / limit)
 
 
+@pytest.mark.parametrize("name", ["tensor", "coordinate"])
+def test_steps_fall_harmonically_after_the_longest_training_runs(name: str) -> None:
+    rules = [make_rule("geodesic_rnn", hidden=3, per=name, decay_after=n) for n in (4, 1000)]
+    params, states = numbers(D), [rule.double().init_state(numbers(D), SHAPES) for rule in rules]
+    for t, grad in enumerate(numbers(9, D, seed=1), 1):
+        (short, states[0]), (long, states[1]) = (
+            rule.update(grad, params, state) for rule, state in zip(rules, states, strict=True)
+        )
+        torch.testing.assert_close(short, long * min(1, 4 / t))
+
+
 def test_log_and_sign_has_the_reference_s_values() -> None:
     rule = make_rule("coordinatewise_lstm")
     grads = torch.tensor([1.0, -0.5, math.exp(-5), math.exp(-6), -math.exp(-7), 0.0])
