@@ -133,8 +133,8 @@ def stratified_bootstrap(
 def performance_profile(costs: ArrayLike, taus: ArrayLike) -> Array:
     """ρ_s(τ): on what share of the tasks s costs at most τ times what the best one does.
 
-    (entrants, tasks) and (taus,) -> (entrants, taus) (Dolan & Moré; AlgoPerf, section 4.2, where
-    the cost is the time to a target). An infinite cost is a miss, never within any τ.
+    (entrants, tasks) and (taus,) -> (entrants, taus) (Dolan & Moré; in AlgoPerf the cost is
+    the time to a target). An infinite cost is a miss, never within any τ.
     """
     costs = np.asarray(costs, dtype=np.float64)
     best = costs.min(0)
