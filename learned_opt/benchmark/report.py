@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import json
 import math
 import re
@@ -15,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from learned_opt.benchmark.config import BenchmarkConfig
 from learned_opt.benchmark.curves import loss_curves
-from learned_opt.benchmark.tune import Tuning
+from learned_opt.benchmark.tables import read_rows
 from learned_opt.outputs import write_atomic
 
 Row = Mapping[str, Any]
@@ -46,45 +43,37 @@ def summary_table(results: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def write_report(
-    folder: Path,
-    config: BenchmarkConfig,
-    results: Sequence[Row],
-    tunings: Mapping[tuple[str, str], Tuning],
-    losses: Mapping[tuple[str, str], Sequence[np.ndarray]],
-    errors: Mapping[str, str],
-) -> Path:
-    """Writes results.csv, tuning.csv and report.html into `folder`; the path of the last.
-
-    Args:
-        folder: the claimed output folder, with its config and provenance.
-        losses: minibatch losses of the reported runs by (task label, entrant name).
-        errors: tracebacks of the runs that raised, by cell name.
-    """
-    table = _csv(results)
-    write_atomic(folder / "results.csv", table)
-    write_atomic(folder / "tuning.csv", _csv(_tuning_rows(tunings)))
+def write_report(folder: Path) -> Path:
+    """Writes report.html from what a benchmark has left in `folder`; its path."""
+    facts = json.loads((folder / "benchmark.json").read_text())
+    results, tuning = read_rows(folder / "results.csv"), read_rows(folder / "tuning.csv")
     sections = []
     for i, (task, rows) in enumerate(_tables(results).items()):
-        runs = {entrant: runs for (label, entrant), runs in losses.items() if label == task}
-        figure = loss_curves(runs, key=f"figure-{i}")
+        figure = loss_curves(_curves(folder, results, task), key=f"figure-{i}")
         sections.append(f"<h2>{html.escape(task)}</h2>{figure}{_html_table(rows)}")
-    uri = "data:text/csv;base64," + base64.b64encode(table).decode()
+    uri = "data:text/csv;base64," + base64.b64encode((folder / "results.csv").read_bytes()).decode()
+    failed = [_details(f["cell"], f["error"]) for f in facts["failed"]]
     page = _PAGE.format(
         style=_STYLE,
         sections="\n".join(sections),
-        protocol=html.escape(_protocol(config, tunings)),
+        protocol=html.escape(_protocol(facts)),
         csv=uri,
-        errors="".join(_details(name, text) for name, text in errors.items()) or "<p>None.</p>",
-        tuning=_html_table(_tuning_table(tunings)) if tunings else "<p>Nothing was tuned.</p>",
-        details="".join(
-            _details(name, (folder / name).read_text())
-            for name in ("config-benchmark.yaml", "provenance-benchmark.json")
-        ),
+        errors="".join(failed) or "<p>None.</p>",
+        tuning=_html_table(_tuning_table(tuning)) if tuning else "<p>Nothing was tuned.</p>",
+        details=_details("config", json.dumps(facts["config"], indent=1)),
         environment=_html_table(_environment(folder / "provenance-benchmark.json")),
     )
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
+
+
+def _curves(folder: Path, results: Sequence[Row], task: str) -> dict[str, list[np.ndarray]]:
+    runs: dict[str, list[np.ndarray]] = {}
+    for row in results:
+        if row["task"] == task:
+            with np.load(folder / "cells" / f"{row['cell']}.npz", allow_pickle=False) as file:
+                runs.setdefault(row["entrant"], []).append(file["losses"])
+    return runs
 
 
 def _tables(results: Sequence[Row]) -> dict[str, list[list[str]]]:
@@ -132,46 +121,25 @@ def _learning_rate(row: Row) -> str:
     return f"{row['lr']:.3g}" + (note if row["tuned"] else "")
 
 
-def _protocol(config: BenchmarkConfig, tunings: Mapping[tuple[str, str], Tuning]) -> str:
-    grown = sum(tuning.extensions > 0 for tuning in tunings.values())
-    edges = sum(tuning.at_edge for tuning in tunings.values())
+def _protocol(facts: Mapping[str, Any]) -> str:
+    budget = facts["budget"]
     return (
         f"Every optimizer starts from the same weights and sees the same minibatches for a seed. "
-        f"Reported are seeds {config.reporting}. Where a learning rate is tuned, it is the one of "
-        f"the half-decade grid {config.learning_rate_min:g} to {config.learning_rate_max:g} with "
-        f"the lowest final loss on the full training set, mean over seeds {config.tuning}, on "
-        f"which nothing is reported. Where the best was at an end of the grid, the grid grew by up "
-        f"to {config.max_grid_extensions} half-decades: in {grown} of {len(tunings)} searches, "
-        f"{edges} of which ended at an edge all the same. A diverged or failed run counts with an "
-        f"infinite loss. Seconds are of whole runs, {config.processes} at a time with "
-        f"{config.threads} thread(s) each."
+        f"Reported are seeds {facts['reporting_seeds']}. Where hyperparameters are tuned, they are "
+        f"those of {budget['settings']} settings, and up to {budget['max_extensions']} more where "
+        f"the best is at an end of the grid, with the lowest final loss on the full training set, "
+        f"mean over seeds {facts['tuning_seeds']}, on which nothing is reported. A diverged or "
+        f"failed run counts with an infinite loss. Seconds are of whole runs, "
+        f"{facts['processes']} at a time with {facts['threads']} thread(s) each."
     )
 
 
-def _tuning_rows(tunings: Mapping[tuple[str, str], Tuning]) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": task,
-            "entrant": entrant,
-            "lr": lr,
-            "final_train_loss": score,
-            "chosen": lr == tuning.lr,
-            "extensions": tuning.extensions,
-            "at_edge": tuning.at_edge,
-        }
-        for (task, entrant), tuning in tunings.items()
-        for lr, score in sorted(tuning.scores.items())
-    ]
-
-
-def _tuning_table(tunings: Mapping[tuple[str, str], Tuning]) -> list[list[str]]:
-    grid = sorted({lr for tuning in tunings.values() for lr in tuning.scores})
-    table = [["task", "optimizer", *(f"{lr:.3g}" for lr in grid), "grid grew by"]]
-    for (task, entrant), tuning in tunings.items():
-        scores = {lr: _mean_and_spread([score]) for lr, score in tuning.scores.items()}
-        scores[tuning.lr] = f"**{scores[tuning.lr]}**"
-        row = [scores.get(lr, "") for lr in grid]
-        table.append([task, entrant, *row, f"{tuning.extensions}"])
+def _tuning_table(tuning: Sequence[Row]) -> list[list[str]]:
+    table = [["task", "optimizer", "hyperparameters", "final loss"]]
+    for row in tuning:
+        text = _mean_and_spread([row["final_train_loss"]])
+        text = f"**{text}**" if row["chosen"] else text
+        table.append([row["task"], row["entrant"], row["hyperparameters"], text])
     return table
 
 
@@ -179,14 +147,6 @@ def _environment(provenance_file: Path) -> list[list[str]]:
     last = json.loads(provenance_file.read_text())[-1]
     facts = last.pop("versions") | last
     return [[key, str(value)] for key, value in facts.items() if value is not None]
-
-
-def _csv(rows: Sequence[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
