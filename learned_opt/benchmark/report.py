@@ -19,7 +19,7 @@ from learned_opt.benchmark.protocol import (
     task_list,
     title,
 )
-from learned_opt.benchmark.scores import Results, Row, read_results, score
+from learned_opt.benchmark.scores import Results, Row, read_results, read_scores, score
 from learned_opt.benchmark.summary import (
     Table,
     markdown,
@@ -28,7 +28,7 @@ from learned_opt.benchmark.summary import (
     overviews,
     summary_table,
 )
-from learned_opt.benchmark.tables import read_rows
+from learned_opt.benchmark.tables import read_rows, to_csv
 from learned_opt.outputs import write_atomic
 
 __all__ = ["meaning_of", "overview_of", "summary_table", "write_report"]
@@ -48,7 +48,7 @@ def write_report(folder: Path) -> Path:
     scores = score(results)
     rows = [row | more for row, more in zip(results.rows, scores, strict=True)]
     provenance = json.loads((folder / "provenance-benchmark.json").read_text())
-    write_atomic(folder / "scores.csv", _csv(scores))
+    write_atomic(folder / "scores.csv", to_csv(scores))
     write_atomic(folder / "report.md", _markdown(results, rows, provenance).encode())
     raw = {
         name: (folder / name).read_bytes() for name in ("results.csv", "scores.csv", "tuning.csv")
@@ -64,8 +64,8 @@ def overview_of(folder: Path, columns: Sequence[str]) -> str:
     columns: the headings to keep, besides the optimizer's.
     """
     facts = json.loads((folder / "benchmark.json").read_text())
-    files = (read_rows(folder / name) for name in ("results.csv", "scores.csv"))
-    table = overview([row | more for row, more in zip(*files, strict=True)], facts["baseline"])
+    files = read_scores(folder / "scores.csv"), read_rows(folder / "results.csv")
+    table = overview([more | row for more, row in zip(*files, strict=True)], facts["baseline"])
     kept = [0, *map(table.headings.index, columns)]
     headings, *rows = ([row[i] for i in kept] for row in (table.headings, *table.rows))
     return _escape(markdown(Table(headings, rows)))
@@ -111,12 +111,4 @@ def _losses(results: Results) -> bytes:
     for row in results.rows:
         losses = (f"{loss:.6g}" for loss in results.losses[row["cell"]])
         writer.writerow([row["task"], row["entrant"], row["seed"], *losses])
-    return text.getvalue().encode()
-
-
-def _csv(rows: Sequence[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     return text.getvalue().encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from learned_opt.benchmark.cells import FORMAT
 from learned_opt.benchmark.stats import (
     envelope,
     envelope_speed_up,
@@ -21,7 +23,6 @@ from learned_opt.benchmark.stats import (
 from learned_opt.benchmark.tables import read_rows
 from learned_opt.errors import OutputError
 
-FORMAT = 2
 LOSSES = ("final_train_loss", "mean_loss", "test_loss")
 Row = Mapping[str, Any]
 Array = np.ndarray
@@ -130,6 +131,15 @@ def score(results: Results) -> list[dict[str, Any]]:
         steps = {f"{target:g}": float(steps_to_target(losses, target)) for target in targets[task]}
         rows.append(scores | {"steps_to_targets": json.dumps(steps)})
     return rows
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The rows of scores.csv, typed as they were written."""
+    text = ("task", "entrant", "steps_to_targets")
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in text else float(v) for k, v in r.items()} for r in csv.DictReader(file)
+        ]
 
 
 def _against(row: Row, losses: Array, reference: Row, reference_losses: Array) -> dict[str, float]:

@@ -127,9 +127,17 @@ def describe(
 
 
 def write(folder: Path, results: Sequence[Row], tuning: Sequence[Row], facts: Row) -> None:
-    write_atomic(folder / "results.csv", _csv(results))
-    write_atomic(folder / "tuning.csv", _csv(tuning))
+    write_atomic(folder / "results.csv", to_csv(results))
+    write_atomic(folder / "tuning.csv", to_csv(tuning))
     write_atomic(folder / "benchmark.json", json.dumps(facts, indent=1).encode())
+
+
+def to_csv(rows: Sequence[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -152,11 +160,3 @@ def _typed(key: str, text: str) -> Any:
 def _tuning_runs(entrant: Entrant, tunings: Tunings, config: BenchmarkConfig) -> int:
     searches = [tuning for (_, name), tuning in tunings.items() if name == entrant.name]
     return len(config.tuning) * sum(len(search.scores) for search in searches)
-
-
-def _csv(rows: Sequence[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
