@@ -113,7 +113,7 @@ def html_table(
         for entry in row:
             text = html.escape(entry.text)
             if not isinstance(entry.key, str):  # its interval, spread or note on a second line
-                text = re.sub(r" ([\[(±].*)$", r"<small>\1</small>", text)
+                text = re.sub(r",? ([\[(±].*|\d+ failed)$", r"<small>\1</small>", text)
             text = f"<strong>{text}</strong>" if entry.best else text
             key = f' data-key="{html.escape(_key(entry.key))}"' if sortable else ""
             cells.append(f"<td{key}{attributes(entry)}>{text}</td>")
