@@ -110,12 +110,13 @@ def test_tuned_sgd_has_the_theoretical_learning_rate(condition, steps, runner) -
     assert abs(math.log10(dict(found.best)["lr"] / best)) <= 0.5 and not found.at_edge
 
 
-def test_adam_under_another_name_has_the_same_curves(runner, tmp_path, monkeypatch) -> None:
+def test_adam_under_another_name_has_the_same_curves(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "renamed.py").write_text("from torch.optim import Adam as Madam\n")
     monkeypatch.syspath_prepend(tmp_path)
     other = replace(ADAM, name="Madam", optimizer="renamed.Madam")
     cells = [Cell(TASK, e, {"lr": 0.01}, seed) for e in (ADAM, other) for seed in (0, 1)]
-    first, second, *others = (record["losses"] for record in runner.run(cells))
+    with Runner(tmp_path / "cells") as runner:
+        first, second, *others = (record["losses"] for record in runner.run(cells))
     assert np.array_equal([first, second], others) and not np.array_equal(first, second)
 
 

@@ -23,7 +23,8 @@ from learned_opt.memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 
 ROOT = Path(__file__).parents[2]
-TASK = BenchmarkTask(TaskConfig(hidden=(8,), batch_size=32), steps=15)
+# Milliseconds a cell, nothing to load: a time limit is met with ease on a machine that is busy.
+TASK = BenchmarkTask(TaskConfig(kind="quadratic", options={"condition": 10.0}), steps=15)
 SGD = Entrant("SGD", "torch.optim.SGD", {"lr": 0.1})
 CONFIG = BenchmarkConfig(tasks=[TASK], entrants=[SGD], reporting_seeds=4)
 # Optimizers that misbehave, each in its own way, at their third step.
@@ -71,19 +72,20 @@ def test_what_an_entrant_does_is_a_result_and_the_others_go_on(
         "Crashes": ["WorkerDied: by SIGSEGV", 'File "bad.py", line', "in misbehave"],
         "Exits": ["SystemExit: 3", 'File "bad.py", line'],
         "Vanishes": ["WorkerDied: with exit code 7"],
-        "Hangs": ["TimeLimitError: no result after time_limit=3 s", 'File "bad.py"', "misbehave"],
+        "Hangs": ["TimeLimitError: no result after time_limit=5 s", 'File "bad.py"', "misbehave"],
         "Raises": ["RuntimeError: no bad.py here", 'File "bad.py", line'],
     }
     good = [Cell(TASK, SGD, {}, seed) for seed in range(len(says))]
     cells = [c for pair in zip(map(cell, says), good, strict=True) for c in pair]
-    with Runner(tmp_path / "cells", processes, time_limit=3) as runner:
+    with Runner(tmp_path / "cells", processes, time_limit=5) as runner:
         records = runner.run([*cells, cell("NaN")])
     for name, record in zip(says, records[::2], strict=False):
         assert all(text in record["error"] for text in says[name]), record["error"]
         assert str(tmp_path) not in record["error"]
         assert np.isinf(record["final_train_loss"]) and not record["diverged"]
     for record in records[1::2]:
-        assert record["error"] is None and len(record["losses"]) == TASK.steps
+        assert record["error"] is None, record["error"]
+        assert len(record["losses"]) == TASK.steps
     assert records[-1]["diverged"] and np.isnan(records[-1]["losses"][3:]).all()
     assert records[-1]["error"] is None and np.isfinite(records[-1]["losses"][:3]).all()
     assert all(path.is_file() for c in cells for path in [tmp_path / "cells" / f"{c.name}.npz"])
@@ -128,7 +130,7 @@ def command(tmp_path: Path, config: BenchmarkConfig, *launcher: str) -> subproce
         yaml.safe_dump(
             {
                 "tasks": [
-                    {"steps": t.steps, "task": {"hidden": [*t.task.hidden], "batch_size": 32}}
+                    {"steps": t.steps, "task": {"kind": t.task.kind, "options": t.task.options}}
                     for t in config.tasks
                 ],
                 "entrants": [
