@@ -21,6 +21,8 @@ from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
 from predictability import width_table
 
+from learned_opt.benchmark.report import meaning_of, overview_of
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "validation.png"
@@ -35,6 +37,9 @@ ARMS = {  # files of results/generalization: what README calls them
 SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
+SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
+OVERVIEW = ("speed-up, steps", "× lower final loss", "P(lower final loss)", "× lower test loss",
+            "profile", "diverged")  # fmt: skip
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"both": "#D55E00", "meta_loss": "#0072B2", "imitation": "#009E73", "l2l": "#CC79A7"}
 
@@ -230,6 +235,13 @@ def _mean(rows: list[dict[str, str]], column: str) -> str:
     return f"{np.mean(values):.3f} ± {spread:.2f}" if values else "–"
 
 
+def benchmark() -> str:
+    """Each suite whose results are there, over all its tasks."""
+    folders = [path for suite in SUITES if (path := RESULTS / "benchmark" / suite).exists()]
+    tables = [f"**{path.name}**\n\n{overview_of(path, OVERVIEW)}" for path in folders]
+    return "\n\n".join([*tables, *map(meaning_of, folders[:1])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
@@ -246,6 +258,7 @@ def main() -> None:
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
         "sizes": losses(cells, SIZES),
+        "benchmark": benchmark(),
     }
     for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
         before = page.read_text()

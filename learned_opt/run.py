@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learned_opt.memory import peak_memory
 from learned_opt.rules.base import UpdateRule
 from learned_opt.tasks.base import Task
 
@@ -24,12 +25,14 @@ class Run:
         losses: (steps,), the minibatch loss before each step; NaN after a divergence.
         evaluation: train_loss, test_loss and test_accuracy at the end, on all data.
         seconds: wall-clock time of the steps, evaluation not included.
+        peak_memory: most bytes that the steps took, parameters not included; NaN if unknown.
         diverged: whether a loss or the final parameters were not finite.
     """
 
     losses: np.ndarray
     evaluation: dict[str, float]
     seconds: float
+    peak_memory: float
     diverged: bool
 
 
@@ -38,20 +41,21 @@ def run_optimizer(task: Task, make_optimizer: MakeOptimizer, seed: int, steps: i
     params = [p.clone().requires_grad_() for p in task.unflatten(task.init(seed))]
     optimizer = make_optimizer(params)
     losses = np.full(steps, np.nan)
-    start = time.perf_counter()
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = task.loss(params, task.batch(seed, step))
-        losses[step] = loss.item()
-        if not np.isfinite(losses[step]):
-            break
-        loss.backward()
-        optimizer.step()
-    seconds = time.perf_counter() - start
+    with peak_memory(params[0].device) as peak:
+        start = time.perf_counter()
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = task.loss(params, task.batch(seed, step))
+            losses[step] = loss.item()
+            if not np.isfinite(losses[step]):
+                break
+            loss.backward()
+            optimizer.step()
+        seconds, memory = time.perf_counter() - start, peak()
     theta = torch.cat([p.detach().flatten() for p in params])
     evaluation = {name: float(value) for name, value in task.evaluate(theta).items()}
     diverged = not (np.isfinite(losses).all() and np.isfinite(evaluation["train_loss"]))
-    return Run(losses, evaluation, seconds, diverged)
+    return Run(losses, evaluation, seconds, memory, diverged)
 
 
 def run_rule(task: Task, rule: UpdateRule, seed: int, steps: int) -> tuple[Tensor, Tensor]:

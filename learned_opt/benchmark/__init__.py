@@ -3,71 +3,148 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from learned_opt.benchmark.cells import Cell, optimizer_class, run_cells
-from learned_opt.benchmark.config import LEARNED, BenchmarkConfig, BenchmarkTask, Entrant
-from learned_opt.benchmark.report import summary_table, write_report
-from learned_opt.benchmark.tune import tune
-from learned_opt.outputs import claim_output
+import yaml
 
-__all__ = ["BenchmarkConfig", "BenchmarkTask", "Entrant", "run_benchmark", "summary_table"]
+from geodesic.sharded import process_rank
+from learned_opt.benchmark import tables
+from learned_opt.benchmark.cells import FORMAT, Cell
+from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmark.entrants import LEARNED, NAMED, Entrant, optimizer_class
+from learned_opt.benchmark.report import summary_table, write_report
+from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.tracking import make_tracker
+from learned_opt.benchmark.tune import settings_of, tune
+from learned_opt.benchmark.workers import Lost
+from learned_opt.errors import DataError, LearnedOptError, OutputError
+from learned_opt.outputs import claim_output
+from learned_opt.tasks.download import download
+from learned_opt.tasks.kinds import make_task
+
+__all__ = [
+    "NAMED",
+    "BenchmarkConfig",
+    "BenchmarkTask",
+    "Entrant",
+    "run_benchmark",
+    "summary_table",
+]
+
+# What changes no result: a folder goes on with others of these.
+FREE = ("processes", "time_limit", "logger", "download")
 
 
 def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
     """Tunes, runs and reports; the rows of results.csv, one per (task, entrant, seed).
 
-    Leaves in `output`: results.csv, tuning.csv, report.html, and cells/, a file per run with its
-    whole loss curve. Claims `output` itself; called again, it runs only what is missing.
+    Leaves in `output`: results.csv, tuning.csv, benchmark.json, the report, and cells/, a file per
+    run with its whole loss curve. Claims `output` itself; called again, it runs only what is
+    missing. Of a torchrun job all processes call it, with an `output` that all of them see; the
+    rows are returned to each, and rank 0 writes.
+
+    Raises:
+        ConfigError: an optimizer cannot be imported, or an entrant has too few settings to try.
+        DataError: a data set is missing; nothing has been run then.
+        OutputError: `output` is in use, of another config, or of another version.
     """
-    for entrant in config.entrants:
+    for entrant in config.entrants:  # what is misspelt is said now, not after the tuning
         if entrant.optimizer != LEARNED:
-            optimizer_class(entrant.optimizer)  # a misspelt name is said now, not after the tuning
-    settings = dataclasses.asdict(config)
-    with claim_output(output, settings, "benchmark", free=["processes"]) as folder:
-        tunings = tune(config, folder / "cells")
-        cells = []
-        for task in config.tasks:
-            for entrant in config.entrants:
-                lr = tunings[task.label, entrant.name].lr if entrant.tune else None
-                cells += [
-                    Cell(task, entrant, lr, seed, config.data_root, config.threads)
-                    for seed in config.reporting
-                ]
-        records = run_cells(cells, folder / "cells", config.processes, "benchmark")
-        results, losses = [], {}
-        errors = {name: text for t in tunings.values() for name, text in t.errors.items()}
-        for cell, record in zip(cells, records, strict=True):
-            key = cell.task.label, cell.entrant.name
-            at_edge = cell.entrant.tune and tunings[key].at_edge
-            results.append(_row(cell, record, at_edge))
-            losses.setdefault(key, []).append(record["losses"])
-            if record["error"]:
-                errors[cell.name] = record["error"]
-        report = write_report(folder, config, results, tunings, losses, errors)
+            optimizer_class(entrant.optimizer)
+        if entrant.search:
+            settings_of(entrant, config.settings)
+    folder, (rank, ranks) = Path(output).expanduser().absolute(), process_rank()
+    _check_format(folder)
+    settings = dataclasses.asdict(config) | {"format": FORMAT}
+    with claim_output(folder, settings, "benchmark", free=FREE) if rank == 0 else nullcontext():
+        if rank == 0 and config.download:
+            for name in dict.fromkeys(task.task.data for task in config.tasks):
+                download(name, config.data_root)
+        tracker = make_tracker(config, folder) if rank == 0 else None
+        runner = Runner(
+            folder / "cells",
+            config.processes,
+            config.time_limit,
+            _planned(config),
+            tracker and tracker.log,
+        )
+        with runner:
+            facts = _facts(config, runner)
+            cell = partial(_cell, config)
+            tunings = tune(config, runner.run, cell)
+            cells = [
+                cell(task, entrant, _chosen(tunings, task, entrant), seed)
+                for task in config.tasks
+                for entrant in config.entrants
+                for seed in config.reporting
+            ]
+            results = tables.result_rows(cells, runner.run(cells), tunings)
+        if rank:
+            return results
+        tried = tables.tuning_rows(tunings, len(config.tuning))
+        summary = tables.describe(config, facts, tunings, runner.records, ranks)
+        tables.write(folder, results, tried, summary)
+        report = write_report(folder)
+        if tracker:
+            tracker.finish(results, report)
     print(f"{summary_table(results)}\n\n{report}")
     return results
 
 
-def _row(cell: Cell, record: dict[str, Any], at_edge: bool) -> dict[str, Any]:
-    """A row of results.csv; an error by its last line, the cell's file has the traceback."""
-    environment = record["environment"]
-    return {
-        "task": cell.task.label,
-        "entrant": cell.entrant.name,
-        "seed": cell.seed,
-        "lr": cell.entrant.kwargs.get("lr") if cell.lr is None else cell.lr,
-        "tuned": cell.entrant.tune,
-        "lr_at_edge": at_edge,
-        "steps": cell.task.steps,
-        **{
-            key: record[key]
-            for key in ("final_train_loss", "mean_loss", "best_loss", "test_loss", "test_accuracy")
-        },
-        "seconds": record["seconds"],
-        "diverged": record["diverged"],
-        "error": record["error"] and record["error"].strip().splitlines()[-1],
-        "commit": environment["commit"],
-        **environment["versions"],
+def _cell(
+    config: BenchmarkConfig, task: BenchmarkTask, entrant: Entrant, chosen: dict, seed: int
+) -> Cell:
+    return Cell(task, entrant, chosen, seed, config.data_root, config.threads, config.device)
+
+
+def _chosen(tunings: tables.Tunings, task: BenchmarkTask, entrant: Entrant) -> dict[str, Any]:
+    return dict(tunings[task.label, entrant.name].best) if entrant.search else {}
+
+
+def _planned(config: BenchmarkConfig) -> int:
+    """Cells, before any grid grows."""
+    tuned = sum(bool(entrant.search) for entrant in config.entrants)
+    trials = tuned * config.settings * len(config.tuning)
+    return len(config.tasks) * (trials + len(config.entrants) * len(config.reporting))
+
+
+def _check_format(folder: Path) -> None:
+    """That what is in `folder` was left by this version of the benchmark, if anything."""
+    path = folder / "config-benchmark.yaml"
+    try:
+        found = yaml.safe_load(path.read_text()).get("format", 1)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return  # absent, or for claim_output to complain about
+    if found != FORMAT:
+        raise OutputError(
+            f"output={str(folder)!r} holds results of another version of the benchmark (format "
+            f"{found}, this one writes {FORMAT}), which it keeps; use another --output"
+        )
+
+
+def describe_task(entry: BenchmarkTask, data_root: str | None) -> dict[str, Any] | LearnedOptError:
+    """What is known of a task once it is made; or why it cannot be."""
+    try:
+        task = make_task(entry.task, data_root)
+    except LearnedOptError as error:
+        return error
+    chance = float(task.chance)
+    return {"parameters": task.dim, "tensors": len(task.shapes), "chance": chance}
+
+
+def _facts(config: BenchmarkConfig, runner: Runner) -> dict[str, dict[str, Any]]:
+    """By label; in a worker process, which keeps the data that it has loaded."""
+    jobs = [partial(describe_task, entry, config.data_root) for entry in config.tasks]
+    facts = runner.call(jobs)
+    wrong = {
+        entry.label: fact.reason if isinstance(fact, Lost) else str(fact)
+        for entry, fact in zip(config.tasks, facts, strict=True)
+        if isinstance(fact, (Lost, LearnedOptError))
     }
+    if wrong:
+        kind = DataError if any(isinstance(fact, DataError) for fact in facts) else LearnedOptError
+        raise kind("; ".join(f"task {label!r}: {text}" for label, text in wrong.items()))
+    return dict(zip((entry.label for entry in config.tasks), facts, strict=True))

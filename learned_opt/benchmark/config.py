@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
+from learned_opt.benchmark.entrants import DEFAULTS, Entrant, named
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import TaskConfig
 
-LEARNED = "learned"  # the `optimizer` of an entrant that is LearnedOptimizer
 # Where the seeds start when a config says only how many: never in reach of each other.
 _FIRST_REPORTING, _FIRST_TUNING = 0, 1_000_000
 
@@ -22,11 +22,24 @@ class BenchmarkTask:
         task: what is optimised.
         steps: optimizer steps per run.
         label: what tables call it; by default the task's, see TaskConfig.label.
+        family: what the shipped weights know of it. They were trained on its kind of network and
+            of data (in-family), or choices were made on it (validation), or on neither of the two
+            (held-out both), or on one of them alone.
+        targets: training losses to reach, besides that of the tuned Adam.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     steps: int = 1000
     label: str = ""
+    family: Literal[
+        "",
+        "in-family",
+        "validation",
+        "held-out architecture",
+        "held-out data",
+        "held-out both",
+    ] = ""
+    targets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -35,55 +48,12 @@ class BenchmarkTask:
             object.__setattr__(self, "label", self.task.label)
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """An optimizer that takes part.
-
-    Attributes:
-        name: what tables call it.
-        optimizer: dotted path of a torch.optim.Optimizer class, or "learned".
-        kwargs: its keyword arguments; `lr` too, unless it is tuned.
-        tune: search its learning rate on the tuning seeds.
-        schedule: of the learning rate over a run: constant, or cosine to zero.
-        weights: a weights file of a learned optimizer; null is the shipped one.
-    """
-
-    name: str
-    optimizer: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    tune: bool = False
-    schedule: Literal["constant", "cosine"] = "constant"
-    weights: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.tune and "lr" in self.kwargs:
-            raise ConfigError(
-                f"entrant {self.name!r} has kwargs.lr={self.kwargs['lr']} and tune=true; drop one"
-            )
-        if self.weights is not None and self.optimizer != LEARNED:
-            raise ConfigError(
-                f"entrant {self.name!r} has weights but optimizer={self.optimizer!r}; "
-                f"only optimizer: {LEARNED} reads weights"
-            )
-
-
 def default_tasks() -> list[BenchmarkTask]:
     """Three shapes of network on the digits that come with scikit-learn."""
     return [
-        BenchmarkTask(TaskConfig(hidden=(32,), activation="relu")),
-        BenchmarkTask(TaskConfig(hidden=(32, 32), activation="tanh")),
-        BenchmarkTask(TaskConfig(hidden=(20,), activation="sigmoid")),
-    ]
-
-
-def default_entrants() -> list[Entrant]:
-    """The tuned baselines, Adam as most people run it, and the shipped learned optimizer."""
-    return [
-        Entrant("learned", LEARNED),
-        Entrant("Adam (tuned)", "torch.optim.Adam", tune=True),
-        Entrant("SGD (tuned)", "torch.optim.SGD", tune=True),
-        Entrant("SGD momentum (tuned)", "torch.optim.SGD", {"momentum": 0.9}, tune=True),
-        Entrant("Adam 1e-3", "torch.optim.Adam", {"lr": 1e-3}),
+        BenchmarkTask(TaskConfig(hidden=(32,), activation="relu"), family="in-family"),
+        BenchmarkTask(TaskConfig(hidden=(32, 32), activation="tanh"), family="in-family"),
+        BenchmarkTask(TaskConfig(hidden=(20,), activation="sigmoid"), family="in-family"),
     ]
 
 
@@ -92,31 +62,48 @@ class BenchmarkConfig:
     """Every entrant on every task.
 
     Attributes:
+        name: what the report calls it.
         tasks: what is optimised, and for how many steps.
-        entrants: the optimizers.
+        entrants: the optimizers, each with its settings or one of those known by name: learned,
+            learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam cosine, AdamW cosine,
+            SGD momentum cosine.
         reporting_seeds: seeds of the runs that are reported, or how many.
-        tuning_seeds: seeds on which learning rates are chosen, or how many; never reported.
-        learning_rate_min: lower end of the half-decade grid 10^(k/2).
-        learning_rate_max: its upper end.
-        max_grid_extensions: half-decades by which the grid may grow, one at a time, while the
-            best learning rate is at an end of it.
+        tuning_seeds: seeds on which hyperparameters are chosen, or how many; never reported.
+        settings: hyperparameter settings that each tuned entrant tries on each task: its whole
+            grid, or a random part of a larger one.
+        max_grid_extensions: settings more, one at a time, while the best is at an end of a grid.
+        data: folders or files to read in place of those that the tasks name, as in
+            {cifar10: my_cifar}.
         data_root: folder of data sets; by default $LEARNED_OPT_DATA.
-        processes: runs at the same time. Wall-clock times mean most with 1.
+        download: get image sets that are missing there, through torchvision or OpenML.
+        processes: runs at the same time. Wall-clock times mean most with 1. Several machines take
+            part under torchrun, with this many processes for each of its own.
         threads: of torch, per run. Small tasks are fastest with 1.
+        device: where the runs are, cpu or cuda.
+        time_limit: seconds after which a run has failed and is killed.
+        logger: "none", or "wandb" besides the files.
     """
 
+    name: str = ""
     tasks: list[BenchmarkTask] = field(default_factory=default_tasks)
-    entrants: list[Entrant] = field(default_factory=default_entrants)
+    entrants: list[str | Entrant] = field(default_factory=lambda: list(DEFAULTS))
     reporting_seeds: int | list[int] = 5
-    tuning_seeds: int | list[int] = 3
-    learning_rate_min: float = 1e-4
-    learning_rate_max: float = 1.0
+    tuning_seeds: int | list[int] = 2
+    settings: int = 9
     max_grid_extensions: int = 4
+    data: dict[str, str] = field(default_factory=dict)
     data_root: str | None = None
+    download: bool = False
     processes: int = 1
     threads: int = 1
+    device: str = "cpu"
+    time_limit: float = 300.0
+    logger: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
+        entrants = [named(e) if isinstance(e, str) else e for e in self.entrants]
+        object.__setattr__(self, "entrants", entrants)
+        object.__setattr__(self, "tasks", [self._with_data(task) for task in self.tasks])
         for name, names in (
             ("tasks", [t.label for t in self.tasks]),
             ("entrants", [e.name for e in self.entrants]),
@@ -130,16 +117,21 @@ class BenchmarkConfig:
                 f"seeds {shared} are both in reporting_seeds and in tuning_seeds; a learning rate "
                 "must not be chosen on the runs that are reported: use different seeds"
             )
-        if not 0 < self.learning_rate_min <= self.learning_rate_max < math.inf:
-            raise ConfigError(
-                f"learning_rate_min={self.learning_rate_min} and "
-                f"learning_rate_max={self.learning_rate_max}: use 0 < min <= max"
-            )
-        if self.max_grid_extensions < 0 or self.processes < 1 or self.threads < 1:
+        for name in ("settings", "processes", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; use at least 1")
+        if self.max_grid_extensions < 0 or not 0 < self.time_limit < math.inf:
             raise ConfigError(
                 f"max_grid_extensions={self.max_grid_extensions} must be at least 0, "
-                f"processes={self.processes} and threads={self.threads} at least 1"
+                f"time_limit={self.time_limit} above it and finite"
             )
+
+    def _with_data(self, entry: BenchmarkTask) -> BenchmarkTask:
+        """`entry` on the data that `data` has for it; a label that names the data changes too."""
+        if (data := self.data.get(entry.task.data)) is None:
+            return entry
+        label = "" if entry.label == entry.task.label else entry.label
+        return replace(entry, task=replace(entry.task, data=data), label=label)
 
     @property
     def reporting(self) -> list[int]:
@@ -149,18 +141,31 @@ class BenchmarkConfig:
     def tuning(self) -> list[int]:
         return _seeds(self.tuning_seeds, _FIRST_TUNING)
 
+    @property
+    def baseline(self) -> str | None:
+        """The entrant that speed-ups are relative to: Adam with nothing but a tuned constant lr."""
+        for e in self.entrants:
+            plain = e.schedule == "constant" and not e.kwargs and list(e.search) == ["lr"]
+            if e.optimizer == "torch.optim.Adam" and plain:
+                return e.name
+        return None
+
     def smoke(self) -> BenchmarkConfig:
-        """The same in seconds: few steps and seeds, three learning rates; tells nothing."""
+        """The same in seconds: few steps and seeds, two settings each; tells nothing."""
         return replace(
             self,
-            tasks=[replace(task, steps=min(task.steps, 5)) for task in self.tasks[:2]],
+            tasks=[_smoke(task) for task in self.tasks[:2]],
             reporting_seeds=self.reporting[:2],
             tuning_seeds=self.tuning[:1],
-            learning_rate_min=1e-3,
-            learning_rate_max=1e-2,
+            settings=2,
             max_grid_extensions=0,
-            processes=1,
         )
+
+
+def _smoke(entry: BenchmarkTask) -> BenchmarkTask:
+    sizes = {name: getattr(entry.task, name) for name in ("train_size", "test_size")}
+    fewer = {name: min(size, 100) for name, size in sizes.items() if size is not None}
+    return replace(entry, task=replace(entry.task, **fewer), steps=min(entry.steps, 3))
 
 
 def _seeds(seeds: int | list[int], first: int) -> list[int]:

@@ -1,66 +1,91 @@
-"""Training-loss curves as inline SVG that follows the page's text colour, light or dark."""
+"""Pictures of the report as inline SVG that follows the page's text colour, light or dark."""
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from learned_opt.benchmark.stats import TAU_MAX, performance_profile, smooth
 
 # Okabe & Ito 2008, told apart with any colour vision; without their yellow and black, which one
 # of the two backgrounds would hide. More entrants than colours differ by the dashes.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-DASHES = ("-", "--", ":", "-.")
+DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # as SVG has them, in points
 _TEXT = "#010203"  # stands for the page's text colour while matplotlib draws
 _POINTS = 100  # per curve: a phone shows no more, and the report stays small
 
 
-def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], key: str) -> str:
-    """`<svg>` of the losses of each entrant's runs: mean over seeds, band from least to most.
+def style(i: int) -> tuple[str, str]:
+    """Colour and dashes of entrant i, the same in every picture."""
+    return COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
 
-    A line ends at the step at which the first of its runs diverged. `key` keeps the ids of
-    several figures on a page apart.
+
+def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
+    """`<svg>` of each entrant's smoothed losses: mean over seeds, band from least to most.
+
+    A line ends at the step at which the first of its runs diverged.
     """
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": key,
-        "font.size": 9,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT
-        ),
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(5, 3.3), layout="constrained")
-        axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="minibatch training loss")
-        start = 0.0
-        for i, (name, losses) in enumerate(runs.items()):
-            losses = [run for run in losses if len(run)]  # a failed run has none
-            if not losses:
+
+    def draw(axes: Axes) -> None:
+        axes.set(yscale="log", xlabel="step", ylabel="smoothed minibatch training loss")
+        start, least = 0.0, np.inf
+        for i, losses in enumerate(map(np.stack, runs.values())):
+            curves = smooth(losses)
+            curves = np.where(np.isfinite(curves).all(0), curves, np.nan)
+            if np.isnan(curves[:, 0]).any():
                 continue
-            start = max(start, *(float(run[0]) for run in losses))
-            steps, smooth = _smooth(np.stack(losses))
-            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-            axes.plot(steps, smooth.mean(0), dash, color=colour, lw=1.5, label=name)
-            axes.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.2, lw=0)
-        if np.isfinite(start) and start > 0:
-            bottom = axes.get_ylim()[0]
-            axes.set_ylim(min(bottom, start / 2), 2 * start)  # an explosion must not hide the rest
+            index = np.linspace(0, losses.shape[1] - 1, _POINTS).astype(int)
+            line, shown = _line(i), curves[:, index]
+            axes.plot(index + 1, shown.mean(0), **line)
+            band = {"color": line["color"], "alpha": 0.12, "lw": 0}
+            axes.fill_between(index + 1, shown.min(0), shown.max(0), **band)
+            start = max(start, losses[:, 0].max())
+            least = min(least, np.nanmin(np.where(curves > 0, curves, np.nan)))
+        if 0 < least <= start:  # an explosion must not hide the rest
+            axes.set_ylim(least / 1.5, start * 1.5)
+
+    return _svg(draw, title)
+
+
+def profiles(costs: np.ndarray, title: str) -> str:
+    """`<svg>` of the performance profiles of costs (entrants, tasks): see stats."""
+    taus = np.linspace(1, TAU_MAX, 601)
+
+    def draw(axes: Axes) -> None:
+        axes.set(
+            xlabel="τ, times the steps of the fastest", ylabel="share of tasks", ylim=(0, 1.03)
+        )
+        for i, shares in enumerate(performance_profile(costs, taus)):
+            axes.step(taus, shares, where="post", **_line(i))
+
+    return _svg(draw, title)
+
+
+def _svg(draw: Callable[[Axes], None], title: str) -> str:
+    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    rc = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}  # ids differ by picture
+    with rc_context(rc | dict.fromkeys(coloured, _TEXT)):
+        figure = Figure(figsize=(5, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+    svg = buffer.getvalue().replace(_TEXT, "currentColor")
+    label = html.escape(title, quote=True)
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _smooth(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(seeds, steps) -> steps and means of at most _POINTS windows; NaN once a run diverged."""
-    losses = np.where(np.isfinite(losses), losses, np.nan)
-    windows = np.array_split(np.arange(losses.shape[1]), min(_POINTS, losses.shape[1]))
-    steps = np.array([window.mean() + 1 for window in windows])
-    return steps, np.stack([losses[:, window].mean(1) for window in windows], axis=1)
+def _line(i: int) -> dict[str, Any]:
+    colour, dashes = style(i)
+    pattern = (0, tuple(map(float, dashes.split()))) if dashes else "-"
+    return {"color": colour, "linestyle": pattern, "lw": 1.5}

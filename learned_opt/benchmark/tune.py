@@ -1,15 +1,23 @@
-"""Learning rates for the entrants that need one: as good as a half-decade grid finds them."""
+"""Hyperparameters for the entrants that need them: as good as a half-decade grid finds them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import product
+from typing import Any
 
 import numpy as np
+import torch
 
-from learned_opt.benchmark.cells import Cell, run_cells
-from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask, Entrant
+from learned_opt.benchmark.cells import Cell, Record
+from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmark.entrants import Entrant, is_range
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import generator
+
+Setting = tuple[tuple[str, Any], ...]  # (argument, value) pairs
 
 
 @dataclass
@@ -17,72 +25,114 @@ class Tuning:
     """The search for one entrant on one task.
 
     Attributes:
-        scores: learning rate -> final loss on the full training set, mean over the tuning seeds;
+        scores: setting -> final loss on the full training set, mean over the tuning seeds;
             infinite where a run diverged or failed.
-        extensions: half-decades by which the grid has grown.
-        errors: tracebacks of runs that raised, by cell name.
+        extensions: settings by which the grid has grown.
+        failures: setting -> runs that diverged or failed.
+        errors: tracebacks of runs that failed, by cell name.
     """
 
     task: BenchmarkTask
     entrant: Entrant
-    scores: dict[float, float]
+    scores: dict[Setting, float] = field(default_factory=dict)
     extensions: int = 0
+    failures: dict[Setting, int] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     @property
-    def lr(self) -> float:
-        """The learning rate of the lowest score; the smaller one of equals."""
-        return min(sorted(self.scores), key=self.scores.__getitem__)
+    def best(self) -> Setting:
+        """The setting of the lowest score; of equals the first in order, the smaller values."""
+        return min(self.tried, key=self.scores.__getitem__)
+
+    @property
+    def tried(self) -> list[Setting]:
+        """In order, numbers by size."""
+        return sorted(self.scores, key=_order)
 
     @property
     def at_edge(self) -> bool:
-        """The best is at an end of the grid: a better one may lie beyond."""
-        return self.lr in (min(self.scores), max(self.scores))
+        """The best is at an end of a grid: a better one may lie beyond."""
+        return bool(self.beyond())
+
+    def beyond(self) -> list[Setting]:
+        """The settings next to the best that are outside what each grid has so far."""
+        found = []
+        for name, value in self.best:
+            if is_range(self.entrant.search[name]):
+                tried = {dict(setting)[name] for setting in self.scores}
+                steps = {min(tried): -1, max(tried): 1}
+                if value in steps:
+                    grown = half_decade(_index(value) + steps[value])
+                    found.append(tuple((k, grown if k == name else v) for k, v in self.best))
+        return found
 
 
-def learning_rate_grid(low: float, high: float) -> list[float]:
+def half_decades(low: float, high: float) -> list[float]:
     """10^(k/2) from low to high, both rounded to the nearest half-decade."""
-    return [_half_decade(k) for k in range(_index(low), _index(high) + 1)]
+    return [half_decade(k) for k in range(_index(low), _index(high) + 1)]
 
 
-def tune(config: BenchmarkConfig, folder: Path) -> dict[tuple[str, str], Tuning]:
+def settings_of(entrant: Entrant, count: int) -> list[Setting]:
+    """The `count` settings that `entrant` tries first: its grid, or a random part of a larger one.
+
+    Raises:
+        ConfigError: the grid has fewer, so that its budget would not be that of the others.
+    """
+    grids = [half_decades(*s) if is_range(s) else s["values"] for s in entrant.search.values()]
+    grid = [tuple(zip(entrant.search, values, strict=True)) for values in product(*grids)]
+    if len(grid) < count:
+        raise ConfigError(
+            f"entrant {entrant.name!r} has {len(grid)} settings to try, settings={count} for all "
+            "that are tuned; widen its search, or lower settings"
+        )
+    order = torch.randperm(len(grid), generator=generator("settings", entrant.name))
+    return [grid[i] for i in sorted(order[:count].tolist())]
+
+
+def tune(
+    config: BenchmarkConfig,
+    run: Callable[[Sequence[Cell]], list[Record]],
+    make_cell: Callable[[BenchmarkTask, Entrant, dict[str, Any], int], Cell],
+) -> dict[tuple[str, str], Tuning]:
     """The search for each tuned entrant on each task, by (task label, entrant name).
 
     All searches advance together, a grid or an extension at a time, which keeps processes busy.
+
+    Args:
+        run: gives the records of cells.
+        make_cell: of task, entrant, setting and seed.
     """
-    grid = learning_rate_grid(config.learning_rate_min, config.learning_rate_max)
-    searches = [Tuning(t, e, {}) for t in config.tasks for e in config.entrants if e.tune]
-    pending = [(search, lr) for search in searches for lr in grid]
+    searches = [Tuning(t, e) for t in config.tasks for e in config.entrants if e.search]
+    pending = [(s, x) for s in searches for x in settings_of(s.entrant, config.settings)]
     while pending:
         cells = [
-            Cell(search.task, search.entrant, lr, seed, config.data_root, config.threads)
-            for search, lr in pending
+            make_cell(search.task, search.entrant, dict(setting), seed)
+            for search, setting in pending
             for seed in config.tuning
         ]
-        records = run_cells(cells, folder, config.processes, "tuning")
-        runs = iter(zip(cells, records, strict=True))
-        for search, lr in pending:
+        runs = iter(zip(cells, run(cells), strict=True))
+        for search, setting in pending:
             group = [next(runs) for _ in config.tuning]
-            search.scores[lr] = float(np.mean([r["final_train_loss"] for _, r in group]))
-            search.errors |= {cell.name: r["error"] for cell, r in group if r["error"]}
-        pending = [
-            (search, _beyond(search))
-            for search in searches
-            if search.at_edge and search.extensions < config.max_grid_extensions
-        ]
-        for search, _ in pending:
-            search.extensions += 1
+            losses = [record["final_train_loss"] for _, record in group]
+            search.scores[setting] = float(np.mean(losses))
+            search.failures[setting] = sum(not math.isfinite(loss) for loss in losses)
+            search.errors |= {c.name: r["error"] for c, r in group if r["error"]}
+        pending = []
+        for search in searches:
+            left = config.max_grid_extensions - search.extensions
+            new = search.beyond()[:left]
+            search.extensions += len(new)
+            pending += [(search, setting) for setting in new]
     return {(search.task.label, search.entrant.name): search for search in searches}
 
 
-def _beyond(search: Tuning) -> float:
-    """The next half-decade on the side of the grid where the best is."""
-    return _half_decade(_index(search.lr) + (-1 if search.lr == min(search.scores) else 1))
+def _order(setting: Setting) -> tuple:
+    return tuple((0, v, "") if isinstance(v, (int, float)) else (1, 0, repr(v)) for _, v in setting)
 
 
-def _index(lr: float) -> int:
-    return round(2 * math.log10(lr))
+def _index(value: float) -> int:
+    return round(2 * math.log10(value))
 
 
-def _half_decade(k: int) -> float:
+def half_decade(k: int) -> float:
     return float(f"{10 ** (k / 2):.4g}")  # four digits: what tables and file names can show

@@ -3,6 +3,7 @@
 from learned_opt.tasks import (  # noqa: F401
     autoencoder,
     conv,
+    diabetes,
     logistic,
     matrix_factorization,
     mlp,

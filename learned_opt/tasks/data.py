@@ -1,7 +1,7 @@
 """Images to classify: scikit-learn's digits, the MNIST family, or anyone's `.npz` files.
 
-Nothing is downloaded. The files of the MNIST family are read as torchvision lays them out, and
-torchvision itself is not needed.
+Nothing is downloaded here (download.py does). The files of the MNIST family are read as torchvision
+lays them out, and torchvision itself is not needed.
 """
 
 import gzip
@@ -19,8 +19,12 @@ import torch
 from learned_opt.errors import DataError
 
 # One idx layout under four folder names; the keys are ours, the values torchvision's classes.
-_IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-_IDX_PREFIXES = {"train": "train", "test": "t10k"}
+IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+IDX_FILES = {
+    (split, kind): f"{prefix}-{kind}-{layout}-ubyte"
+    for split, prefix in (("train", "train"), ("test", "t10k"))
+    for kind, layout in (("images", "idx3"), ("labels", "idx1"))
+}
 
 _DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 are left to test on
 _DIGITS_SPLIT_SEED = 0
@@ -83,7 +87,7 @@ def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
     """
     if name == "digits":
         return _load("digits", None)
-    return _load(name, find_data(_IDX_FOLDERS.get(name, name), data_root))
+    return _load(name, find_data(IDX_FOLDERS.get(name, name), data_root))
 
 
 def find_data(name: str, data_root: str | Path | None = None) -> Path:
@@ -106,7 +110,7 @@ def find_data(name: str, data_root: str | Path | None = None) -> Path:
 def _load(name: str, folder: Path | None) -> ImageData:
     if folder is None:
         splits = _read_digits()
-    elif name in _IDX_FOLDERS:
+    elif name in IDX_FOLDERS:
         splits = _read_idx_folder(folder)
     else:
         splits = _read_npz_folder(folder)
@@ -175,7 +179,7 @@ def _read_npz_folder(folder: Path) -> tuple[_Split, _Split]:
         raise DataError(
             f"missing {', '.join(missing)}; write each with numpy.savez(path, images=images, "
             "labels=labels): images (n, ...) uint8, labels (n,) integers from 0. Names that need "
-            f"no .npz files: 'digits', {', '.join(map(repr, _IDX_FOLDERS))}"
+            f"no .npz files: 'digits', {', '.join(map(repr, IDX_FOLDERS))}"
         )
     return _read_npz(paths["train"]), _read_npz(paths["test"])
 
@@ -198,11 +202,7 @@ def _read_npz(path: Path) -> _Split:
 
 def _read_idx_folder(folder: Path) -> tuple[_Split, _Split]:
     raw = folder / "raw"
-    stems = {
-        (split, kind): raw / f"{prefix}-{kind}-ubyte"
-        for split, prefix in _IDX_PREFIXES.items()
-        for kind in ("images-idx3", "labels-idx1")
-    }
+    stems = {key: raw / name for key, name in IDX_FILES.items()}
     paths = {
         key: next((p for p in (stem, Path(f"{stem}.gz")) if p.is_file()), None)
         for key, stem in stems.items()
@@ -213,14 +213,14 @@ def _read_idx_folder(folder: Path) -> tuple[_Split, _Split]:
             f"missing {', '.join(missing)} (each may also end in .gz); get them with "
             f"torchvision.datasets.{folder.name}(root={str(folder.parent)!r}, download=True)"
         )
-    arrays = {key: _read_idx(paths[key], 3 if "images" in key[1] else 1) for key in stems}
+    arrays = {key: _read_idx(paths[key], 3 if key[1] == "images" else 1) for key in stems}
     train, test = (
         _checked(
-            arrays[split, "images-idx3"],
-            arrays[split, "labels-idx1"],
-            f"{paths[split, 'images-idx3']} with {paths[split, 'labels-idx1']}",
+            arrays[split, "images"],
+            arrays[split, "labels"],
+            f"{paths[split, 'images']} with {paths[split, 'labels']}",
         )
-        for split in _IDX_PREFIXES
+        for split in ("train", "test")
     )
     return train, test
 

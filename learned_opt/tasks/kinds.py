@@ -68,8 +68,9 @@ class TaskConfig:
             as in Andrychowicz et al. 2016; MLPs only).
         init_scale: multiplies the initial weights, though not biases and other vectors.
         train_size: train on the first so many examples only; None is all.
-        kind: mlp, conv, resnet, autoencoder, logistic, gru, lstm, transformer, quadratic or
-            matrix_factorization.
+        test_size: test on the first so many only; None is all.
+        kind: mlp, conv, resnet, autoencoder, logistic, gru, lstm, transformer, diabetes, quadratic
+            or matrix_factorization.
         options: what only this kind has, see `Options` of its class.
     """
 
@@ -81,6 +82,7 @@ class TaskConfig:
     init: str = "torch"
     init_scale: float = 1.0
     train_size: int | None = None
+    test_size: int | None = None
     kind: str = "mlp"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -95,8 +97,9 @@ class TaskConfig:
                 f"batch_size={self.batch_size}, init_scale={self.init_scale} and "
                 f"hidden={self.hidden} must all be positive"
             )
-        if self.train_size is not None and self.train_size < 1:
-            raise ConfigError(f"train_size is {self.train_size}; use at least 1, or null for all")
+        for name in ("train_size", "test_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ConfigError(f"{name} is {size}; use at least 1, or null for all")
         check_kind(self.kind, "kind")
         known = [f.name for f in fields(KINDS[self.kind].Options)]
         if unknown := set(self.options) - set(known):

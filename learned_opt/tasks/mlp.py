@@ -50,8 +50,8 @@ class MLPTask(Task):
         noise: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        n = config.train_size
-        tensors = (data.train_x[:n], data.train_y[:n], data.test_x, data.test_y)
+        n, m = config.train_size, config.test_size
+        tensors = (data.train_x[:n], data.train_y[:n], data.test_x[:m], data.test_y[:m])
         moved = (t.to(device) for t in tensors)
         self._train_x, self._train_y, self._test_x, self._test_y = moved
         self.config, self.num_tasks, self.device = config, num_tasks, device

@@ -41,7 +41,7 @@ class ModuleTask(Task):
     it: no dropout, no nn.GRU and nn.LSTM (see sequence.py for those).
 
     Args:
-        config: batch size, init_scale and train_size count here.
+        config: batch size, init_scale, train_size and test_size count here.
         make_module: the module with fresh initial weights, from torch's global random numbers.
         train: inputs and targets, (*tasks, n, …) each; integer targets are classes.
         test: the same to test on.
@@ -74,9 +74,13 @@ class ModuleTask(Task):
         scales = torch.ones(self.lead) if draw.init_scales is None else draw.init_scales
         self._init_scales = config.init_scale * scales
         self._axis = len(self.lead)  # of the examples
-        size = min(config.train_size or math.inf, train[0].shape[self._axis])
-        self._train = tuple(t.narrow(self._axis, 0, size).to(self.device) for t in train)
-        self._test = tuple(t.to(self.device) for t in test)
+        self._train, self._test = (
+            tuple(
+                t.narrow(self._axis, 0, min(size or math.inf, t.shape[self._axis])).to(self.device)
+                for t in part
+            )
+            for part, size in ((train, config.train_size), (test, config.test_size))
+        )
 
     @classmethod
     def make(

@@ -55,7 +55,7 @@ class QuadraticTask(Task):
     """
 
     Options = QuadraticOptions
-    unused = ("data", "hidden", "activation", "batch_size", "init", "train_size")
+    unused = ("data", "hidden", "activation", "batch_size", "init", "train_size", "test_size")
 
     def __init__(self, config: TaskConfig, draw: Draw = SINGLE) -> None:
         self.config, self.num_tasks, self.device = config, draw.num_tasks, draw.device

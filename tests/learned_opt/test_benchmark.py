@@ -1,34 +1,30 @@
-"""The benchmark, on real runs of a few steps on the digits."""
+"""The benchmark's protocol, on real runs of a few steps on the digits."""
 
 from __future__ import annotations
 
-import base64
 import csv
+import json
 import math
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from learned_opt.benchmark import (
-    BenchmarkConfig,
-    BenchmarkTask,
-    Entrant,
-    run_benchmark,
-    summary_table,
-)
-from learned_opt.benchmark.cells import Cell, run_cells
-from learned_opt.benchmark.tune import learning_rate_grid, tune
-from learned_opt.errors import ConfigError, LearnedOptError, OutputError
+from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmark.cells import Cell
+from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.tables import read_rows
+from learned_opt.benchmark.tune import half_decades, settings_of, tune
+from learned_opt.errors import ConfigError, OutputError
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import TaskConfig, make_task
 
 TASK = BenchmarkTask(TaskConfig(hidden=(8,), batch_size=32), steps=15)
-ADAM = Entrant("Adam <tuned>", "torch.optim.Adam", tune=True)
+ADAM = Entrant("Adam <tuned>", "torch.optim.Adam", search={"lr": [1e-3, 1e-1]})
 SGD = Entrant("SGD", "torch.optim.SGD", {"lr": 0.1})
 EXPLODES = Entrant("explodes", "torch.optim.SGD", {"lr": 1e30})
 RAISES = Entrant("raises", "torch.optim.SGD", {"lr": -1.0})
@@ -37,18 +33,8 @@ CONFIG = BenchmarkConfig(
     entrants=[ADAM, SGD, EXPLODES, RAISES],
     reporting_seeds=2,
     tuning_seeds=2,
-    learning_rate_min=1e-3,
-    learning_rate_max=1e-1,
+    settings=5,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the benchmark runs: the same sums, and no waiting for a core that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +44,20 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     return folder, run_benchmark(CONFIG, folder)
 
 
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory):
+    with Runner(tmp_path_factory.mktemp("cells")) as runner:
+        yield runner
+
+
 def rows_of(results: list[dict], entrant: Entrant) -> list[dict]:
     return [row for row in results if row["entrant"] == entrant.name]
+
+
+def search(config: BenchmarkConfig, runner: Runner) -> Any:
+    """The tuning of `config`'s one tuned entrant on its one task."""
+    (found,) = tune(config, runner.run, Cell).values()
+    return found
 
 
 def test_a_row_is_what_the_optimizer_did(done) -> None:
@@ -70,6 +68,7 @@ def test_a_row_is_what_the_optimizer_did(done) -> None:
         assert row["final_train_loss"] == run.evaluation["train_loss"]
         assert row["test_accuracy"] == run.evaluation["test_accuracy"]
         assert row["mean_loss"] == pytest.approx(run.losses.mean(), rel=1e-6)
+        assert row["best_loss"] == pytest.approx(run.losses.min(), rel=1e-6)
         assert row["lr"] == 0.1 and not row["tuned"] and not row["diverged"]
         assert row["torch"] == torch.__version__.split()[0]
 
@@ -82,8 +81,43 @@ def test_the_tuned_learning_rate_is_that_of_brute_force(done) -> None:
         runs = [run_optimizer(task, make, seed, TASK.steps) for seed in CONFIG.tuning]
         return float(np.mean([run.evaluation["train_loss"] for run in runs]))
 
-    best = min(learning_rate_grid(1e-3, 1.0), key=final_loss)
-    assert {row["lr"] for row in rows_of(results, ADAM)} == {best}
+    best = min(half_decades(1e-3, 1.0), key=final_loss)
+    rows = rows_of(results, ADAM)
+    assert {row["lr"] for row in rows} == {best}
+    assert {row["hyperparameters"] for row in rows} == {json.dumps({"lr": best})}
+
+
+@pytest.mark.parametrize(("condition", "steps"), [(1.0, 8), (100.0, 300)])
+def test_tuned_sgd_has_the_theoretical_learning_rate(condition, steps, runner) -> None:
+    """On a quadratic of curvatures from 1/κ to 1 the rate 2/(1 + 1/κ) contracts best in the end:
+    the error in each direction falls by 1 − lr·λ a step, F by its square. A grid of half decades
+    finds it to a factor of 10^¼ where it must not be exceeded by as much."""
+    options = {"dim": 10, "condition": condition}
+    task = BenchmarkTask(TaskConfig(kind="quadratic", options=options), steps)
+    sgd = Entrant("SGD", "torch.optim.SGD", search={"lr": [1e-2, 1e2]})
+    config = replace(CONFIG, tasks=[task], entrants=[sgd], tuning_seeds=1)
+    found = search(config, runner)
+    w, y = make_task(task.task).batch(0, 0)
+    curvatures = torch.linalg.svdvals(w.double()).square()
+    rates = torch.tensor(half_decades(1e-2, 1e2)).double()
+    start = make_task(task.task).init(config.tuning[0]).double()
+    optimum = torch.linalg.solve(w.double(), y.double())
+    error = torch.linalg.svd(w.double()).Vh @ (start - optimum)
+    factor = (1 - rates[:, None] * curvatures) ** steps
+    losses = 0.5 * (curvatures * (factor * error).square()).sum(-1)
+    assert dict(found.best)["lr"] == pytest.approx(float(rates[losses.argmin()]))
+    best = 2 / (curvatures.max() + curvatures.min())
+    assert abs(math.log10(dict(found.best)["lr"] / best)) <= 0.5 and not found.at_edge
+
+
+def test_adam_under_another_name_has_the_same_curves(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "renamed.py").write_text("from torch.optim import Adam as Madam\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = replace(ADAM, name="Madam", optimizer="renamed.Madam")
+    cells = [Cell(TASK, e, {"lr": 0.01}, seed) for e in (ADAM, other) for seed in (0, 1)]
+    with Runner(tmp_path / "cells") as runner:
+        first, second, *others = (record["losses"] for record in runner.run(cells))
+    assert np.array_equal([first, second], others) and not np.array_equal(first, second)
 
 
 def test_a_second_run_recomputes_nothing(done) -> None:
@@ -95,110 +129,109 @@ def test_a_second_run_recomputes_nothing(done) -> None:
     assert list(map(str, again)) == list(map(str, results))
 
 
-def test_an_interrupted_run_does_only_what_is_missing(done) -> None:
-    folder, results = done
-    lost = next(p for p in (folder / "cells").iterdir() if "_SGD_" in p.name)
-    kept = {p: p.stat().st_mtime_ns for p in (folder / "cells").iterdir() if "_Adam" in p.name}
-    lost.unlink()
-    again = run_benchmark(CONFIG, folder)
-    assert lost.exists() and all(p.stat().st_mtime_ns == time for p, time in kept.items())
-    losses = [row["final_train_loss"] for row in results]
-    assert [row["final_train_loss"] for row in again] == losses
-
-
 def test_another_config_is_refused(done) -> None:
     changed = replace(CONFIG, tasks=[replace(TASK, steps=16)])
     with pytest.raises(OutputError, match=r"tasks\.0\.steps was 15, now it is 16"):
         run_benchmark(changed, done[0])
 
 
-def test_a_diverged_run_counts_as_infinite_and_is_shown(done) -> None:
-    _, results = done
-    rows = rows_of(results, EXPLODES)
+def test_results_of_another_version_are_kept_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "config-benchmark.yaml").write_text("tasks: []\nprocesses: 1\n")
+    (tmp_path / "results.csv").write_text("task\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"another version .*\(format 1, this one writes 2\)"):
+        run_benchmark(CONFIG, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_diverged_run_counts_as_infinite(done) -> None:
+    rows = rows_of(done[1], EXPLODES)
     assert all(row["diverged"] and math.isinf(row["final_train_loss"]) for row in rows)
-    line = next(ln for ln in summary_table(results).splitlines() if "explodes" in ln)
-    assert "| ∞ |" in line and line.endswith("| 2 of 2 |")
-
-
-def test_one_diverged_seed_makes_the_mean_infinite(done) -> None:
-    _, results = done
-    rows = rows_of(results, SGD)
-    mixed = [rows[0], rows[1] | {"final_train_loss": math.inf, "diverged": True}]
-    line = summary_table(mixed).splitlines()[-1]
-    assert "| ∞ |" in line and line.endswith("| 1 of 2 |")
+    assert all(math.isnan(row["test_accuracy"]) and not row["error"] for row in rows)
 
 
 def test_a_run_that_raises_is_recorded_and_the_others_go_on(done) -> None:
     folder, results = done
     assert all("Invalid learning rate" in row["error"] for row in rows_of(results, RAISES))
     assert not any(row["error"] for row in rows_of(results, SGD))
-    assert "0 of 2, 2 failed" in summary_table(results)
-    assert "Traceback (most recent call last)" in (folder / "report.html").read_text()
+    facts = json.loads((folder / "benchmark.json").read_text())
+    assert facts["failures"] == len(facts["failed"]) == 2
+    for failure in facts["failed"]:
+        assert failure["entrant"] == "raises" and failure["error"].startswith("Traceback (most")
+        assert 'File "run.py"' in failure["error"] and str(Path.cwd()) not in failure["error"]
 
 
-def test_the_best_is_bold(done) -> None:
-    _, results = done
-    mean = {e.name: np.mean([r["test_loss"] for r in rows_of(results, e)]) for e in (ADAM, SGD)}
-    for line in summary_table(results).splitlines()[4:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[4].startswith("**") == (cells[0] == min(mean, key=mean.get))
-
-
-def test_the_report_needs_nothing_but_a_browser(done) -> None:
+def test_the_tables_read_back_as_they_were_written(done) -> None:
     folder, results = done
-    page = (folder / "report.html").read_text()
-    outside = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
-    assert not re.search(r"https?://|<script|<link|@import|src=", outside)
-    assert page.count("<svg") == 1 and "currentColor" in page
-    for heading in ("How this was run", "Tuning", "Runs that failed", "final train loss"):
-        assert heading in page
-    assert "Adam &lt;tuned&gt;" in page and "Adam <tuned>" not in page
-    table = base64.b64decode(re.search(r"base64,([\w+/=]+)", page)[1])
-    assert table == (folder / "results.csv").read_bytes()
-    rows = list(csv.DictReader(table.decode().splitlines()))
-    assert len(rows) == len(results) == 8
-    assert [float(r["test_loss"]) for r in rows] == [r["test_loss"] for r in results]
+    assert str(read_rows(folder / "results.csv")) == str(results)
+    tried = read_rows(folder / "tuning.csv")
+    assert sum(row["chosen"] for row in tried) == 1
+    (chosen,) = (row for row in tried if row["chosen"])
+    assert chosen["lr"] == rows_of(results, ADAM)[0]["lr"] and chosen["runs"] == 2
+    with (folder / "results.csv").open(newline="") as file:
+        assert {row["cell"] for row in csv.DictReader(file)} < {
+            path.stem for path in (folder / "cells").iterdir()
+        }
 
 
-def test_the_grid_grows_while_the_best_is_at_its_edge(tmp_path: Path) -> None:
-    config = replace(CONFIG, entrants=[ADAM], learning_rate_min=1e-5, learning_rate_max=1e-4)
-    capped = tune(replace(config, max_grid_extensions=2), tmp_path)[TASK.label, ADAM.name]
+def test_what_was_done_is_said_without_folders(done, tmp_path: Path) -> None:
+    facts = json.loads((done[0] / "benchmark.json").read_text())
+    (task,) = facts["tasks"]
+    assert (task["parameters"], task["tensors"]) == (64 * 8 + 8 + 8 * 10 + 10, 4)
+    assert task["chance"] == pytest.approx(math.log(10)) and task["hidden"] == [8]
+    assert facts["baseline"] == ADAM.name and facts["budget"]["settings"] == 5
+    tried = len(read_rows(done[0] / "tuning.csv"))
+    assert facts["tuning_runs"] == {ADAM.name: 2 * tried, "SGD": 0, "explodes": 0, "raises": 0}
+    assert facts["cells"] == 2 * tried + 8
+    learned = Entrant("mine", "learned", weights=str(tmp_path / "absent.safetensors"))
+    config = replace(CONFIG, entrants=[learned], data_root=str(tmp_path))
+    run_benchmark(config, tmp_path / "out")
+    text = (tmp_path / "out" / "benchmark.json").read_text()
+    facts = json.loads(text)
+    assert "absent.safetensors" in facts["failed"][0]["error"] and str(tmp_path) not in text
+    assert facts["entrants"][0]["weights"] == "absent.safetensors"
+
+
+def test_the_grid_grows_while_the_best_is_at_its_edge(runner) -> None:
+    low = replace(ADAM, search={"lr": [1e-5, 1e-4]})
+    config = replace(CONFIG, entrants=[low], settings=3)
+    capped = search(replace(config, max_grid_extensions=2), runner)
     assert capped.extensions == 2 and capped.at_edge
-    assert sorted(capped.scores) == learning_rate_grid(1e-5, 1e-3)
-    found = tune(replace(config, max_grid_extensions=12), tmp_path)[TASK.label, ADAM.name]
+    assert [dict(setting)["lr"] for setting in capped.tried] == half_decades(1e-5, 1e-3)
+    found = search(replace(config, max_grid_extensions=12), runner)
     assert not found.at_edge
-    assert found.lr == tune(CONFIG, tmp_path)[TASK.label, ADAM.name].lr
+    assert found.best == search(replace(CONFIG, entrants=[ADAM]), runner).best
+
+
+def test_of_several_hyperparameters_the_product_is_searched(runner) -> None:
+    space = {"lr": [1e-2, 1e-1], "momentum": {"values": [0.0, 0.9]}}
+    sgd = Entrant("SGD", "torch.optim.SGD", search=space)
+    found = search(replace(CONFIG, entrants=[sgd], settings=6, max_grid_extensions=1), runner)
+    assert len(found.scores) == 6 + found.extensions
+    assert {dict(s)["momentum"] for s in found.scores} == {0.0, 0.9}
+    part = settings_of(sgd, 4)
+    assert (
+        len(set(part)) == 4 and set(part) < set(settings_of(sgd, 6)) and part == settings_of(sgd, 4)
+    )
+
+
+def test_budgets_are_equal() -> None:
+    assert {len(settings_of(e, 9)) for e in NAMED.values() if e.search} == {9}
+    small = replace(ADAM, search={"lr": [1e-2, 1e-1]})
+    with pytest.raises(ConfigError, match="'Adam <tuned>' has 3 settings to try, settings=5"):
+        run_benchmark(replace(CONFIG, entrants=[small, SGD]), "unused")
+    assert not Path("unused").exists()
 
 
 def test_the_grid_is_half_decades() -> None:
-    assert learning_rate_grid(1e-2, 1.0) == [0.01, 0.03162, 0.1, 0.3162, 1.0]
-    assert len(learning_rate_grid(1e-4, 1.0)) == 9
-
-
-def test_processes_give_the_same_results(done, tmp_path: Path) -> None:
-    cells = [Cell(TASK, SGD, None, seed) for seed in CONFIG.reporting]
-    records = run_cells(cells, tmp_path, processes=2)
-    rows = rows_of(done[1], SGD)
-    assert [r["test_loss"] for r in records] == [row["test_loss"] for row in rows]
-
-
-def test_a_worker_that_dies_is_explained(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "dying.py").write_text(
-        "import os, signal, torch\n"
-        "class Dies(torch.optim.SGD):\n"
-        "    def step(self):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    cells = [Cell(TASK, Entrant("dies", "dying.Dies", {"lr": 0.1}), None, s) for s in (0, 1)]
-    with pytest.raises(LearnedOptError, match="0 of 2 runs are saved: use fewer processes"):
-        run_cells(cells, tmp_path / "cells", processes=2)
+    assert half_decades(1e-2, 1.0) == [0.01, 0.03162, 0.1, 0.3162, 1.0]
+    assert len(half_decades(1e-4, 1.0)) == 9
 
 
 def test_cosine_ends_at_zero() -> None:
     entrant = Entrant("cosine", "torch.optim.SGD", {"lr": 0.1}, schedule="cosine")
     param = torch.ones(2, requires_grad=True)
-    optimizer = Cell(TASK, entrant, None, seed=0).make_optimizer([param])
+    optimizer = entrant.make_optimizer([param], {}, TASK.steps)
     rates = []
     for _ in range(TASK.steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -208,12 +241,21 @@ def test_cosine_ends_at_zero() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_entrants_known_by_name_learn(name: str) -> None:
+    (entrant,) = BenchmarkConfig(entrants=[name]).entrants
+    task = make_task(TASK.task)
+    chosen = {"lr": {"torch.optim.SGD": 0.1, "learned": 1.0}.get(entrant.optimizer, 0.01)}
+    run = run_optimizer(task, lambda p: entrant.make_optimizer(p, chosen, 40), 0, 40)
+    assert run.evaluation["train_loss"] < 0.8 * task.chance
+
+
 def test_other_weights_are_another_cell(tmp_path: Path) -> None:
     names = set()
     for content in (b"one", b"two"):
         (tmp_path / "w.safetensors").write_bytes(content)
         entrant = Entrant("mine", "learned", weights=str(tmp_path / "w.safetensors"))
-        names.add(Cell(TASK, entrant, None, seed=0).name)
+        names.add(Cell(TASK, entrant, {}, seed=0).name)
     assert len(names) == 2
 
 
@@ -223,9 +265,11 @@ def test_other_weights_are_another_cell(tmp_path: Path) -> None:
         ({"reporting_seeds": [0, 1], "tuning_seeds": [1, 2]}, r"seeds \[1\] are both"),
         ({"reporting_seeds": 0}, "reporting_seeds"),
         ({"entrants": [ADAM, ADAM]}, "entrants"),
+        ({"entrants": ["Adm"]}, "entrant 'Adm' is not known by name; use one of .*'AdamW'"),
         ({"tasks": []}, "tasks"),
-        ({"learning_rate_min": 0.0}, "learning_rate_min=0.0"),
+        ({"settings": 0}, "settings=0"),
         ({"processes": 0}, "processes=0"),
+        ({"time_limit": 0.0}, "time_limit=0.0"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, says: str) -> None:
@@ -233,11 +277,22 @@ def test_bad_settings_are_refused(settings: dict, says: str) -> None:
         replace(CONFIG, **settings)
 
 
-def test_bad_entrants_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tune=true"):
-        Entrant("a", "torch.optim.Adam", {"lr": 0.1}, tune=True)
-    with pytest.raises(ConfigError, match="weights"):
-        Entrant("a", "torch.optim.Adam", weights="w.safetensors")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kwargs": {"lr": 0.1}, "search": {"lr": [0.1, 1]}}, r"\['lr'\] in kwargs and in search"),
+        ({"search": {"lr": [1, 0.1]}}, r"search\.lr=\[1, 0\.1\]"),
+        ({"search": {"lr": 0.1}}, r"search\.lr=0\.1"),
+        ({"search": {"lr": {"values": []}}}, r"search\.lr="),
+        ({"weights": "w.safetensors"}, "weights"),
+    ],
+)
+def test_bad_entrants_are_refused(settings: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Entrant("a", "torch.optim.Adam", **settings)
+
+
+def test_a_misspelt_optimizer_is_refused_before_anything_is_run(tmp_path: Path) -> None:
     misspelt = replace(CONFIG, entrants=[Entrant("a", "torch.optim.Adm")])
     with pytest.raises(ConfigError, match=r"torch\.optim\.Adm"):
         run_benchmark(misspelt, tmp_path)

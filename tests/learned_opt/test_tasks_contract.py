@@ -22,6 +22,7 @@ CONFIGS = {
     "resnet": TaskConfig(kind="resnet", **SMALL, options={"norm": "layer"}),
     "autoencoder": TaskConfig(kind="autoencoder", **SMALL),
     "logistic": TaskConfig(kind="logistic", batch_size=6),
+    "diabetes": TaskConfig(kind="diabetes", **SMALL),
     "gru": TaskConfig(kind="gru", **TEXT, options={"context": 7}),
     "lstm": TaskConfig(kind="lstm", **TEXT, options={"context": 7}),
     "transformer": TaskConfig(kind="transformer", **TEXT, options={"context": 7}),

@@ -1,0 +1,136 @@
+"""How a benchmark was run, in a paragraph and in tables: what makes its figures worth anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from learned_opt.benchmark.scores import Row
+from learned_opt.benchmark.summary import Entry, Table, number
+
+VERSIONS = ("commit", "python", "learned-opt", "torch", "numpy", "lightning")
+Facts = Mapping[str, Any]
+
+
+def title(facts: Facts) -> str:
+    return f"Benchmark of optimizers: {facts['suite']}" if facts["suite"] else "Optimizer benchmark"
+
+
+def size(facts: Facts) -> str:
+    """In one line."""
+    tasks, entrants, seeds = map(len, (facts["tasks"], facts["entrants"], facts["reporting_seeds"]))
+    return f"{entrants} optimizers, {tasks} tasks, {seeds} seeds"
+
+
+def protocol(facts: Facts, tuning: Sequence[Row]) -> str:
+    """One paragraph: what is held equal, what is tuned, and on which seeds."""
+    budget = facts["budget"]
+    searches = {(row["task"], row["entrant"]): row for row in tuning}.values()
+    grown = sum(row["extensions"] > 0 for row in searches)
+    edges = sum(row["at_edge"] for row in searches)
+    return (
+        "Every optimizer starts from the same weights and sees the same minibatches for a seed. "
+        f"Reported are seeds {_list(facts['reporting_seeds'])}. Optimizers that are tuned have the "
+        f"same budget on each task: {budget['settings']} settings, log-uniform, on seeds "
+        f"{_list(facts['tuning_seeds'])}, on which nothing is reported; the setting with the "
+        "lowest final loss on all training data, mean over these seeds, is the one reported. Where "
+        "it was at an end of its range, the range grew by up to "
+        f"{budget['max_extensions']} settings: in {grown} of {len(searches)} searches, {edges} of "
+        "which ended at an edge all the same. A run that diverged or failed counts with an "
+        f"infinite loss, and so does one that took longer than {facts['time_limit']:g} seconds. "
+        f"Seconds are of the training steps alone, on {facts['device']}, with "
+        f"processes={facts['processes'] * facts['ranks']} and threads={facts['threads']}. In all "
+        f"{facts['cells']} runs, of which {facts['failures']} failed, and "
+        f"{facts['training_seconds']:.0f} seconds of training."
+    )
+
+
+def task_list(facts: Facts) -> Table:
+    headings = ["task", "kind", "data", "network", "parameters", "batch", "steps",
+                "loss of a guess", "shipped weights"]  # fmt: skip
+    return _table(
+        headings,
+        [
+            [
+                task["label"],
+                task["kind"],
+                task["data"],
+                " ".join([*map(str, task["hidden"]), task["activation"]])
+                + "".join(f", {k} {v}" for k, v in task["options"].items()),
+                task["parameters"],
+                task["batch_size"],
+                task["steps"],
+                float(task["chance"]),
+                task["family"] or "–",
+            ]
+            for task in facts["tasks"]
+        ],
+    )
+
+
+def entrant_list(facts: Facts) -> Table:
+    return _table(
+        ["name", "optimizer", "arguments", "schedule", "tuned", "tuning runs"],
+        [
+            [
+                entrant["name"],
+                " ".join(filter(None, (entrant["optimizer"], entrant["weights"]))),
+                ", ".join(f"{k}={v}" for k, v in entrant["kwargs"].items()) or "–",
+                entrant["schedule"],
+                ", ".join(f"{k} {_space(v)}" for k, v in entrant["search"].items()) or "–",
+                facts["tuning_runs"].get(entrant["name"], 0),
+            ]
+            for entrant in facts["entrants"]
+        ],
+    )
+
+
+def tuning_table(tuning: Sequence[Row]) -> Table:
+    """Every setting that was tried, the chosen ones in bold."""
+    rows = [
+        [
+            Entry(row["task"], row["task"]),
+            Entry(row["entrant"], row["entrant"]),
+            Entry(_setting(row), row["lr"] or 0),
+            Entry(number(row["final_train_loss"]), row["final_train_loss"], row["chosen"]),
+        ]
+        for row in tuning
+    ]
+    return Table(["task", "optimizer", "setting", "final loss"], rows)
+
+
+def environment(provenance: Sequence[Facts], rows: Sequence[Row]) -> Table:
+    """Versions and hardware; all of them where runs were made under different ones."""
+    facts = {"started": f"{provenance[0]['started']}", "last started": provenance[-1]["started"]}
+    for key in VERSIONS:
+        facts[key] = ", ".join({str(row[key]): None for row in rows if row.get(key)})
+    for key in ("platform", "cpu", "cores", "gpu"):
+        facts[key] = ", ".join({str(p[key]): None for p in provenance if p[key]})
+    return _table(["", ""], [[key, value] for key, value in facts.items() if value])
+
+
+def _setting(row: Row) -> str:
+    setting = json.loads(row["hyperparameters"])
+    return ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in setting.items())
+
+
+def _space(space: Any) -> str:
+    """[low, high], or {values: [...]}."""
+    if isinstance(space, dict):
+        return "of " + ", ".join(map(str, space["values"]))
+    return f"{space[0]:g} to {space[1]:g}"
+
+
+def _list(seeds: Sequence[int]) -> str:
+    """A range by its ends."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _table(headings: list[str], rows: Sequence[Sequence[Any]]) -> Table:
+    return Table(
+        headings,
+        [[Entry(number(v) if isinstance(v, float) else str(v), v) for v in row] for row in rows],
+    )

@@ -1,0 +1,121 @@
+"""Runs cells: by worker processes, by the ranks of a torchrun job, and not those that are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from geodesic.sharded import process_rank
+from learned_opt.benchmark.cells import Cell, Job, Record, load, save, without_folders
+from learned_opt.benchmark.workers import Lost, Workers
+from learned_opt.errors import ConfigError
+
+FOREVER = timedelta(days=365)  # ranks wait for each other's cells; torchrun ends them if one dies
+
+
+class Runner:
+    """Runs cells and keeps their records; a context manager that ends its worker processes.
+
+    Each rank of a job makes its own, and all call `run` with the same cells. They share the work
+    by rank, and `folder`, which must be on a file system that all see.
+
+    Args:
+        folder: of the cells' files.
+        processes: of this rank, that run cells at the same time.
+        time_limit: seconds that a cell may take.
+        total: cells to expect, for the progress bar.
+        on_record: told of each cell that has been run, on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int = 1,
+        time_limit: float = 300.0,
+        total: int = 0,
+        on_record: Callable[[Cell, Record], None] | None = None,
+    ) -> None:
+        self.rank, self.ranks = process_rank()
+        self._folder, self._on_record = folder, on_record
+        self._workers = Workers(processes, time_limit)
+        self.records: dict[str, Record] = {}
+        self._bar = tqdm(total=total, desc="benchmark", disable=True if self.rank else None)
+
+    def __enter__(self) -> Runner:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._joined = self.ranks > 1 and not dist.is_initialized()
+        if self._joined:
+            if "MASTER_ADDR" not in os.environ:
+                raise ConfigError(
+                    f"this is process {self.rank} of {self.ranks}, and MASTER_ADDR is not set; "
+                    "start several with torchrun, or one with --processes"
+                )
+            dist.init_process_group("gloo", timeout=FOREVER)
+        self._workers.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._workers.__exit__(*error)
+        self._bar.close()
+        if self._joined and error[0] is None:
+            dist.destroy_process_group()
+
+    def call(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What other jobs return, or Lost, in their order; on rank 0, and None elsewhere."""
+        results = [None] * len(jobs)
+        if self.rank == 0:
+            for index, result in self._workers.run(jobs):
+                results[index] = result
+        return results
+
+    def run(self, cells: Sequence[Cell]) -> list[Record]:
+        """The records of `cells` in their order; runs those that the folder lacks."""
+        wanted = {cell.name: cell for cell in cells if cell.name not in self.records}
+        found = {n: r for n, c in wanted.items() if (r := load(c, self._folder)) is not None}
+        (found,) = self._from_first([found])
+        missing = [cell for name, cell in wanted.items() if name not in found]
+        self.records |= found
+        self._bar.total = max(self._bar.total, self._bar.n + len(wanted))
+        self._bar.update(len(found))
+        mine = self._run_share(missing[self.rank :: self.ranks])
+        if self.ranks > 1:
+            shares: list[Any] = [None] * self.ranks
+            dist.all_gather_object(shares, mine)
+            for rank, share in enumerate(shares):
+                self.records |= share
+                if rank:
+                    for name, record in share.items():
+                        self._done(wanted[name], record)
+        else:
+            self.records |= mine
+        return [self.records[cell.name] for cell in cells]
+
+    def _run_share(self, cells: list[Cell]) -> dict[str, Record]:
+        records = {}
+        for index, result in self._workers.run([Job(cell, self._folder) for cell in cells]):
+            cell, record = cells[index], result
+            if isinstance(result, Lost):
+                where = without_folders(result.where)
+                error = f"{where}\n{result.reason}" if where else result.reason
+                record = save(cell, cell.blank(error=error), self._folder)
+            records[cell.name] = record
+            if self.rank == 0:
+                self._done(cell, record)
+        return records
+
+    def _done(self, cell: Cell, record: Record) -> None:
+        self._bar.update()
+        if self._on_record and self.rank == 0:
+            self._on_record(cell, record)
+
+    def _from_first(self, values: list[Any]) -> list[Any]:
+        """Those of rank 0: what is on disk changes while the ranks look."""
+        if self.ranks > 1:
+            dist.broadcast_object_list(values, 0)
+        return values

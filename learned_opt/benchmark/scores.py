@@ -1,0 +1,163 @@
+"""What each run is worth beside the baseline, tuned Adam: the rows of scores.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learned_opt.benchmark.cells import FORMAT
+from learned_opt.benchmark.stats import (
+    envelope,
+    envelope_speed_up,
+    smooth,
+    steps_to_target,
+    times_less,
+)
+from learned_opt.benchmark.tables import read_rows
+from learned_opt.errors import OutputError
+
+LOSSES = ("final_train_loss", "mean_loss", "test_loss")
+Row = Mapping[str, Any]
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Results:
+    """An output folder of the benchmark.
+
+    Attributes:
+        facts: benchmark.json: tasks, entrants, seeds, budget, failures.
+        rows: results.csv, a row per reported run.
+        tuning: tuning.csv.
+        losses: (steps,) minibatch losses of the reported runs by cell, NaN from a divergence on.
+        searched: (settings, runs, steps) the same of the baseline's tuning runs, by task.
+    """
+
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+    tuning: list[dict[str, Any]]
+    losses: dict[str, Array]
+    searched: dict[str, Array]
+
+
+def read_results(folder: Path) -> Results:
+    """What a run of the benchmark has left in `folder`.
+
+    Raises:
+        OutputError: there is none, or it is of another version.
+    """
+    try:
+        facts = json.loads((folder / "benchmark.json").read_text())
+    except OSError as error:
+        raise OutputError(
+            f"folder={str(folder)!r} has no results of a benchmark ({error}); give the --output of "
+            "learned-opt benchmark, and if that was made by version 0.1, run it again elsewhere"
+        ) from error
+    if facts.get("format") != FORMAT:
+        raise OutputError(
+            f"folder={str(folder)!r} has results in format {facts.get('format')}, this version "
+            f"reads {FORMAT}; use the version that wrote them, or another --output"
+        )
+    rows, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "tuning"))
+    steps = {row["task"]: row["steps"] for row in rows}
+    reported = {row["cell"]: row["steps"] for row in rows}
+    losses, groups = {}, defaultdict(lambda: defaultdict(list))
+    for path in sorted((folder / "cells").glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            if path.stem in reported:
+                losses[path.stem] = _whole(file["losses"], reported[path.stem])
+                continue
+            record = json.loads(str(file["record"]))
+            if (
+                record["entrant"] == facts["baseline"]
+                and record["seed"] in facts["tuning_seeds"]
+                and record["task"] in steps
+            ):
+                setting = json.dumps(record["hyperparameters"], sort_keys=True)
+                task = record["task"]
+                groups[task][setting].append(_whole(file["losses"], steps[task]))
+    if lost := sorted(reported.keys() - losses):
+        raise OutputError(
+            f"folder={str(folder)!r} lacks cells/{lost[0]}.npz and {len(lost) - 1} more runs that "
+            "results.csv has; run the same command again to make them anew"
+        )
+    searched = {task: np.array(list(g.values())) for task, g in groups.items()}
+    return Results(facts, rows, tuning, losses, searched)
+
+
+def score(results: Results) -> list[dict[str, Any]]:
+    """A row per reported run, in the order of results.csv; all runs of a task share its seeds.
+
+    best_smoothed_loss     least smoothed minibatch loss (stats.smooth)
+    target_loss            the baseline's smoothed loss at the end of its run of the same seed
+    steps_to_target        first step at which the smoothed loss is there; ∞ for a miss
+    seconds_to_target      the same in seconds, every step taken to be as long
+    steps_speed_up         the baseline's steps over the run's, 0 for a miss (stats.times_less)
+    seconds_speed_up       of seconds
+    envelope_speed_up      against Adam with the best learning rate at each step
+    final_train_loss_ratio, mean_loss_ratio, test_loss_ratio
+                           the baseline's median over seeds, over the loss of this run
+    steps_to_targets       JSON: {"loss": steps} for the targets that the task itself names
+
+    Without a baseline only best_smoothed_loss and steps_to_targets.
+    """
+    baseline = results.facts["baseline"]
+    base = {(row["task"], row["seed"]): row for row in results.rows if row["entrant"] == baseline}
+    medians = {
+        (task, loss): np.median([row[loss] for row in base.values() if row["task"] == task])
+        for task, _ in base
+        for loss in LOSSES
+    }
+    best = {task: envelope(losses) for task, losses in results.searched.items()}
+    targets = {task["label"]: task["targets"] for task in results.facts["tasks"]}
+    rows = []
+    for row in results.rows:
+        task, losses = row["task"], results.losses[row["cell"]]
+        scores = {key: row[key] for key in ("task", "entrant", "seed")}
+        scores["best_smoothed_loss"] = float(smooth(losses).min())
+        if base:
+            reference = base[task, row["seed"]]
+            scores |= _against(row, losses, reference, results.losses[reference["cell"]])
+            scores |= {f"{k}_ratio": float(times_less(medians[task, k], row[k])) for k in LOSSES}
+        if task in best:
+            scores["envelope_speed_up"] = float(envelope_speed_up(losses, best[task]))
+        steps = {f"{target:g}": float(steps_to_target(losses, target)) for target in targets[task]}
+        rows.append(scores | {"steps_to_targets": json.dumps(steps)})
+    return rows
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The rows of scores.csv, typed as they were written."""
+    text = ("task", "entrant", "steps_to_targets")
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in text else float(v) for k, v in r.items()} for r in csv.DictReader(file)
+        ]
+
+
+def _against(row: Row, losses: Array, reference: Row, reference_losses: Array) -> dict[str, float]:
+    target = smooth(reference_losses)[-1]
+    steps, reference_steps = (float(steps_to_target(x, target)) for x in (losses, reference_losses))
+    seconds, reference_seconds = (
+        s * r["seconds"] / r["steps"] if s < np.inf else np.inf
+        for s, r in ((steps, row), (reference_steps, reference))
+    )
+    return {
+        "target_loss": float(target),
+        "steps_to_target": steps,
+        "seconds_to_target": seconds,
+        "steps_speed_up": float(times_less(reference_steps, steps)),
+        "seconds_speed_up": float(times_less(reference_seconds, seconds)),
+    }
+
+
+def _whole(losses: Array, steps: int) -> Array:
+    """A run that failed may lack its end."""
+    return np.concatenate([losses, np.full(steps - len(losses), np.nan)])

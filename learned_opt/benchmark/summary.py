@@ -1,0 +1,225 @@
+"""The tables of a benchmark: over all tasks, and task by task; in Markdown here, in html.py too.
+
+Rows are those of results.csv, which may have the columns of scores.csv with them: a table leaves
+out what they lack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from learned_opt.benchmark.scores import Row
+from learned_opt.benchmark.stats import (
+    iqm,
+    probability_of_improvement,
+    profile_score,
+    stratified_bootstrap,
+)
+
+# Of a task's table: column, heading, factor, and +1 where less is better, -1 where more, 0 neither.
+METRICS = (
+    ("final_train_loss", "final train loss", 1, 1),
+    ("mean_loss", "mean loss", 1, 1),
+    ("test_loss", "test loss", 1, 1),
+    ("test_accuracy", "test accuracy %", 100, -1),
+    ("best_smoothed_loss", "best train loss", 1, 1),
+    ("steps_speed_up", "speed-up, steps", 1, -1),
+    ("seconds_speed_up", "speed-up, seconds", 1, -1),
+    ("seconds", "seconds", 1, 0),
+    ("peak_memory", "peak memory, MB", 1e-6, 0),
+)
+# Of the table over all tasks: columns of scores.csv, more is better; the first one orders the rows.
+SCORES = {
+    "steps_speed_up": "speed-up, steps",
+    "seconds_speed_up": "speed-up, seconds",
+    "envelope_speed_up": "speed-up, envelope",
+    "final_train_loss_ratio": "× lower final loss",
+    "mean_loss_ratio": "× lower mean loss",
+    "test_loss_ratio": "× lower test loss",
+}
+CHANCES = (("final_train_loss", "P(lower final loss)"), ("test_loss", "P(lower test loss)"))
+_MEANING = """\
+Relative to {baseline}: interquartile means over all runs of all tasks, in brackets 95 % intervals \
+from 5000 stratified bootstrap resamples of the seeds. *Speed-up*: the steps, or seconds, in which \
+{baseline} reaches its own final loss, smoothed over a twentieth of the run, over those of the \
+optimizer with the same seed; 0 for a run that misses it. *Envelope*: steps that Adam with the \
+best learning rate at each step needs for the final loss, per step of the optimizer. *× lower*: \
+the median loss of {baseline} over the optimizer's; 0 for a run that diverged or failed. *P*: \
+probability that a run ends lower than one of {baseline}, ties count half. *Profile*: share of \
+tasks on which the median steps are within τ times the fastest, mean over 1 ≤ τ ≤ 4."""
+
+
+class Entry(NamedTuple):
+    """A cell of a table: its text, what it is sorted by, and whether it is the column's best."""
+
+    text: str
+    key: float | str
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """`largest_first`: the columns that are sorted so, by number."""
+
+    headings: list[str]
+    rows: list[list[Entry]]
+    largest_first: Collection[int] = ()
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """Markdown: a table per task, mean ± standard deviation over seeds, the best mean in bold.
+
+    A run that diverged or failed counts with an infinite loss: its entrant's mean is ∞, and the
+    last column says how many there were.
+    """
+    tables = task_tables(rows).items()
+    return "\n\n".join(f"### {task}\n\n{markdown(table)}" for task, table in tables)
+
+
+def markdown(table: Table) -> str:
+    """As GitHub reads it; bold where best."""
+    rows = [[f"**{e.text}**" if e.best else e.text for e in row] for row in table.rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+             for row in (table.headings, *rows)]  # fmt: skip
+    return "\n".join([lines[0], "|" + "---|" * len(table.headings), *lines[1:]])
+
+
+def meaning(facts: Mapping[str, Any]) -> str:
+    """Markdown: what the columns of an overview are."""
+    if facts["baseline"] is None:
+        return "There was no tuned Adam with a constant learning rate to compare with."
+    return _MEANING.format(baseline=facts["baseline"])
+
+
+def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]:
+    """The table over all tasks, then one for each family of tasks where there are several."""
+    tables = {"all tasks": overview(rows, facts["baseline"])}
+    families = {task["label"]: task["family"] for task in facts["tasks"]}
+    if len(set(families.values())) > 1:
+        for family in dict.fromkeys(families.values()):
+            mine = [row for row in rows if families[row["task"]] == family]
+            tables[family or "other tasks"] = overview(mine, facts["baseline"])
+    return tables
+
+
+def overview(rows: Sequence[Row], baseline: str | None) -> Table:
+    """Each entrant over all tasks of `rows`, see `meaning`; without a baseline, only its costs."""
+    entrants = _distinct(rows, "entrant")
+    headings, columns = ["optimizer"], [[Entry(name, name) for name in entrants]]
+
+    def add_score(heading: str, entries: Sequence[Entry]) -> None:
+        best = max(e.key for e in entries)
+        headings.append(heading)
+        columns.append([e._replace(best=e.key == best) for e in entries])
+
+    if baseline is not None:
+        for column in filter(rows[0].__contains__, SCORES):
+            scores = (runs(rows, name, column) for name in entrants)
+            add_score(SCORES[column], [_estimate(iqm, s) for s in scores])
+        for column, heading in CHANCES:
+            base = -runs(rows, baseline, column)
+            chances = ((-runs(rows, name, column), base) for name in entrants)
+            add_score(heading, [_estimate(probability_of_improvement, *c) for c in chances])
+        profile = profile_score(median_steps(rows, entrants))
+        add_score("profile", [Entry(score_text(share), float(share)) for share in profile])
+    scored = range(1, len(headings))
+    groups = [[row for row in rows if row["entrant"] == name] for name in entrants]
+    for column, heading, factor, _ in METRICS[-2:]:
+        headings.append(heading)
+        values = ([factor * _float(row.get(column)) for row in group] for group in groups)
+        columns.append([_mean(v, spread=False) for v in values])
+    headings.append("diverged")
+    columns.append([_failures(group) for group in groups])
+    table = [list(row) for row in zip(*columns, strict=True)]
+    if baseline is not None:
+        table.sort(key=lambda row: -row[1].key)
+    return Table(headings, table, scored)
+
+
+def task_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """Task -> a table of its entrants."""
+    return {t: _task_table([r for r in rows if r["task"] == t]) for t in _distinct(rows, "task")}
+
+
+def runs(rows: Sequence[Row], entrant: str, column: str) -> np.ndarray:
+    """(tasks, runs) of one column."""
+    mine = [row for row in rows if row["entrant"] == entrant]
+    tasks = _distinct(rows, "task")
+    return np.array([[float(r[column]) for r in mine if r["task"] == task] for task in tasks])
+
+
+def median_steps(rows: Sequence[Row], entrants: Sequence[str]) -> np.ndarray:
+    """Steps to the target, median over seeds: (entrants, tasks)."""
+    return np.array([np.median(runs(rows, name, "steps_to_target"), axis=1) for name in entrants])
+
+
+def number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.3g}"
+
+
+def score_text(score: float) -> str:
+    return f"{score:.2f}" if score < 100 else number(score)
+
+
+def _task_table(rows: Sequence[Row]) -> Table:
+    entrants = _distinct(rows, "entrant")
+    groups = [[row for row in rows if row["entrant"] == name] for name in entrants]
+    columns = [[Entry(name, name) for name in entrants], [_learning_rate(g[0]) for g in groups]]
+    headings, largest_first = ["optimizer", "learning rate"], []
+    for metric, heading, factor, sign in METRICS:
+        if all(row.get(metric) is None for row in rows):
+            continue
+        entries = [_mean([factor * _float(r.get(metric)) for r in group]) for group in groups]
+        finite = [sign * e.key for e in entries if math.isfinite(e.key)]
+        best = sign and finite and min(finite)
+        columns.append([e._replace(best=bool(sign and sign * e.key == best)) for e in entries])
+        if sign < 0:
+            largest_first.append(len(headings))
+        headings.append(heading)
+    for target in json.loads(rows[0].get("steps_to_targets") or "{}"):
+        steps = [[json.loads(r["steps_to_targets"])[target] for r in g] for g in groups]
+        columns.append([Entry(number(np.median(s)), float(np.median(s))) for s in steps])
+        headings.append(f"steps to {target}")
+    columns.append([_failures(group) for group in groups])
+    table = [list(row) for row in zip(*columns, strict=True)]
+    return Table([*headings, "diverged"], table, largest_first)
+
+
+def _estimate(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> Entry:
+    value = float(statistic(*scores))
+    low, high = stratified_bootstrap(statistic, *scores)
+    return Entry(f"{score_text(value)} [{score_text(low)}, {score_text(high)}]", value)
+
+
+def _mean(values: Sequence[float], spread: bool = True) -> Entry:
+    mean = float(np.mean(values))
+    if not spread or len(values) == 1 or not math.isfinite(mean):
+        return Entry(number(mean), mean)
+    return Entry(f"{number(mean)} ± {np.std(values, ddof=1):.2g}", mean)
+
+
+def _failures(rows: Sequence[Row]) -> Entry:
+    diverged, failed = (sum(bool(row[key]) for row in rows) for key in ("diverged", "error"))
+    text = f"{diverged} of {len(rows)}" + (f", {failed} failed" if failed else "")
+    return Entry(text, (diverged + failed) / len(rows))
+
+
+def _learning_rate(row: Row) -> Entry:
+    if row["lr"] is None:
+        return Entry("none", math.nan)
+    note = " (tuned, at the edge of the grid)" if row["lr_at_edge"] else " (tuned)"
+    return Entry(f"{row['lr']:.3g}" + (note if row["tuned"] else ""), row["lr"])
+
+
+def _distinct(rows: Sequence[Row], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,45 @@
+"""Weights & Biases, for those who follow a benchmark there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from learned_opt.benchmark.cells import Cell, Record
+from learned_opt.benchmark.config import BenchmarkConfig
+from learned_opt.errors import ConfigError
+
+
+def make_tracker(config: BenchmarkConfig, folder: Path) -> Tracker | None:
+    """None where `logger` asks for none."""
+    return Tracker(config, folder) if config.logger == "wandb" else None
+
+
+class Tracker:
+    """A run of wandb: a point per cell as it ends, and the results as a table, with the report."""
+
+    def __init__(self, config: BenchmarkConfig, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "logger is 'wandb', which is not installed; pip install 'learned-opt[wandb]', or "
+                "use logger: none"
+            ) from error
+        self._wandb = wandb
+        self._run = wandb.init(
+            project="learned-opt", job_type="benchmark", dir=str(folder), config=asdict(config)
+        )
+
+    def log(self, cell: Cell, record: Record) -> None:
+        where = f"{cell.task.label}/{cell.entrant.name}"
+        metrics = ("final_train_loss", "mean_loss", "test_loss", "seconds")
+        self._run.log({f"{where}/{metric}": record[metric] for metric in metrics})
+
+    def finish(self, results: Sequence[dict[str, Any]], report: Path) -> None:
+        columns = list(results[0])
+        table = self._wandb.Table(columns, [[row[key] for key in columns] for row in results])
+        self._run.log({"results": table, "report": self._wandb.Html(report.read_text())})
+        self._run.finish()

@@ -1,0 +1,112 @@
+"""Image sets from the network, by torchvision where it is installed, else by OpenML."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from learned_opt.errors import DataError
+from learned_opt.outputs import write_atomic
+from learned_opt.tasks.data import IDX_FILES, IDX_FOLDERS, find_data, load_images
+
+CIFAR = "cifar10"
+# On OpenML all images are in one table, those to train on first: name, version and how many.
+_OPENML = {
+    "mnist": ("mnist_784", 1, 60_000),
+    "fashion-mnist": ("Fashion-MNIST", 1, 60_000),
+    "kmnist": ("Kuzushiji-MNIST", 1, 60_000),
+    CIFAR: ("CIFAR_10", 1, 50_000),
+}
+
+
+def download(name: str, data_root: str | Path | None = None) -> None:
+    """Gets the image set `name` where it is missing under `data_root`.
+
+    mnist, fashion-mnist and kmnist are left as torchvision lays them out, cifar10 as train.npz and
+    test.npz. Other names are a user's own data, or need none, and are left alone.
+
+    Raises:
+        DataError: neither torchvision nor OpenML could get it.
+    """
+    if name not in _OPENML:
+        return
+    try:
+        load_images(name, data_root)
+        return
+    except DataError:
+        folder = find_data(IDX_FOLDERS.get(name, name), data_root)
+    try:
+        arrays = _from_torchvision(name, folder.parent)
+    except ImportError:
+        arrays = _from_openml(name, data_root)
+    except (OSError, RuntimeError) as error:
+        raise _failed(name, "torchvision", error) from error
+    if name == CIFAR:
+        _write_npz(folder, arrays)
+    else:
+        _write_idx(folder / "raw", arrays)
+
+
+Arrays = dict[str, np.ndarray]  # train_images, train_labels, test_images, test_labels; all uint8
+
+
+def _from_torchvision(name: str, root: Path) -> Arrays:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, "CIFAR10" if name == CIFAR else IDX_FOLDERS[name])
+    arrays = {}
+    for split in ("train", "test"):
+        found = kind(root, train=split == "train", download=True)
+        arrays[f"{split}_images"] = np.asarray(found.data, dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.asarray(found.targets, dtype=np.uint8)
+    return arrays
+
+
+def _from_openml(name: str, data_root: str | Path | None) -> Arrays:
+    from sklearn.datasets import fetch_openml
+
+    title, version, train = _OPENML[name]
+    home = find_data(".openml", data_root)
+    try:
+        # the parser that needs no pandas
+        found = fetch_openml(
+            title, version=version, as_frame=False, parser="liac-arff", data_home=str(home)
+        )
+    except (OSError, ValueError) as error:
+        raise _failed(name, "OpenML", error) from error
+    images, labels = np.asarray(found.data, np.uint8), np.asarray(found.target).astype(np.uint8)
+    if name == CIFAR:  # rows are red, then green, then blue pixels
+        images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    else:
+        images = images.reshape(-1, 28, 28)
+    parts = {"train": slice(train), "test": slice(train, None)}
+    return {f"{k}_images": images[part] for k, part in parts.items()} | {
+        f"{k}_labels": labels[part] for k, part in parts.items()
+    }
+
+
+def _write_npz(folder: Path, arrays: Arrays) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        file = io.BytesIO()
+        np.savez(file, images=arrays[f"{split}_images"], labels=arrays[f"{split}_labels"])
+        write_atomic(folder / f"{split}.npz", file.getvalue())
+
+
+def _write_idx(raw: Path, arrays: Arrays) -> None:
+    """As `tasks/data.py` reads them: header, sizes, bytes."""
+    raw.mkdir(parents=True, exist_ok=True)
+    for (split, kind), name in IDX_FILES.items():
+        array = arrays[f"{split}_{kind}"]
+        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+        content = bytes([0, 0, 8, array.ndim]) + sizes + np.ascontiguousarray(array).tobytes()
+        write_atomic(raw / name, content)
+
+
+def _failed(name: str, source: str, error: Exception) -> DataError:
+    return DataError(
+        f"data set {name!r} could not be had from {source} ({error}); where there is no network, "
+        "put it under data_root yourself"
+    )
