@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, told apart with any colour vision; without their yellow and black, which one
@@ -33,29 +34,34 @@ def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], key: str) -> str:
     }
     with rc_context(style):
         figure = Figure(figsize=(5, 3.3), layout="constrained")
-        axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="minibatch training loss")
-        start = 0.0
-        for i, (name, losses) in enumerate(runs.items()):
-            losses = [run for run in losses if len(run)]  # a failed run has none
-            if not losses:
-                continue
-            start = max(start, *(float(run[0]) for run in losses))
-            steps, smooth = _smooth(np.stack(losses))
-            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-            axes.plot(steps, smooth.mean(0), dash, color=colour, lw=1.5, label=name)
-            axes.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.2, lw=0)
-        if np.isfinite(start) and start > 0:
-            bottom = axes.get_ylim()[0]
-            axes.set_ylim(min(bottom, start / 2), 2 * start)  # an explosion must not hide the rest
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+        draw_losses(figure.add_subplot(), runs)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+
+
+def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """The curves of `loss_curves` on `axes`."""
+    axes.set(yscale="log", xlabel="step", ylabel="minibatch training loss")
+    start = 0.0
+    for i, (name, losses) in enumerate(runs.items()):
+        losses = [run for run in losses if len(run)]  # a failed run has none
+        if not losses:
+            continue
+        start = max(start, *(float(run[0]) for run in losses))
+        steps, smooth = _smooth(np.stack(losses))
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        axes.plot(steps, smooth.mean(0), dash, color=colour, lw=1.5, label=name)
+        axes.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.2, lw=0)
+    if np.isfinite(start) and start > 0:
+        bottom = axes.get_ylim()[0]
+        axes.set_ylim(min(bottom, start / 2), 2 * start)  # an explosion must not hide the rest
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _smooth(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
