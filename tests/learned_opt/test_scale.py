@@ -22,7 +22,7 @@ from torch import Tensor
 
 from learned_opt.config import OBJECTIVES, CurriculumConfig, TrainConfig
 from learned_opt.errors import ConfigError
-from learned_opt.training.fit import fit
+from learned_opt.training.fit import check, fit, make_trainer
 from learned_opt.weights import load_rule
 
 ROOT = Path(__file__).parents[2]
@@ -56,13 +56,13 @@ from learned_opt.cli import main
 from learned_opt.training.module import MetaTraining
 
 torch.set_num_threads(1)
-seen, start = Path(os.environ["SEEN"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+seen, KILL = Path(os.environ["SEEN"]), int(os.environ["KILL"])
 seen.mkdir(exist_ok=True)
 make_problem = learned_opt.geodesics.make_problem
 
 def note(what, rank, value):
     with open(seen / f"{what}-{rank}", "a") as file:
-        file.write(json.dumps([int(start), value]) + "\\n")
+        file.write(json.dumps([os.getpid(), value]) + "\\n")
 
 def noted(config, index):
     note("shards", os.environ.get("RANK", "0"), index)
@@ -84,7 +84,9 @@ class Watched(MetaTraining):
         note("grads", self.global_rank, grads.tolist())
 
     def on_train_batch_end(self, outputs, item, index):
-        if self.global_rank == 1 and start == "0" and item["number"] == int(os.environ["KILL"]):
+        killed = seen / "killed"
+        if self.global_rank == 1 and item["number"] == KILL and not killed.exists():
+            killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_epoch_start(self):
@@ -122,7 +124,7 @@ def free_port() -> int:
 
 
 def notes(folder: Path, what: str, rank: int) -> list[list]:
-    """[restarts before, value] of each note."""
+    """[process, value] of each note."""
     return [json.loads(line) for line in (folder / f"{what}-{rank}").read_text().splitlines()]
 
 
@@ -175,7 +177,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_processes_share_the_rule_and_the_geodesics_but_not_the_tasks(whole: Path) -> None:
     seen = whole / "seen"
     assert same(*rules(seen))
-    assert [notes(seen, "shards", rank) for rank in (0, 1)] == [[[0, 0]], [[0, 1]]]
+    assert [[i for _, i in notes(seen, "shards", rank)] for rank in (0, 1)] == [[0], [1]]
     keys = [{tuple(key) for _, key in notes(seen, "keys", rank)} for rank in (0, 1)]
     runs = [{key for key in some if key[0] == "train" and len(key) == 4} for some in keys]
     assert runs[0] and runs[1] and not runs[0] & runs[1]  # (train, seed, rank, update)
@@ -192,11 +194,12 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
     config = save(replace(CONFIG, devices=1, num_nodes=2), tmp_path / "c.yaml")
     for old, new in {
         "\\\n": " ",
-        "$HOST:29400": f"localhost:{free_port()} --local_addr localhost",
+        "$HOST:29400": f"localhost:{free_port()} --local_addr localhost",  # not by its name
         "-m learned_opt.cli": script_in(tmp_path),
         "configs/train/default.yaml": config,
         "runs/seed3": str(tmp_path / "out"),
         "--seed 3": "",
+        "--num_nodes 2 --devices 1 --strategy ddp": "",  # they are in the config
     }.items():
         assert old in command
         command = command.replace(old, new)
@@ -213,11 +216,12 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     seen, checkpoint = tmp_path / "seen", killed // CONFIG.epoch_length * CONFIG.epoch_length
     for rank in (0, 1):
-        numbers = {"before": [], "after": []}
-        for restarts, number in notes(seen, "updates", rank):
-            numbers["after" if restarts else "before"].append(number)
-        assert numbers["before"][: killed + 1] == list(range(killed + 1))
-        assert numbers["after"] == list(range(checkpoint, CONFIG.updates))
+        numbers: dict[int, list[int]] = {}
+        for process, number in notes(seen, "updates", rank):
+            numbers.setdefault(process, []).append(number)
+        before, after = numbers.values()
+        assert before[: killed + 1] == list(range(killed + 1))
+        assert after == list(range(checkpoint, CONFIG.updates))
     assert all(same(rule, rules(whole / "seen")[0]) for rule in rules(seen))
     written = [load_rule(f / "out" / "weights.safetensors").state_dict() for f in (whole, tmp_path)]
     assert same(*written)
@@ -225,6 +229,41 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
     assert shards == set(range(CONFIG.geodesics.num_shards))
     for path in (whole / "out" / "geodesics").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / "geodesics" / path.name).read_bytes()
+
+
+def test_the_slurm_script_is_one() -> None:
+    """Its options are all that srun's processes need to agree with, and bash can read it."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
+    flags = dict(re.findall(r"--(devices|num_nodes|strategy|accelerator) (\S+)", script))
+    config = TrainConfig(
+        devices=int(flags["devices"]),
+        num_nodes=int(flags["num_nodes"]),
+        strategy=flags["strategy"],
+    )
+    slurm = {
+        "SLURM_NTASKS": str(config.devices * config.num_nodes),
+        "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
+        "SLURM_NNODES": options["nodes"],
+        "SLURM_JOB_NAME": options["job-name"],
+        "SLURM_NODELIST": "n[1-2]",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_ID": "1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm.items():
+            patch.setenv(name, value)
+        patch.setattr(os, "cpu_count", lambda: config.devices)
+        trainer = make_trainer(config, logger=False, enable_progress_bar=False)
+        environment = trainer.strategy.cluster_environment
+        assert trainer.world_size == 8 and environment.main_address == "n1"
+        assert not environment.auto_requeue
+        with pytest.raises(ConfigError, match=r"devices=3.* cannot work here.*ntasks-per-node=4"):
+            check(replace(config, devices=3))
 
 
 def test_processes_that_lightning_starts_resume_to_the_same_weights(
@@ -242,7 +281,7 @@ def test_processes_that_lightning_starts_resume_to_the_same_weights(
     )  # fmt: skip
     assert process.returncode == 0, process.stdout
     for rank in (0, 1):
-        assert notes(tmp_path / "seen", "updates", rank)[0] == [0, 2 * CONFIG.epoch_length]
+        assert notes(tmp_path / "seen", "updates", rank)[0][1] == 2 * CONFIG.epoch_length
     weights = [f / "out" / "weights.safetensors" for f in (whole, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     with pytest.raises(ConfigError, match="of 2 processes, this run has 1"):
