@@ -175,7 +175,10 @@ def draw_runs(
 
     from learned_opt.benchmark.curves import draw_losses
 
-    figure = Figure(figsize=(5 * len(rule), 3.3), layout="constrained")
+    width = 5 * len(rule)
+    figure = Figure(figsize=(width, 3.3))
+    # in inches: matplotlib's own layouts draw everything twice
+    figure.subplots_adjust(0.7 / width, 0.15, 1 - 0.1 / width, 0.9, wspace=0.2)
     for axes, draw in zip(figure.subplots(1, len(rule), squeeze=False)[0], rule, strict=True):
         lr, baseline = adam[draw]
         runs = {"learned": rule[draw], f"Adam, lr {lr:.3g}": baseline}

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from geodesic.dataset import PathDataset
+from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.outputs import write_atomic
@@ -53,7 +54,8 @@ def check(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: the rule or its config is unknown, an objective cannot train it, there are
-            fewer GPUs or cores than devices asked for, or Lightning refuses the rest.
+            fewer GPUs or cores than devices asked for, torchrun or SLURM has started another
+            number of processes, or Lightning refuses the rest.
     """
     MetaTraining(config)
     kind, there = config.accelerator, torch.cuda.device_count()
@@ -69,13 +71,19 @@ def check(config: TrainConfig) -> None:
             f"accelerator={kind!r}, devices={wanted}, but there are {cores} CPU cores here, one "
             "for a device; use fewer devices, or more machines by --num_nodes"
         )
-    make_trainer(
+    trainer = make_trainer(
         config,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    launched, wanted = process_rank()[1], trainer.num_devices * trainer.num_nodes
+    if launched not in (1, wanted):
+        raise ConfigError(
+            f"devices={config.devices!r} on num_nodes={config.num_nodes} are {wanted} processes, "
+            f"but {launched} were launched; use --devices as on each node, and --num_nodes"
+        )
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -95,7 +103,7 @@ def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
     """Lightning's Trainer where the config says that it should run.
 
     Raises:
-        ConfigError: Lightning refuses it, such as for another number of processes than launched.
+        ConfigError: Lightning refuses it.
     """
     plugins: list = [AtomicCheckpoints()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():

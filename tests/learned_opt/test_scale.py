@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from learned_opt.config import OBJECTIVES, CurriculumConfig, TrainConfig
+from learned_opt.config import OBJECTIVES, RUN_OBJECTIVES, CurriculumConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.training.fit import check, fit, make_trainer
 from learned_opt.weights import load_rule
@@ -150,7 +150,7 @@ def together(tmp_path_factory: pytest.TempPathFactory):
             processes.append(context.Process(target=runpy.run_path, args=(script, names)))
             processes[-1].start()
         for process in processes:
-            process.join(240)
+            process.join(400)
         return [(p.exitcode, log.read_text()) for p, log in zip(processes, logs, strict=True)]
 
     return run
@@ -204,7 +204,8 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
         assert old in command
         command = command.replace(old, new)
     killed = random.randrange(CONFIG.epoch_length, CONFIG.updates)
-    env = {**os.environ, **settings(tmp_path / "seen"), "KILL": str(killed)}
+    exported = dict(re.findall(r"^export (\w+)=(\w+)\n", page, re.MULTILINE))
+    env = {**os.environ, **settings(tmp_path / "seen"), **exported, "KILL": str(killed)}
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]],
@@ -212,7 +213,11 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
         )
         for _ in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=500)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # torchrun then ends its processes
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     seen, checkpoint = tmp_path / "seen", killed // CONFIG.epoch_length * CONFIG.epoch_length
     for rank in (0, 1):
@@ -262,7 +267,7 @@ def test_the_slurm_script_is_one() -> None:
         environment = trainer.strategy.cluster_environment
         assert trainer.world_size == 8 and environment.main_address == "n1"
         assert not environment.auto_requeue
-        with pytest.raises(ConfigError, match=r"devices=3.* cannot work here.*ntasks-per-node=4"):
+        with pytest.raises(ConfigError, match=r"are 6 processes, but 8 were launched"):
             check(replace(config, devices=3))
 
 
@@ -277,7 +282,7 @@ def test_processes_that_lightning_starts_resume_to_the_same_weights(
     process = subprocess.run(
         [sys.executable, script_in(tmp_path), *args],
         env={**os.environ, **settings(tmp_path / "seen")},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout
     for rank in (0, 1):
@@ -288,16 +293,15 @@ def test_processes_that_lightning_starts_resume_to_the_same_weights(
         fit(replace(CONFIG, devices=1, strategy="auto"), out, None)
 
 
-def test_a_process_whose_tasks_diverge_adds_zeros_to_the_gradient(
-    together, whole: Path, tmp_path: Path
-) -> None:
+def test_a_process_whose_tasks_diverge_adds_zeros_to_the_gradient(together, tmp_path: Path) -> None:
     config = replace(
         CONFIG,
-        updates=len(OBJECTIVES),
-        epoch_length=len(OBJECTIVES),
+        objectives=RUN_OBJECTIVES,
+        updates=6,
+        epoch_length=6,
         curriculum=None,
         learning_rate=1e-12,  # so that the gradients are of the same weights
-        dataset=str(whole / "out" / "geodesics"),
+        select="last",
     )
     grads = []
     for ranks in (1, 2):

@@ -114,6 +114,7 @@ def test_inner_steps_are_counted_by_task_and_particle(
 
 def test_bfloat16_trains_weights_in_float32(tmp_path: Path) -> None:
     config = replace(CONFIG, objectives=("meta_loss", "pes"), updates=10, precision="bf16-mixed")
+    config = replace(config, select="last")
     rule = load_rule(fit(config, tmp_path / "bf16", None))
     exact = load_rule(fit(replace(config, precision="32-true"), tmp_path / "32", None))
     for name, value in rule.state_dict().items():
@@ -175,18 +176,19 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_and_training_goes_on(
                 disk.fail()
 
     failed: list[bool] = []
+    config = replace(CONFIG, select="last")
     monkeypatch.setattr(FIT, Failing)
     with (
         pytest.raises(OutputError, match=r"cannot be written to .* run the same command again"),
         claim_output(disk.folder, {}, "train"),
     ):
-        fit(CONFIG, disk.folder, None)
+        fit(config, disk.folder, None)
     disk.mend()
     left = torch.load(disk.folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert failed and left["global_step"] == 10
     with claim_output(disk.folder, {}, "train"):
-        weights = fit(CONFIG, disk.folder, None)
-    undisturbed = fit(CONFIG, tmp_path_factory.mktemp("undisturbed"), None)
+        weights = fit(config, disk.folder, None)
+    undisturbed = fit(config, tmp_path_factory.mktemp("undisturbed"), None)
     assert weights.read_bytes() == undisturbed.read_bytes()
     assert not list(disk.folder.rglob("*.tmp"))
 
