@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,7 +26,6 @@ from learned_opt.outputs import claim_output, write_atomic
 
 # What torchrun, Lightning and SLURM tell a process of its place in a job.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-PATIENCE = 24 * 3600.0  # seconds that processes wait for the first to make the data set
 
 
 def geodesics(
@@ -64,7 +62,10 @@ def train(config: TrainConfig, output: Path) -> None:
         paths = None
         if "imitation" in config.objectives:
             folder = Path(config.dataset or output / "geodesics").expanduser()
-            paths = _make(config.geodesics, folder, output) if first else wait_for_dataset(folder)
+            if first:
+                paths = _make(config.geodesics, folder, output, *process_rank())
+            else:
+                paths = make_geodesics(config.geodesics, folder, iter, *process_rank())
         weights = fit(config, output, paths)
     if first:
         print(
@@ -82,25 +83,6 @@ COMMANDS = {
     train: TrainConfig,
     benchmark: BenchmarkConfig,
 }
-
-
-def wait_for_dataset(folder: Path, patience: float = PATIENCE) -> PathDataset:
-    """The data set that the first process of the job is making.
-
-    Raises:
-        DatasetError: it is not there after `patience` seconds.
-    """
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return PathDataset.open(folder)
-        except DatasetError as error:
-            if time.monotonic() > end:
-                raise DatasetError(
-                    f"after {patience:.0f} s the first process has not made the data set ({error});"
-                    " see its output, or make it beforehand with `learned-opt geodesics`"
-                ) from error
-        time.sleep(1)
 
 
 def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:

@@ -174,12 +174,21 @@ class TrainConfig:
             derivatives of the loss go in, which takes a rule that can be differentiated.
         pes: of the objective of that name.
         family: tasks of the rule's own runs; by default those of `geodesics`.
-        validation_steps: length of the validation runs.
+        validation_steps: length of the validation runs, after each epoch.
+        validation_draws: draws of the family to validate on, of `num_tasks` tasks each. Training
+            never draws them, and no benchmark reports them.
+        select: what weights.safetensors gets: the "best" weights by the score below, or the "last".
+        selection_interval: epochs between candidates for the best; the last epoch is one too. Each
+            is run on all validation draws for as many steps as the longest run of training, and
+            on the draw with the fewest parameters for ten times as many. The score is the mean of
+            the two mean log10(final loss + loss_floor): half how low the loss gets, half whether
+            it stays there far past the horizon. See training/callbacks.py.
         seed: of everything random but the data set.
-        accelerator: Lightning's, as are the next three: "cpu", "gpu", "auto".
+        accelerator: Lightning's, as are the next four: "cpu", "gpu", "auto".
         devices: processes or GPUs per node.
         num_nodes: machines.
         strategy: "ddp" for several devices.
+        precision: "32-true", or "bf16-mixed": matrix products in bfloat16, all else in float32.
         logger: "csv" or "wandb".
     """
 
@@ -210,18 +219,22 @@ class TrainConfig:
     pes: PESConfig = field(default_factory=PESConfig)
     family: FamilyConfig | None = None
     validation_steps: int = 200
+    validation_draws: int = 3
+    select: str = "best"
+    selection_interval: int = 5
     seed: int = 0
     accelerator: str = "cpu"
     devices: int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
+    precision: str = "32-true"
     logger: str = "csv"
 
     def __post_init__(self) -> None:
         if not self.objectives or set(self.objectives) - set(OBJECTIVES):
             raise ConfigError(f"objectives={self.objectives}; use some of {OBJECTIVES}")
         for name in ("updates", "epoch_length", "coordinates", "window", "open_runs",
-                     "validation_steps"):  # fmt: skip
+                     "validation_steps", "validation_draws", "selection_interval"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use at least 1")
         if min(self.learning_rate, self.clip, self.loss_floor) <= 0:
@@ -237,6 +250,13 @@ class TrainConfig:
             )
         if self.logger not in ("csv", "wandb"):
             raise ConfigError(f"logger is {self.logger!r}; use 'csv' or 'wandb'")
+        if self.select not in ("best", "last"):
+            raise ConfigError(f"select is {self.select!r}; use 'best' or 'last'")
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise ConfigError(
+                f"precision is {self.precision!r}; use '32-true' or 'bf16-mixed' (float16 would "
+                "overflow on tasks that diverge)"
+            )
         if self.imitation_form not in ("huber", "cosine"):
             raise ConfigError(f"imitation_form is {self.imitation_form!r}; use 'huber' or 'cosine'")
         if unused := set(self.weights) - set(self.objectives):
@@ -264,6 +284,11 @@ class TrainConfig:
                 f"{name} starts at {shortest}, shorter than window={self.window}; use a window of "
                 f"at most {shortest}, or longer runs"
             )
+
+    @property
+    def longest_run(self) -> int:
+        """Steps of the longest runs that the rule is trained on."""
+        return self.curriculum.lengths[-1] if self.curriculum else self.horizon[1]
 
     def weight_of(self, objective: str) -> tuple[float, float]:
         """What multiplies the loss of an objective, at the start and at the end."""

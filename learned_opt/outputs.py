@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -27,6 +28,8 @@ from filelock import FileLock, Timeout
 
 from learned_opt.errors import OutputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _ABSENT = object()  # a key that only one of two configs has
 
 
@@ -47,7 +50,7 @@ def claim_output(
 
     Raises:
         OutputError: another process is at work there, the folder holds the results of another
-            config, or it cannot be written to.
+            config, or it cannot be written to, now or later: the disk is full.
     """
     folder = Path(folder).expanduser().absolute()
     owner_file = folder / ".lock-owner.json"
@@ -70,8 +73,16 @@ def claim_output(
         _check_config(folder / f"config-{command}.yaml", _plain(config), free)
         _add_provenance(folder / f"provenance-{command}.json")
         yield folder
+    except OSError as error:
+        if fix := _fix(error, folder):
+            raise OutputError(
+                f"output={str(folder)!r} cannot be written to ({error}); {fix} and run the same "
+                "command again: it goes on from the last thing that was written whole"
+            ) from error
+        raise
     finally:
-        owner_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become read-only
+            owner_file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -146,6 +157,15 @@ def _owner(path: Path) -> str:
         return "learned-opt {command}, process {pid} on {host} since {since}".format(**owner)
     except (OSError, ValueError, KeyError):
         return "another process"  # which has not yet written its name, or is just going
+
+
+def _fix(error: OSError, folder: Path) -> str | None:
+    """What to do if `error` says that nothing more can be written to `folder`."""
+    if error.errno in FULL:
+        return "free some space"
+    if error.errno in FORBIDDEN and str(error.filename).startswith(str(folder)):
+        return "make it writable"
+    return None
 
 
 def _plain(value: Any) -> Any:

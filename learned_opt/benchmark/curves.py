@@ -33,25 +33,28 @@ def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
     A line ends at the step at which the first of its runs diverged.
     """
 
-    def draw(axes: Axes) -> None:
-        axes.set(yscale="log", xlabel="step", ylabel="smoothed minibatch training loss")
-        start, least = 0.0, np.inf
-        for i, losses in enumerate(map(np.stack, runs.values())):
-            curves = smooth(losses)
-            curves = np.where(np.isfinite(curves).all(0), curves, np.nan)
-            if np.isnan(curves[:, 0]).any():
-                continue
-            index = np.linspace(0, losses.shape[1] - 1, _POINTS).astype(int)
-            line, shown = _line(i), curves[:, index]
-            axes.plot(index + 1, shown.mean(0), **line)
-            band = {"color": line["color"], "alpha": 0.12, "lw": 0}
-            axes.fill_between(index + 1, shown.min(0), shown.max(0), **band)
-            start = max(start, losses[:, 0].max())
-            least = min(least, np.nanmin(np.where(curves > 0, curves, np.nan)))
-        if 0 < least <= start:  # an explosion must not hide the rest
-            axes.set_ylim(least / 1.5, start * 1.5)
+    return _svg(lambda axes: draw_losses(axes, runs), title)
 
-    return _svg(draw, title)
+
+def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """The curves of `loss_curves`, each labelled with its entrant."""
+    axes.set(yscale="log", xlabel="step", ylabel="smoothed minibatch training loss")
+    start, least = 0.0, np.inf
+    for i, (name, losses) in enumerate(runs.items()):
+        losses = np.stack(losses)
+        curves = smooth(losses)
+        curves = np.where(np.isfinite(curves).all(0), curves, np.nan)
+        if np.isnan(curves[:, 0]).any():
+            continue
+        index = np.linspace(0, losses.shape[1] - 1, _POINTS).astype(int)
+        line, shown = _line(i), curves[:, index]
+        axes.plot(index + 1, shown.mean(0), label=name, **line)
+        band = {"color": line["color"], "alpha": 0.12, "lw": 0}
+        axes.fill_between(index + 1, shown.min(0), shown.max(0), **band)
+        start = max(start, losses[:, 0].max())
+        least = min(least, np.nanmin(np.where(curves > 0, curves, np.nan)))
+    if 0 < least <= start:  # an explosion must not hide the rest
+        axes.set_ylim(least / 1.5, start * 1.5)
 
 
 def profiles(costs: np.ndarray, title: str) -> str:

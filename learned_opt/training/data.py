@@ -61,7 +61,4 @@ class UpdatesModule(L.LightningDataModule):
         return DataLoader(updates, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(range(VALIDATION_DRAWS), batch_size=None)
-
-
-VALIDATION_DRAWS = 3
+        return DataLoader(range(self.config.validation_draws), batch_size=None)

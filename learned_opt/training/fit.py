@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from geodesic.dataset import PathDataset
+from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
+from learned_opt.outputs import write_atomic
+from learned_opt.training.callbacks import Pictures, Selection, Speed
 from learned_opt.training.data import UpdatesModule
 from learned_opt.training.module import MetaTraining
 from learned_opt.training.start import origin
@@ -46,38 +55,93 @@ def check(config: TrainConfig) -> None:
     """Refuses what cannot work on this machine, before any work is done.
 
     Raises:
-        ConfigError: the rule or its config is unknown, an objective cannot train it, or there are
-            fewer GPUs than asked for.
+        ConfigError: the rule or its config is unknown, an objective cannot train it, there are
+            fewer GPUs or cores than devices asked for, torchrun or SLURM has started another
+            number of processes, or Lightning refuses the rest.
     """
     MetaTraining(config)
-    if config.accelerator in ("gpu", "cuda"):
-        wanted = config.devices if isinstance(config.devices, int) else 1
-        there = torch.cuda.device_count()
-        if there < max(wanted, 1):
-            raise ConfigError(
-                f"accelerator={config.accelerator!r}, devices={config.devices!r}, but torch sees "
-                f"{there} GPUs here; use --accelerator cpu, or fewer devices"
-            )
+    kind, there = config.accelerator, torch.cuda.device_count()
+    wanted = config.devices if isinstance(config.devices, int) else 1  # "auto", "0,1": Lightning's
+    if kind in ("gpu", "cuda") and there < max(wanted, 1):
+        raise ConfigError(
+            f"accelerator={kind!r}, devices={config.devices!r}, but torch sees {there} GPUs here; "
+            "use --accelerator cpu, or fewer devices"
+        )
+    cores = os.cpu_count() or 1
+    if (kind == "cpu" or (kind == "auto" and not there)) and cores < wanted:
+        raise ConfigError(
+            f"accelerator={kind!r}, devices={wanted}, but there are {cores} CPU cores here, one "
+            "for a device; use fewer devices, or more machines by --num_nodes"
+        )
+    trainer = make_trainer(
+        config,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    launched, wanted = process_rank()[1], trainer.num_devices * trainer.num_nodes
+    if launched not in (1, wanted):
+        raise ConfigError(
+            f"devices={config.devices!r} on num_nodes={config.num_nodes} are {wanted} processes, "
+            f"but {launched} were launched; use --devices as on each node, and --num_nodes"
+        )
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes into the checkpoint's own folder. Lightning's way is by the system's temporary folder:
+    from there to another disk a file is copied, and a copy that stops half way is what is left."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        file = BytesIO()
+        torch.save(checkpoint, file)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, file.getvalue())
+
+
+def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
+    """Lightning's Trainer where the config says that it should run.
+
+    Raises:
+        ConfigError: Lightning refuses it.
+    """
+    plugins: list = [AtomicCheckpoints()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Its checkpoint before a requeue would be within an epoch, which has no position to resume.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    place = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+    place = {name: getattr(config, name) for name in place}
+    try:
+        return L.Trainer(**place, plugins=plugins, **settings)
+    except (MisconfigurationException, ValueError) as error:
+        said = ", ".join(f"{name}={value!r}" for name, value in place.items())
+        raise ConfigError(f"{said} cannot work here: {error}") from error
 
 
 def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
-    """Trains, resuming from the last checkpoint in `folder`, and writes weights.safetensors.
+    """Trains, resuming from the last checkpoint in `folder`, and writes weights.safetensors: the
+    best ones or the last, see TrainConfig.select.
 
     Args:
         paths: the target paths, where an objective needs them.
     """
     module, data = MetaTraining(config), UpdatesModule(config, paths)
     last = folder / "checkpoints" / "last.ckpt"
-    trainer = L.Trainer(
+    selection = Selection(config) if config.select == "best" else None
+    watching = [Speed()] + ([selection, Pictures(selection)] if selection else [])
+    trainer = make_trainer(
+        config,
         max_epochs=config.updates // config.epoch_length,
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        default_root_dir=folder,
         gradient_clip_val=config.clip,
         logger=make_logger(config, folder),
         # not save_last, which with save_top_k=0 writes nothing before the end
-        callbacks=[ModelCheckpoint(last.parent, last.stem, enable_version_counter=False)],
+        callbacks=[
+            *watching,
+            ModelCheckpoint(last.parent, last.stem, enable_version_counter=False),
+        ],
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -88,6 +152,10 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     weights = folder / "weights.safetensors"
     if trainer.is_global_zero:
-        save_rule(module.rule.cpu(), weights, facts={"train": recipe(config)})
+        facts = {"train": recipe(config)}
+        if selection:
+            module.rule.load_state_dict(selection.weights)
+            facts["selected"] = {"update": selection.update, "score": selection.score}
+        save_rule(module.rule.cpu(), weights, facts)
     trainer.strategy.barrier()
     return weights

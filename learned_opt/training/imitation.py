@@ -37,6 +37,7 @@ class Imitation(Objective):
         config, geodesics = self.config, self.config.geodesics
         key = (config.seed, module.global_rank, item["number"])
         task = module.tasks(geodesics.family, "train", geodesics.seed, item["shard"])
+        module.inner_steps += item["lengths"].sum()
         return imitation_loss(
             module.rule, task, item["points"], item["lengths"], config.coordinates,
             student_drives(config, *key), key, config.imitation_form,

@@ -35,6 +35,7 @@ class MetaTraining(L.LightningModule):
         }
         self.curriculum = Curriculum(config.curriculum) if config.curriculum else None
         self.scores: list[Tensor] = []  # of this validation
+        self.inner_steps: int | Tensor = 0  # of this process in this epoch, see callbacks.py
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(trainable(self.rule), lr=self.config.learning_rate)
@@ -49,6 +50,18 @@ class MetaTraining(L.LightningModule):
     def tasks(self, family: FamilyConfig, *key: object) -> Task:
         return sample_tasks(family, key, self.config.geodesics.data_root, self.device)
 
+    def validation_tasks(self, draw: int) -> Task:
+        return self.tasks(self.family, "validation", draw)
+
+    def on_train_start(self) -> None:
+        """Resuming from different checkpoints, processes would go on together all the same."""
+        updates = self.all_gather(torch.tensor(self.global_step, device=self.device))
+        if updates.min() != updates.max():
+            raise ConfigError(
+                f"the processes resume at updates {updates.tolist()}, as they see different "
+                "checkpoints; --output must be a folder that all nodes share"
+            )
+
     def training_step(self, item: dict) -> Tensor:
         name, done = item["objective"], item["number"] / self.config.updates
         weight = between(self.config.weight_of(name), done)
@@ -58,7 +71,7 @@ class MetaTraining(L.LightningModule):
 
     def validation_step(self, draw: int) -> None:
         """log10 of final and of mean loss on validation draws of the family."""
-        task, config = self.tasks(self.family, "validation", draw), self.config
+        task, config = self.validation_tasks(draw), self.config
         steps = self.curriculum.validation_length if self.curriculum else config.validation_steps
         losses, theta = run_rule(task, self.rule, seed_of("validation", draw), steps)
         final = task.evaluate(theta)["train_loss"]

@@ -68,6 +68,7 @@ class RunObjective(Objective):
         run = run or self.open(key, self._horizon(module, key), task, module.rule)
         steps = min(self.config.window, run.horizon - run.state.step)
         loss, losses = self.window(module.rule, task, run, steps)
+        module.inner_steps += steps * len(run.theta)
         module.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
         lost = ~(losses < LOST * task.chance).any() or not run.theta.isfinite().all()
         self.runs[slot] = None if lost or run.state.step >= run.horizon else run

@@ -27,6 +27,7 @@ class TorchImitation(Objective):
     def loss(self, module: MetaTraining, item: dict) -> Tensor:
         config, key = self.config, (self.config.seed, module.global_rank, item["number"])
         task = module.tasks(config.geodesics.family, "train", *key)
+        module.inner_steps += config.teacher.length * config.geodesics.family.num_tasks
         return torch_imitation_loss(
             module.rule, task, config.teacher, config.coordinates,
             student_drives(config, *key), key, config.imitation_form,

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import PathDataset
 from learned_opt import LearnedOptimizer
-from learned_opt.cli import RANKS, main, make_parser, wait_for_dataset
+from learned_opt.cli import RANKS, main, make_parser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -193,11 +193,6 @@ def test_only_the_first_process_of_a_job_claims_the_output(demo, fits, monkeypat
     assert len(fits[0][2]) == 2  # it has opened the data set that is there
 
 
-def test_waiting_for_a_data_set_ends(tmp_path):
-    with pytest.raises(DatasetError, match="learned-opt geodesics"):
-        wait_for_dataset(tmp_path, patience=0)
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -212,6 +207,11 @@ def test_waiting_for_a_data_set_ends(tmp_path):
         ("train --output x --curriculum.lengths [40,20]", "curriculum.lengths (40, 20) rise"),
         ("train --output x --teacher.optimizer LBFGS", "teacher.optimizer LBFGS Adam"),
         ("train --output x --accelerator gpu --devices 99", "devices=99 GPUs cpu"),
+        ("train --output x --accelerator cpu --devices 9999", "devices=9999 cores num_nodes"),
+        ("train --output x --devices 2 --strategy nonsense", "strategy='nonsense' cannot ddp"),
+        ("train --output x --precision 16-mixed", "precision '16-mixed' bf16-mixed"),
+        ("train --output x --select worst", "select 'worst' best last"),
+        ("train --output x --selection_interval 0", "selection_interval 0 least 1"),
         ("train --updates 50", "required output"),
         ("train --output x --config absent.yaml", "absent.yaml"),
         ("train --output x --config wrong.yaml", "updatez"),

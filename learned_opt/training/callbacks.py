@@ -1,0 +1,192 @@
+"""What is watched of meta-training: its speed, the weights that do best, pictures of their runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from learned_opt.config import TeacherConfig, TrainConfig
+from learned_opt.outputs import write_atomic
+from learned_opt.run import run_rule
+from learned_opt.tasks.base import Task, seed_of
+from learned_opt.training.torch_imitation import Teacher
+
+if TYPE_CHECKING:
+    from learned_opt.training.module import MetaTraining
+
+LONG = 10  # times the longest run of training: what is stable that far will mostly stay so
+ADAM_GRID = (1e-3, 1e-1)  # learning rates of Adam in the pictures, by half-decades
+
+
+class Speed(L.Callback):
+    """Logs the inner steps per second of all processes together, over the epoch so far.
+
+    An inner step is one update of one task; each particle of PES makes its own.
+    """
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: MetaTraining) -> None:
+        self.start, module.inner_steps = time.perf_counter(), 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: MetaTraining, *_: object) -> None:
+        rate = module.inner_steps / (time.perf_counter() - self.start)
+        module.log(
+            "train/inner_steps/s",
+            float(rate),
+            prog_bar=True,
+            batch_size=1,
+            sync_dist=True,
+            reduce_fx="sum",
+        )
+
+
+class Selection(L.Callback):
+    """Remembers the weights with the lowest score of every `selection_interval` epochs and the end,
+
+        score = ½ mean log10(F(θ_H) + ε) + ½ mean' log10(F(θ_10H) + ε),
+
+    F the loss on all training data, H the longest run of training, ε the config's loss_floor. The
+    first mean is over the tasks of all validation draws; the second over those of the draw with the
+    fewest parameters, run for ten times as long. A run that diverged counts as F = 10^6.
+
+    Every process finds the same, so that none waits for another. What is remembered is part of each
+    checkpoint: a resumed run selects as an uninterrupted one.
+
+    Attributes:
+        score: the lowest.
+        update: meta-updates after which it was found.
+        weights: of the rule then.
+        losses: minibatch losses (steps, tasks) of the last candidate, the longest run of each draw.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.score, self.update = config, math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+        self.losses: dict[int, Tensor] = {}
+
+    # The callbacks' hook comes before the module's: the weights are those that were validated,
+    # whatever a curriculum goes on from.
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: MetaTraining) -> None:
+        epoch, last = trainer.current_epoch + 1, trainer.max_epochs
+        if epoch % self.config.selection_interval and epoch != last:
+            return
+        horizon = self.config.longest_run
+        tasks = {i: module.validation_tasks(i) for i in range(self.config.validation_draws)}
+        cheapest = min(tasks, key=lambda draw: tasks[draw].dim)
+        ends = []
+        for draw, task in tasks.items():
+            self.losses[draw], theta = run_rule(task, module.rule, *validation_run(draw, horizon))
+            ends.append(log10_loss(task, theta, self.config.loss_floor))
+        self.losses[cheapest], theta = run_rule(
+            tasks[cheapest], module.rule, *validation_run(cheapest, LONG * horizon)
+        )
+        far = float(log10_loss(tasks[cheapest], theta, self.config.loss_floor))
+        end = float(torch.stack(ends).mean())
+        score = (end + far) / 2
+        for name, value in (("score", score), ("log10_loss", end), ("log10_loss_10x", far)):
+            module.log(f"select/{name}", value, batch_size=1, rank_zero_only=True)
+        if score < self.score:
+            self.score, self.update = score, trainer.global_step
+            self.weights = {k: v.cpu().clone() for k, v in module.rule.state_dict().items()}
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("score", "update", "weights")}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def validation_run(draw: int, steps: int) -> tuple[int, int]:
+    """Seed and length."""
+    return seed_of("validation", draw), steps
+
+
+def log10_loss(task: Task, theta: Tensor, floor: float) -> Tensor:
+    """Mean over tasks of log10(F + floor), F on all training data, at most 10^6."""
+    loss = task.evaluate(theta)["train_loss"].nan_to_num(nan=1e6, posinf=1e6)
+    return (loss.clamp(0, 1e6) + floor).log10().mean()
+
+
+class Pictures(L.Callback):
+    """Draws the runs of each candidate of `selection` beside those of Adam, and logs the picture.
+
+    One panel a draw, to the end of its longest run. Adam has the learning rate of a half-decade
+    grid that is best after H steps, from other inits and minibatches of the same tasks. Into
+    `curves/` beside the CSV log, or to wandb.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection, self.adam = selection, {}
+
+    def on_validation_end(self, trainer: L.Trainer, module: MetaTraining) -> None:
+        losses, self.selection.losses = self.selection.losses, {}
+        if not losses or not trainer.is_global_zero:
+            return
+        for draw in losses.keys() - self.adam.keys():
+            self.adam[draw] = tuned_adam(module, draw, len(losses[draw]))
+        name = f"update-{trainer.global_step}"
+        picture = draw_runs(losses, self.adam, self.selection.config.longest_run)
+        if isinstance(trainer.logger, CSVLogger):
+            folder = Path(trainer.logger.log_dir) / "curves"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / f"{name}.png", picture)
+        else:
+            from PIL import Image  # here: matplotlib brings it
+
+            image = Image.open(BytesIO(picture))
+            trainer.logger.log_image("select/curves", [image], caption=[name])
+
+
+def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tensor]:
+    """The learning rate, and minibatch losses (steps, tasks) on the runs that the rule has."""
+    from learned_opt.benchmark.tune import learning_rate_grid
+
+    task, config = module.validation_tasks(draw), module.config
+
+    def run(lr: float, seed: int, steps: int) -> tuple[Tensor, Tensor]:
+        theta, losses = task.init(seed), []
+        adam = Teacher(TeacherConfig("Adam", lr), theta)
+        for step in range(steps):
+            loss, grad = task.loss_and_grad(theta, task.batch(seed, step))
+            theta = adam.step(theta, grad)
+            losses.append(loss)
+        return torch.stack(losses), theta
+
+    def score(lr: float) -> float:
+        _, theta = run(lr, seed_of("adam", draw), config.longest_run)
+        return float(log10_loss(task, theta, config.loss_floor))
+
+    lr = min(learning_rate_grid(*ADAM_GRID), key=score)
+    return lr, run(lr, *validation_run(draw, steps))[0]
+
+
+def draw_runs(
+    rule: dict[int, Tensor], adam: dict[int, tuple[float, Tensor]], horizon: int
+) -> bytes:
+    """PNG of losses (steps, tasks) by draw, the training horizon marked; see `Pictures`."""
+    from matplotlib.figure import Figure
+
+    from learned_opt.benchmark.curves import draw_losses
+
+    width = 5 * len(rule)
+    figure = Figure(figsize=(width, 3.3))
+    # in inches: matplotlib's own layouts draw everything twice
+    figure.subplots_adjust(0.7 / width, 0.15, 1 - 0.1 / width, 0.9, wspace=0.2)
+    for axes, draw in zip(figure.subplots(1, len(rule), squeeze=False)[0], rule, strict=True):
+        lr, baseline = adam[draw]
+        runs = {"learned": rule[draw], f"Adam, lr {lr:.3g}": baseline}
+        draw_losses(axes, {name: losses.T.cpu().numpy() for name, losses in runs.items()})
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=8)
+        axes.axvline(horizon, color="0.5", lw=0.8, ls=":")
+        axes.set_title(f"validation draw {draw}, {len(rule[draw].T)} tasks", fontsize=9)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
