@@ -186,29 +186,32 @@ class GeodesicRNN(UpdateRule):
         r = row[..., -1:, :]
         own = torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
         h, state = self.cell(own, state, tensor[..., :TENSOR_INPUTS, :], in_place)
-        gains = self._gains(h, tensor)
-        update = (gains * _features(row)).sum(-2)
+        mixture, scale = self._mixture(h, tensor)
+        m = row[..., None, :-1, :]
+        adam, sgd = (mixture.unflatten(-2, (2, DIRECTIONS)) * m).sum(-2).split(1, dim=-2)
+        update = (scale * (adam / r + sgd * tensor[..., -2:-1, :])).squeeze(-2)
         return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
         recurrent state; from `Observation.tensor`."""
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
-        return self._gains(h, tensor), hidden
+        mixture, scale = self._mixture(h, tensor)
+        adam, sgd = (scale * mixture).chunk(2, dim=-2)
+        return torch.cat([adam, sgd * tensor[..., -2:-1, :]], -2), hidden
 
     def features(self, observation: Observation) -> Tensor:
         """m̂_k/r and m̂_k, (*tasks, 8, d)."""
         return _features(observation.coordinate)
 
-    def _gains(self, h: Tensor, tensor: Tensor) -> Tensor:
+    def _mixture(self, h: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """c and d, (*, 8, units), and −a ρ, (*, 1, units)."""
         out = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
         mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
-        mixing = tensor[..., -MIXING:, :]
-        rms, inverse_r, size = mixing[..., :-2, :], mixing[..., -2:-1, :], mixing[..., -1:, :]
+        rms, size = tensor[..., -MIXING:-2, :], tensor[..., -1:, :]
         step = STEP * log_step.exp()
         moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
-        adam, sgd = (-step * size / (1 + moved / MAX_STEP) * mixture).chunk(2, dim=-2)
-        return torch.cat([adam, sgd * inverse_r], -2)
+        return mixture, -step * size / (1 + moved / MAX_STEP)
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
         """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
