@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
@@ -245,9 +246,10 @@ def main() -> None:
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
+        "contract": contract_table(RESULTS / "contract.csv"),
         "sizes": losses(cells, SIZES),
     }
-    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md", ROOT / "docs" / "contract.md"):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",

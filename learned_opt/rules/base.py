@@ -182,6 +182,7 @@ class UpdateRule(nn.Module, ABC):
     # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)` and
     # `features(observation)` f without meta-parameters: training is then far cheaper.
     gains_per_tensor: bool = False
+    kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
 
     @property
     @abstractmethod
@@ -205,6 +206,14 @@ class UpdateRule(nn.Module, ABC):
         """The update of the observed coordinates, (*tasks, n), and the next recurrent state, which
         overwrites `hidden` if `in_place`: rules with hidden_per="coordinate" are then given one of
         `Observation.pieces`, and no graph is wanted."""
+
+    def compile_kernels(self) -> None:
+        """Compiles what is done for a chunk of coordinates or for all tensors, once for any sizes:
+        one graph of the whole step would take minutes where tensors have many sizes."""
+        for module in self.modules():
+            for name in getattr(module, "kernels", ()):
+                kernel = torch.compile(getattr(module, name), dynamic=True, fullgraph=True)
+                setattr(module, name, kernel)
 
     def hidden(self, state: State) -> Tensor:
         return getattr(state, self.hidden_per)["hidden"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +262,12 @@ def test_untrained_it_trains_on_digits(untrained: UpdateRule) -> None:
     start = digits_loss(model).item()
     optimizer = LearnedOptimizer(model.parameters(), weights=untrained)
     assert train_on_digits(optimizer, model) < 0.3 * start
+
+
+def test_it_is_made_and_steps_without_a_word() -> None:
+    script = (
+        "import torch, learned_opt; p = torch.ones(3, requires_grad=True); p.grad = p.detach();"
+        "learned_opt.LearnedOptimizer([p]).step()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

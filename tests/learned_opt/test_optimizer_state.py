@@ -59,6 +59,18 @@ def test_copies_go_on_alike_and_apart(rule: UpdateRule) -> None:
         assert all(map(torch.equal, run(other, its_params, range(2, 4)), expected))
 
 
+def test_a_copy_loads_in_float32_too(rule: UpdateRule) -> None:
+    """Hooks would be lost by copying."""
+    params = parameters(torch.bfloat16)
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    copied, its_params = copy.deepcopy((optimizer, params))
+    copied.load_state_dict(optimizer.state_dict())
+    assert all(v.dtype == torch.float32 for p in its_params for v in copied.state[p].values())
+    expected = run(optimizer, params, range(2, 4))
+    assert all(map(torch.equal, run(copied, its_params, range(2, 4)), expected))
+
+
 def test_names_round_trip(rule: UpdateRule) -> None:
     model = nn.Linear(3, 2)
     optimizer = LearnedOptimizer(model.named_parameters(), weights=rule)
