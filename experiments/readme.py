@@ -196,6 +196,17 @@ def memory() -> str:
     return markdown(header, lines)
 
 
+def training() -> str:
+    path = RESULTS / "throughput_training.csv"
+    lines = [
+        [row["task"], f"{int(row['parameters']):,}", row["tensors"], f"{float(row['ms']):.3g}",
+         f"{float(row['ratio_to_adam_foreach']):.2f}"]
+        for row in (read(path) if path.exists() else ())
+        if row["optimizer"] == "geodesic_rnn"
+    ]  # fmt: skip
+    return markdown(["task", "parameters", "tensors", "ms", "× Adam foreach"], lines)
+
+
 def figure1() -> str:
     """Means over pairs, of the levels that were run."""
     lines = []
@@ -242,6 +253,7 @@ def main() -> None:
         "trajectories": trajectories_table(),
         "throughput": throughput(),
         "memory": memory(),
+        "training": training(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
@@ -249,7 +261,8 @@ def main() -> None:
         "contract": contract_table(RESULTS / "contract.csv"),
         "sizes": losses(cells, SIZES),
     }
-    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md", ROOT / "docs" / "contract.md"):
+    docs = ("geodesics.md", "contract.md", "recipes.md")
+    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in docs)):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",
