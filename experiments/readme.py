@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
@@ -200,6 +201,17 @@ def memory() -> str:
     return markdown(header, lines)
 
 
+def training() -> str:
+    path = RESULTS / "throughput_training.csv"
+    lines = [
+        [row["task"], f"{int(row['parameters']):,}", row["tensors"], f"{float(row['ms']):.3g}",
+         f"{float(row['ratio_to_adam_foreach']):.2f}"]
+        for row in (read(path) if path.exists() else ())
+        if row["optimizer"] == "geodesic_rnn"
+    ]  # fmt: skip
+    return markdown(["task", "parameters", "tensors", "ms", "× Adam foreach"], lines)
+
+
 def figure1() -> str:
     """Means over pairs, of the levels that were run."""
     lines = []
@@ -253,14 +265,17 @@ def main() -> None:
         "trajectories": trajectories_table(),
         "throughput": throughput(),
         "memory": memory(),
+        "training": training(),
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
+        "contract": contract_table(RESULTS / "contract.csv"),
         "sizes": losses(cells, SIZES),
         "benchmark": benchmark(),
     }
-    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
+    docs = ("geodesics.md", "contract.md", "recipes.md")
+    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in docs)):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",
