@@ -71,17 +71,16 @@ def make_sample(rule_name: str, way: str, tasks: int, unroll: int, clock: Clock)
     run = objective.open(("throughput",), ENDLESS, task, rule)
     task.batch = clock.wrap("minibatch", task.batch)
     rule.observe = clock.wrap("features", rule.observe)
+    task.loss_and_grad = clock.wrap("task gradient", task.loss_and_grad)
     if way == "replay":  # else there is a graph between the parts, or one call in another
-        task.loss_and_grad = clock.wrap("task gradient", task.loss_and_grad)
         rule.respond = clock.wrap("network", rule.respond)
 
     def sample() -> int:
-        before = pes.losses_and_grads, pes.perturbed
+        before = pes.perturbed
         if way == "pes":
-            pes.losses_and_grads = clock.wrap("task gradient", before[0])
-            pes.perturbed = lambda *args: clock.wrap("network", before[1](*args))
+            pes.perturbed = lambda *args: clock.wrap("network", before(*args))
         loss, _ = objective.window(rule, task, run, unroll)
-        pes.losses_and_grads, pes.perturbed = before
+        pes.perturbed = before
         clock.wrap("backward", loss.backward)()
         return len(run.theta) * unroll
 

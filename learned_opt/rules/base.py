@@ -165,6 +165,9 @@ class UpdateRule(nn.Module, ABC):
     # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)` and
     # `features(observation)` f without meta-parameters: training is then far cheaper.
     gains_per_tensor: bool = False
+    # True if `respond` also takes weights with the leading dimensions of its observation, a set of
+    # them for each task; else vmap makes it so, at a price.
+    weights_per_task: bool = False
 
     @property
     @abstractmethod

@@ -50,6 +50,7 @@ class GeodesicRNN(UpdateRule):
     """
 
     name = "geodesic_rnn"
+    weights_per_task = True
 
     def __init__(self, hidden: int = 32, per: str = "tensor") -> None:
         super().__init__()

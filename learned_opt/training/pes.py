@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.rules import Observation, UpdateRule
-from learned_opt.tasks.base import Batch, Task, generator, seed_of
+from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
 
 Respond = Callable[[Observation, Tensor], tuple[Tensor, Tensor]]
@@ -85,30 +85,18 @@ def roll_out(rule: UpdateRule, respond: Respond, task: Task, run: OpenRun, steps
     """Losses after each of the next `steps` updates, (steps, particles); moves `run` on."""
     seed, losses = seed_of(*run.key), []
     for step in range(steps + 1):
-        loss, grad = losses_and_grads(
-            task, run.theta, task.batch(seed, run.state.step), step < steps
-        )
-        losses.append(loss)
-        if grad is None:
+        particles = run.theta.view(-1, *task.lead, run.theta.shape[-1])
+        loss, grad = task.loss_and_grad(particles, task.batch(seed, run.state.step))
+        losses.append(loss.flatten())
+        if step == steps:
             break
+        grad = grad.flatten(0, -2)
         observation, state = rule.observe(grad, run.theta, run.state, in_place=True)
         update, hidden = respond(observation, rule.hidden(state))
         entries = getattr(state, rule.hidden_per) | {"hidden": hidden}
         run.state = replace(state, **{rule.hidden_per: entries})
         run.theta = run.theta + update
     return torch.stack(losses[1:])
-
-
-def losses_and_grads(
-    task: Task, theta: Tensor, batch: Batch, grads: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """F of all particles, (particles · tasks,), on one minibatch for each task; its gradient."""
-    with torch.set_grad_enabled(grads):
-        theta = theta.detach().requires_grad_(grads)
-        particles = theta.view(-1, *task.lead, theta.shape[-1])
-        loss = torch.func.vmap(task.loss, in_dims=(0, None))(particles, batch)
-        grad = torch.autograd.grad(loss.sum(), theta)[0] if grads else None
-    return loss.detach().flatten(), grad
 
 
 class _Respond(nn.Module):
@@ -131,6 +119,9 @@ def perturbed(rule: UpdateRule, weights: Tensor) -> Respond:
         name: part.unflatten(-1, p.shape)
         for name, part, p in zip(names, parts, parameters, strict=True)
     }
+
+    if rule.weights_per_task:
+        return lambda *seen: torch.func.functional_call(module, own, seen)
 
     def respond(observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
         def one(own: dict[str, Tensor], coordinate: Tensor, tensor: Tensor, hidden: Tensor):
