@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from learned_opt.errors import ConfigError
 
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
+UNITS = 1 << 12  # the same for an LSTM, whose 16 to 20 hidden units have four gates each
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,18 @@ class Layout:
     def runs(self) -> list[tuple[int, int, int, int]]:
         """(first tensor, tensors, start, stop), in chunks: neighbours of one size, or a part of a
         large one. The coordinates of each are a matrix (tensors, size)."""
+        return self._runs(self.chunk)
+
+    @cached_property
+    def short_runs(self) -> list[tuple[int, int, int, int]]:
+        """`runs` in chunks for an LSTM."""
+        return self._runs(self.chunk and UNITS)
+
+    def _runs(self, limit: int | None) -> list[tuple[int, int, int, int]]:
         runs, first, start = [], 0, 0
         for size, equal in groupby(self.sizes):
             last = first + len(list(equal))
-            chunk = self.chunk or size * (last - first)
+            chunk = limit or size * (last - first)
             for i in range(first, last, step := max(1, chunk // max(1, size))):
                 n = min(step, last - i)
                 stop = start + n * size
@@ -120,11 +129,12 @@ class State:
 @dataclass(frozen=True)
 class Observation:
     """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), and which
-    tensor each coordinate belongs to: a Layout, or for picked coordinates an index (n,)."""
+    tensor each coordinate belongs to: a Layout; for picked coordinates an index (n,); None for
+    `pieces`, whose tensors have equal shares."""
 
     coordinate: Tensor
     tensor: Tensor
-    layout: Layout | Tensor
+    layout: Layout | Tensor | None
 
     def pick(self, index: Tensor) -> Observation:
         """The coordinates `index` (n,) of the flattened (*tasks, d), tasks merged."""
@@ -135,6 +145,13 @@ class Observation:
             merge_tasks(self.tensor),
             task * tensors + self.layout.tensor_of[where],
         )
+
+    def pieces(self) -> Iterator[tuple[slice, Observation]]:
+        """Where, and what of it: coordinates of tensors of one size, few enough for an LSTM."""
+        for i, n, a, b in self.layout.short_runs:
+            where = slice(a, b)
+            part = Observation(self.coordinate[..., where], self.tensor[..., i : i + n], None)
+            yield where, part
 
 
 def join(pieces: list[Tensor]) -> Tensor:
@@ -185,8 +202,12 @@ class UpdateRule(nn.Module, ABC):
         """Statistics of this step, and the state with all but `hidden` moved on."""
 
     @abstractmethod
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The update of the observed coordinates, (*tasks, n), and the next recurrent state."""
+    def respond(
+        self, observation: Observation, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The update of the observed coordinates, (*tasks, n), and the next recurrent state, which
+        overwrites `hidden` if `in_place`: rules with hidden_per="coordinate" are then given one of
+        `Observation.pieces`, and no graph is wanted."""
 
     def hidden(self, state: State) -> Tensor:
         return getattr(state, self.hidden_per)["hidden"]
@@ -196,9 +217,18 @@ class UpdateRule(nn.Module, ABC):
         hidden = self.hidden(state)
         return merge_tasks(hidden) if self.hidden_per == "tensor" else pick_columns(hidden, index)
 
-    def advance(self, observation: Observation, state: State) -> tuple[Tensor, State]:
-        """`respond`, with the recurrent state kept in `state`."""
-        updates, hidden = self.respond(observation, self.hidden(state))
+    def advance(
+        self, observation: Observation, state: State, in_place: bool = False
+    ) -> tuple[Tensor, State]:
+        """`respond`, with the recurrent state kept in `state`, and overwritten if `in_place`."""
+        hidden = self.hidden(state)
+        if self.hidden_per == "tensor" or torch.is_grad_enabled():
+            updates, hidden = self.respond(observation, hidden)
+        else:
+            hidden = hidden if in_place else hidden.clone()
+            updates = torch.empty_like(observation.coordinate[..., 0, :])
+            for where, piece in observation.pieces():
+                updates[..., where], _ = self.respond(piece, hidden[..., where], in_place=True)
         entries = getattr(state, self.hidden_per) | {"hidden": hidden}
         return updates, replace(state, **{self.hidden_per: entries})
 
@@ -215,7 +245,7 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             what to add to params, (*tasks, d), and the next state.
         """
-        return self.advance(*self.observe(grads, params, state, in_place))
+        return self.advance(*self.observe(grads, params, state, in_place), in_place)
 
 
 _REGISTRY: dict[str, type[UpdateRule]] = {}

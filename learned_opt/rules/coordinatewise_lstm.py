@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, register
+from learned_opt.rules.base import Layout, Observation, State, UpdateRule, register
 from learned_opt.rules.cell import LSTMCell, per_task
 
 
@@ -54,18 +54,12 @@ class CoordinatewiseLSTM(UpdateRule):
         none = grads.new_empty(*grads.shape[:-1], 0, len(state.layout.shapes))
         return Observation(features, none, state.layout), replace(state, step=state.step + 1)
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled():
-            return self._respond(observation.coordinate, hidden)
-        parts = zip(observation.coordinate.split(CHUNK, -1), hidden.split(CHUNK, -1), strict=True)
-        updates, states = zip(*(self._respond(x, h) for x, h in parts), strict=True)
-        return torch.cat(updates, -1), torch.cat(states, -1)
-
-    def _respond(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        states = []
+    def respond(self, observation: Observation, hidden: Tensor,
+                in_place: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x, states = observation.coordinate, []
         split = hidden.split([2 * cell.hidden for cell in self.cells], dim=-2)
         for cell, state in zip(self.cells, split, strict=True):
-            x, state = cell(x, state)
+            x, state = cell(x, state, in_place=in_place)
             states.append(state)
         out = per_task(self.head.weight, x) @ x + self.head.bias.unsqueeze(-1)
-        return self.output_scale * out.squeeze(-2), torch.cat(states, -2)
+        return self.output_scale * out.squeeze(-2), hidden if in_place else torch.cat(states, -2)

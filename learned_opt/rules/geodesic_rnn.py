@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import CHUNK, Layout, Observation, State, UpdateRule, join, register
-from learned_opt.rules.cell import LSTMCell
+from learned_opt.rules.base import Layout, Observation, State, UpdateRule, join, register
+from learned_opt.rules.cell import LSTMCell, per_task
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
 BETA_V = 0.99  # second moment
@@ -170,46 +170,46 @@ class GeodesicRNN(UpdateRule):
         kept = {name: value.unsqueeze(-2) for name, value in kept.items()}
         return torch.stack(inputs + mixing, dim=-2), kept
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def respond(
+        self, observation: Observation, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if self.hidden_per == "tensor":
             gains, hidden = self.gains(observation.tensor, hidden)
             return self._mix(gains, observation), hidden
-        d = observation.coordinate.shape[-1]
-        width = max(d, 1) if torch.is_grad_enabled() else CHUNK
-        index = observation.layout
-        if isinstance(index, Layout):
-            index = index.tensor_of.to(observation.tensor.device)
-        updates, states = [], []
-        for lo in range(0, max(d, 1), width):
-            row = observation.coordinate[..., lo : lo + width]
-            tensor = observation.tensor[..., index[lo : lo + width]]
-            r = row[..., -1:, :]
-            own = torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
-            inputs = torch.cat([tensor[..., :TENSOR_INPUTS, :], own], -2)
-            gains, state = self._gains(inputs, tensor, hidden[..., lo : lo + width])
-            updates.append((gains * _features(row)).sum(-2))
-            states.append(state)
-        return torch.cat(updates, -1), torch.cat(states, -1)
+        row, tensor, layout = observation.coordinate, observation.tensor, observation.layout
+        if in_place:  # tensors side by side, (*, tensors, features, units)
+            n = tensor.shape[-1]
+            row, state = (x.unflatten(-1, (n, -1)).movedim(-2, -3) for x in (row, hidden))
+            tensor = tensor.mT.unsqueeze(-1)
+        else:
+            index = layout.tensor_of.to(tensor.device) if isinstance(layout, Layout) else layout
+            tensor, state = tensor[..., index], hidden
+        r = row[..., -1:, :]
+        own = torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
+        h, state = self.cell(own, state, tensor[..., :TENSOR_INPUTS, :], in_place)
+        gains = self._gains(h, tensor)
+        update = (gains * _features(row)).sum(-2)
+        return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
         recurrent state; from `Observation.tensor`."""
-        return self._gains(tensor[..., :TENSOR_INPUTS, :], tensor, hidden)
+        h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
+        return self._gains(h, tensor), hidden
 
     def features(self, observation: Observation) -> Tensor:
         """m̂_k/r and m̂_k, (*tasks, 8, d)."""
         return _features(observation.coordinate)
 
-    def _gains(self, inputs: Tensor, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        h, hidden = self.cell(inputs, hidden)
-        out = self.head.weight @ h + self.head.bias.unsqueeze(-1)
+    def _gains(self, h: Tensor, tensor: Tensor) -> Tensor:
+        out = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
         mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
         mixing = tensor[..., -MIXING:, :]
         rms, inverse_r, size = mixing[..., :-2, :], mixing[..., -2:-1, :], mixing[..., -1:, :]
         step = STEP * log_step.exp()
         moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
         adam, sgd = (-step * size / (1 + moved / MAX_STEP) * mixture).chunk(2, dim=-2)
-        return torch.cat([adam, sgd * inverse_r], -2), hidden
+        return torch.cat([adam, sgd * inverse_r], -2)
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
         """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
