@@ -50,7 +50,6 @@ class GeodesicRNN(UpdateRule):
     """
 
     name = "geodesic_rnn"
-    weights_per_task = True
 
     def __init__(self, hidden: int = 32, per: str = "tensor") -> None:
         super().__init__()
@@ -58,7 +57,8 @@ class GeodesicRNN(UpdateRule):
             raise ConfigError(
                 f"per is {per!r} and hidden {hidden}; use 'tensor' or 'coordinate', and at least 1"
             )
-        self.hidden_per, self.gains_per_tensor = per, per == "tensor"
+        self.hidden_per = per
+        self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self._config = {"hidden": hidden, "per": per}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
