@@ -20,6 +20,7 @@ from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
 from predictability import width_table
+from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -246,8 +247,14 @@ def main() -> None:
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
         "sizes": losses(cells, SIZES),
+        "training_speed": speed_table(RESULTS),
+        "training_shares": shares_table(RESULTS),
+        "training_memory": memory_table(RESULTS),
+        "training_growth": growth_table(RESULTS),
+        "weak_scaling": weak_table(RESULTS),
     }
-    for page in (ROOT / "README.md", ROOT / "docs" / "geodesics.md"):
+    docs = ROOT / "docs"
+    for page in (ROOT / "README.md", docs / "geodesics.md", docs / "training_speed.md"):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",
