@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
@@ -246,6 +247,7 @@ def main() -> None:
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
+        "contract": contract_table(RESULTS / "contract.csv"),
         "sizes": losses(cells, SIZES),
         "training_speed": speed_table(RESULTS),
         "training_shares": shares_table(RESULTS),
@@ -254,7 +256,8 @@ def main() -> None:
         "weak_scaling": weak_table(RESULTS),
     }
     docs = ROOT / "docs"
-    for page in (ROOT / "README.md", docs / "geodesics.md", docs / "training_speed.md"):
+    pages = ("geodesics.md", "contract.md", "training_speed.md")
+    for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",

@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import timeit
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import geodesic_throughput
@@ -32,6 +34,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer, make_rule
+from learned_opt.rules import GeodesicRNN
+from learned_opt.rules.cell import LSTMCell
+from learned_opt.rules.geodesic_rnn import TENSOR_INPUTS
 
 BASELINE, FUSED = "Adam foreach", "Adam fused"
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
@@ -43,6 +48,9 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     ),
     "geodesic_rnn per coordinate, hidden 16": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16)
+    ),
+    "geodesic_rnn per coordinate, hidden 16, compiled": lambda params: LearnedOptimizer(
+        params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16), compile=True
     ),
     "coordinatewise_lstm": lambda params: LearnedOptimizer(
         params, weights=make_rule("coordinatewise_lstm")
@@ -73,6 +81,63 @@ def transformer(parameters: int) -> nn.Module:
     return step_overhead.CharTransformer(width, layers)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step cannot do without, for each parameter: operations of matrix products (2 for each
+    multiply-add), exponential functions and their like, and bytes from and to memory. Work for
+    whole tensors does not count, nor do other element-wise operations, which cost less than the
+    memory that they read."""
+
+    flops: float
+    transcendentals: float
+    bytes: float
+
+    def floor(self, rates: Work) -> float:
+        """Seconds for each parameter, of a machine with so much of each in a second: memory may
+        move while the rest is computed, products and exponentials take turns."""
+        computing = self.flops / rates.flops + self.transcendentals / rates.transcendentals
+        return max(computing, self.bytes / rates.bytes)
+
+
+FLOAT = 4  # bytes
+ADAM = Work(0, 1, 7 * FLOAT)  # reads θ, g, m, v, writes θ, m, v; a square root
+
+
+def work(optimizer: Optimizer) -> Work:
+    if not isinstance(optimizer, LearnedOptimizer):
+        return ADAM
+    rule = optimizer.rule
+    cells = [cell for cell in rule.modules() if isinstance(cell, LSTMCell)]
+    state = rule.init_state(torch.zeros(1), ((1,),)).coordinate
+    moved = 3 + 2 * sum(x.numel() for x in state.values())  # reads θ and g, writes θ; the state
+    flops = transcendentals = 0
+    if rule.hidden_per == "coordinate":
+        seen_once = TENSOR_INPUTS * isinstance(rule, GeodesicRNN)  # by all coordinates of a tensor
+        products = sum(4 * c.hidden * (c.weight.shape[1] - seen_once) for c in cells)
+        flops = 2 * (products + rule.head.weight.numel())
+        transcendentals = 5 * sum(c.hidden for c in cells) + 2  # and of the input and the output
+    if isinstance(rule, GeodesicRNN):  # the averages again when their sums are known,
+        moved += state["averages"].numel() + 1  # and g before, for its norm
+        transcendentals += 1
+    return Work(flops, transcendentals, FLOAT * moved)
+
+
+def machine() -> Work:
+    """What this machine does in a second: products and exponentials of what is in its cache, and
+    memory that is read and written."""
+    weight, units = torch.randn(80, 40), torch.randn(40, 4096)
+    gates, memory = torch.empty(80, 4096), torch.zeros(1 << 26)
+
+    def rate(amount: float, call: Callable[[], object]) -> float:
+        return amount / min(timeit.repeat(call, number=1, repeat=30))
+
+    return Work(
+        rate(2 * weight.numel() * units.shape[1], lambda: torch.mm(weight, units, out=gates)),
+        rate(gates.numel(), lambda: gates.tanh_()),
+        rate(2 * FLOAT * memory.numel(), lambda: memory.add_(1.0)),
+    )
+
+
 def step_seconds(optimizer: Optimizer, steps: int) -> float:
     start = time.perf_counter()
     for _ in range(steps):
@@ -88,7 +153,9 @@ def state_bytes(optimizer: Optimizer) -> int:
     )
 
 
-def measure(names: list[str], parameters: int, tensors: str, repeats: int) -> list[dict]:
+def measure(
+    names: list[str], parameters: int, tensors: str, repeats: int, rates: Work
+) -> list[dict]:
     """A row per optimizer: medians of `repeats` samples, taken in turn."""
     optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
     parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
@@ -104,6 +171,17 @@ def measure(names: list[str], parameters: int, tensors: str, repeats: int) -> li
         pairs = zip(samples[name], samples[base], strict=True)
         return statistics.median(x / y for x, y in pairs)
 
+    def beside_floor(name: str) -> dict[str, float]:
+        needed = work(optimizers[name])
+        floor = parameters * needed.floor(rates)
+        return {
+            "flops_per_parameter": needed.flops,
+            "transcendentals_per_parameter": needed.transcendentals,
+            "bytes_per_parameter": needed.bytes,
+            "floor_ms": 1e3 * floor,
+            "ratio_to_floor": statistics.median(samples[name]) / floor,
+        }
+
     return [
         {
             "optimizer": name,
@@ -114,22 +192,24 @@ def measure(names: list[str], parameters: int, tensors: str, repeats: int) -> li
             "ratio_to_adam_fused": ratio(name, FUSED),
             "state_bytes_per_parameter": state_bytes(optimizers[name]) / parameters,
         }
+        | beside_floor(name)
         for name in names
     ]
 
 
 def optimizer_steps(args: argparse.Namespace) -> None:
-    rows = []
+    rows, rates = [], machine()
     for parameters in args.parameters:
         slow = {row["optimizer"] for row in rows if row["ms"] > SLOW}
         names = [name for name in OPTIMIZERS if parameters <= LARGE or name not in slow]
         for tensors in args.tensors:
-            for row in measure(names, parameters, tensors, args.repeats):
+            for row in measure(names, parameters, tensors, args.repeats, rates):
                 rows.append(row)
-                print("{optimizer:40}{parameters:>10}{tensors:>12}{ms:10.3f} ms"
-                      "{ratio_to_adam_foreach:8.1f} x".format(**row), flush=True)  # fmt: skip
+                print("{optimizer:50}{parameters:>10}{tensors:>12}{ms:10.3f} ms"
+                      "{ratio_to_adam_foreach:8.1f} x Adam{ratio_to_floor:8.1f} x floor"
+                      .format(**row), flush=True)  # fmt: skip
     arguments = {k: v for k, v in vars(args).items() if k not in ("output", "what")}
-    save(args.output, "throughput", rows, arguments=arguments)
+    save(args.output, "throughput", rows, arguments=arguments, rates_per_second=asdict(rates))
 
 
 def main() -> None:

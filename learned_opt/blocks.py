@@ -30,13 +30,11 @@ class Block:
     parameter, features last, sharded as the parameter is; "step" and "skipped" are its counts.
     """
 
-    def __init__(
-        self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]], chunked: bool
-    ) -> None:
+    def __init__(self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]]) -> None:
         self.params = params
         self.parts = [local(p.detach()) for p in params]
         shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, self.parts)]
-        chunk = CHUNK if chunked else None
+        chunk = CHUNK if params[0].device.type == "cpu" else None
         self.layout = Layout(*shapes, _reduction(params[0]), chunk)
         theta = self.parts[0].new_empty(sum(self.layout.sizes), dtype=torch.float32)
         fresh = rule.init_state(theta, self.layout.shapes)
@@ -122,7 +120,7 @@ def _move_on(state: State, new: State, choose: Callable[[Tensor, Tensor, bool], 
                 old.copy_(now)
 
 
-def partition(params: Iterable[Tensor], chunked: bool) -> list[list[Tensor]]:
+def partition(params: Iterable[Tensor]) -> list[list[Tensor]]:
     """Parameters to update together: of one device and sharding, equal shapes side by side.
 
     Rules treat tensors alike and apart, so how they are grouped changes no update. Sharded ones
@@ -134,7 +132,7 @@ def partition(params: Iterable[Tensor], chunked: bool) -> list[list[Tensor]]:
         kinds.setdefault(kind, []).append(p)
     blocks = []
     for (device, *_), members in kinds.items():
-        limit = BLOCK if device.type == "cpu" and chunked else BLOCK_ACCELERATOR
+        limit = BLOCK if device.type == "cpu" else BLOCK_ACCELERATOR
         size = limit
         for p in sorted(members, key=lambda p: (p.numel(), p.shape)):
             if size + p.numel() > limit:

@@ -38,8 +38,10 @@ class LearnedOptimizer(Optimizer):
         weights: a weights file of `learned-opt train`, "hf://owner/name" of the Hugging Face Hub,
             or a rule; by default the shipped one.
         maximize: ascend instead of descend.
-        compile: the rule's update by `torch.compile`. Needs a C++ compiler and, at the second step,
-            time: the more the more sizes of tensors there are. Not for sharded parameters.
+        compile: the rule's update by `torch.compile`. Needs a C++ compiler, and at the first steps
+            time: some seconds on a CPU, whatever the tensors; on an accelerator, where the update
+            is one graph, the more the more sizes of tensors there are, and not if sharded. Rules
+            without `kernels` to compile, as coordinatewise_lstm, run on a CPU as they do without.
         revision: commit of a repository on the Hub, needed there.
 
     State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
@@ -106,10 +108,12 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
-                rule = self._rule_on(block.parts[0].device)
+                device = block.parts[0].device
+                guarded = guarded_update if device.type == "cpu" else self._guarded
                 block.update(
-                    rule, self._guarded, group["lr"], group["weight_decay"], group["maximize"]
-                )
+                    self._rule_on(device), guarded, group["lr"], group["weight_decay"],
+                    group["maximize"],
+                )  # fmt: skip
         return loss
 
     def skipped_steps(self) -> int:
@@ -132,10 +136,9 @@ class LearnedOptimizer(Optimizer):
         members, blocks = self._blocks.get(group, ([], []))
         same = len(members) == len(params) and all(map(lambda p, q: p is q, members, params))
         if not same or not all(block.is_state_of(self.state) for block in blocks):
-            chunked = not self.compile
             blocks = [
-                Block(m, self.rule, [self.state[p] for p in m], chunked and not m[0].is_cuda)
-                for m in partition(params, chunked)
+                Block(members, self.rule, [self.state[p] for p in members])
+                for members in partition(params)
             ]
             for block in blocks:
                 self.state.update(zip(block.params, block.states, strict=True))
@@ -144,8 +147,12 @@ class LearnedOptimizer(Optimizer):
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
         if device not in self._rules:
-            here = next(self.rule.parameters()).device == device
-            self._rules[device] = self.rule if here else copy.deepcopy(self.rule).to(device)
+            rule, compile = self.rule, self.compile and device.type == "cpu"
+            if compile or next(rule.parameters()).device != device:
+                rule = copy.deepcopy(rule).to(device)
+            if compile:
+                rule.compile_kernels()
+            self._rules[device] = rule
         return self._rules[device]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -73,6 +73,13 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(p.full_tensor().isfinite().all() for p in names["sharded"].parameters())
 
 
+def test_the_tests_that_the_contract_names_exist() -> None:
+    files = (ROOT / "tests" / "learned_opt").glob("test_*.py")
+    there = set(re.findall(r"def (test_\w+)", "".join(f.read_text() for f in files)))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "contract.md").read_text())
+    assert set(named) <= there and len(named) >= 22
+
+
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

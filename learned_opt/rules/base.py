@@ -198,6 +198,7 @@ class UpdateRule(nn.Module, ABC):
     # True if `respond` also takes weights with the leading dimensions of its observation, a set of
     # them for each task; else vmap makes it so, at a price.
     weights_per_task: bool = False
+    kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
 
     @property
     @abstractmethod
@@ -221,6 +222,14 @@ class UpdateRule(nn.Module, ABC):
         """The update of the observed coordinates, (*tasks, n), and the next recurrent state, which
         overwrites `hidden` if `in_place`: rules with hidden_per="coordinate" are then given one of
         `Observation.pieces`, and no graph is wanted."""
+
+    def compile_kernels(self) -> None:
+        """Compiles what is done for a chunk of coordinates or for all tensors, once for any sizes:
+        one graph of the whole step would take minutes where tensors have many sizes."""
+        for module in self.modules():
+            for name in getattr(module, "kernels", ()):
+                kernel = torch.compile(getattr(module, name), dynamic=True, fullgraph=True)
+                setattr(module, name, kernel)
 
     def hidden(self, state: State) -> Tensor:
         return getattr(state, self.hidden_per)["hidden"]

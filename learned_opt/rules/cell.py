@@ -41,8 +41,7 @@ class LSTMCell(nn.Module):
         h, c = state.chunk(2, dim=-2)
         if in_place and not torch.compiler.is_compiling():
             return self._overwrite(x, h, c, shared), state
-        gates = self.bias.unsqueeze(-1)
-        weight = self.weight
+        gates, weight = self.bias.unsqueeze(-1), self.weight
         if shared is not None:  # their product, once for all units
             first, weight = weight.split([shared.shape[-2], weight.shape[-1] - shared.shape[-2]], 1)
             gates = gates + per_task(first, shared) @ shared
@@ -62,9 +61,9 @@ class LSTMCell(nn.Module):
         weight = torch.cat([per_task(weight, x), bias.expand(*x.shape[:-2], -1, 1)], dim=-1)
         ones = x.new_ones(()).expand(*x.shape[:-2], 1, x.shape[-1])
         gates = weight @ torch.cat([x, h, ones], dim=-2)
+        # compiled, these are slower: torch's own loops have MKL's tanh, and fused ones have not
         i, f, g, o = gates.chunk(4, dim=-2)
-        gates[..., : 2 * self.hidden, :].sigmoid_()
-        g.tanh_()
-        o.sigmoid_()
-        c.mul_(f).addcmul_(i, g)
+        for gate in (i, f, o):
+            gate.sigmoid_()
+        c.mul_(f).addcmul_(i, g.tanh_())
         return torch.tanh(c, out=h).mul_(o)

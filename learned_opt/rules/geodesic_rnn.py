@@ -50,6 +50,7 @@ class GeodesicRNN(UpdateRule):
     """
 
     name = "geodesic_rnn"
+    kernels = ("_look", "_tensor_features", "gains", "_mixed", "_own", "_coordinate_update")
 
     def __init__(self, hidden: int = 32, per: str = "tensor") -> None:
         super().__init__()
@@ -105,18 +106,23 @@ class GeodesicRNN(UpdateRule):
         for i, n, a, b in layout.runs:
             own = slice(i, i + n)
             row, g, theta = (x[..., a:b].unflatten(-1, (n, -1)) for x in (rows, grads, params))
-            row = _average(row, g, share[..., own, None], weights[:, own], floor[..., own, None])
-            gram[..., own, :, :] += _gram(row)
-            squares[..., own, :-1] += torch.linalg.vecdot(row, row).mT
-            squares[..., own, -1] += torch.linalg.vecdot(theta, theta)
+            row, products, norms = self._look(
+                row, g, theta, share[..., own, None], weights[:, own], floor[..., own, None]
+            )
+            gram[..., own, :, :] += products
+            squares[..., own, :] += norms
             moved.append(row.flatten(-2))
         if torch.compiler.is_compiling():
             rows = join(moved)
         sums = layout.reduce(torch.cat([gram.flatten(-2), squares], -1)) / counts.unsqueeze(-1)
         moments, means = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)
-        tensor, kept = self._tensor_features(
-            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), state, step
-        )
+        matrix = layout.numbers((float(len(s) > 1) for s in layout.shapes), means)
+        fan_in = layout.numbers((float(math.prod(s[1:])) for s in layout.shapes), means)
+        tensor, *kept = self._tensor_features(
+            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, matrix, fan_in,
+            state.tensor["initial_rms"], state.tensor["peak_gradient"],
+        )  # fmt: skip
+        kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
         return (
             Observation(rows, tensor, layout),
             State(layout, state.step + 1, state.coordinate | {"averages": rows},
@@ -133,21 +139,30 @@ class GeodesicRNN(UpdateRule):
         return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 
     @staticmethod
+    def _look(
+        row: Tensor, grads: Tensor, theta: Tensor, share: Tensor, weights: Tensor, floor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [g, m̂, r] (*, 5, n, size) one step on, in place; their ⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4),
+        and |.|² of g, m̂, r and θ, (*, n, 6)."""
+        new = _average(row, grads, share, weights, floor)
+        norms = [*torch.linalg.vecdot(new, new).unbind(-2), torch.linalg.vecdot(theta, theta)]
+        return row.copy_(new), _gram(new), torch.stack(norms, -1)
+
+    @staticmethod
     def _tensor_features(
-        gram: Tensor, rms: Tensor, state: State, step: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        gram: Tensor, rms: Tensor, step: Tensor, matrix: Tensor, fan_in: Tensor,
+        initial_rms: Tensor, peak_gradient: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
-        (*tasks, tensors, 4, 4) of m̂_k/r and the RMS (*tasks, tensors, 6) of m̂_k, r and θ."""
+        (*tasks, tensors, 4, 4) of m̂_k/r, the RMS (*tasks, tensors, 6) of m̂_k, r and θ, and whether
+        tensors are matrices and how wide, (tensors,); initial_rms, peak_gradient, gradient_rms."""
         r_bar, rms_p = rms[..., -2] + EPS, rms[..., -1]
-        start = torch.where(step == 1, rms_p, state.tensor["initial_rms"].squeeze(-2))
-        peak = torch.maximum(state.tensor["peak_gradient"].squeeze(-2), r_bar)
+        start = torch.where(step == 1, rms_p, initial_rms.squeeze(-2))
+        peak = torch.maximum(peak_gradient.squeeze(-2), r_bar)
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
         sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
         safe = adam + 1e-6
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
-        layout = state.layout
-        matrix = layout.numbers((float(len(s) > 1) for s in layout.shapes), rms)
-        fan_in = layout.numbers((float(math.prod(s[1:])) for s in layout.shapes), rms)
         floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
         clock = step.clamp(max=LONGEST).to(rms.dtype).log().expand_as(rms_p)
@@ -166,9 +181,8 @@ class GeodesicRNN(UpdateRule):
             (sgd[..., 0] + 1e-6).log() / 2,
         ]
         mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size]
-        kept = {"initial_rms": start, "peak_gradient": peak, "gradient_rms": r_bar}
-        kept = {name: value.unsqueeze(-2) for name, value in kept.items()}
-        return torch.stack(inputs + mixing, dim=-2), kept
+        kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
+        return torch.stack(inputs + mixing, dim=-2), *kept
 
     def respond(
         self, observation: Observation, hidden: Tensor, in_place: bool = False
@@ -184,32 +198,39 @@ class GeodesicRNN(UpdateRule):
         else:
             index = layout.tensor_of.to(tensor.device) if isinstance(layout, Layout) else layout
             tensor, state = tensor[..., index], hidden
-        r = row[..., -1:, :]
-        own = torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
+        own = self._own(row, tensor)
         h, state = self.cell(own, state, tensor[..., :TENSOR_INPUTS, :], in_place)
-        gains = self._gains(h, tensor)
-        update = (gains * _features(row)).sum(-2)
+        update = self._coordinate_update(self._head(h), row, tensor)
         return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
         recurrent state; from `Observation.tensor`."""
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
-        return self._gains(h, tensor), hidden
+        mixture, scale = _mixture(self._head(h), tensor)
+        adam, sgd = (scale * mixture).chunk(2, dim=-2)
+        return torch.cat([adam, sgd * tensor[..., -2:-1, :]], -2), hidden
 
     def features(self, observation: Observation) -> Tensor:
         """m̂_k/r and m̂_k, (*tasks, 8, d)."""
         return _features(observation.coordinate)
 
-    def _gains(self, h: Tensor, tensor: Tensor) -> Tensor:
-        out = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
-        mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
-        mixing = tensor[..., -MIXING:, :]
-        rms, inverse_r, size = mixing[..., :-2, :], mixing[..., -2:-1, :], mixing[..., -1:, :]
-        step = STEP * log_step.exp()
-        moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
-        adam, sgd = (-step * size / (1 + moved / MAX_STEP) * mixture).chunk(2, dim=-2)
-        return torch.cat([adam, sgd * inverse_r], -2)
+    def _head(self, h: Tensor) -> Tensor:
+        return per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
+
+    @staticmethod
+    def _own(row: Tensor, tensor: Tensor) -> Tensor:
+        """m̂_k/r and log(r/r̄)/3, (*, 5, units): what a coordinate sees of itself."""
+        r = row[..., -1:, :]
+        return torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
+
+    @staticmethod
+    def _coordinate_update(out: Tensor, row: Tensor, tensor: Tensor) -> Tensor:
+        """(*, units), from what the head says of each coordinate, (*, 9, units)."""
+        mixture, scale = _mixture(out, tensor)
+        sums = (mixture.unflatten(-2, (2, DIRECTIONS)) * row[..., None, :-1, :]).sum(-2)
+        adam, sgd = sums.split(1, dim=-2)
+        return (scale * (adam / row[..., -1:, :] + sgd * tensor[..., -2:-1, :])).squeeze(-2)
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
         """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
@@ -219,10 +240,25 @@ class GeodesicRNN(UpdateRule):
         updates = torch.empty_like(rows[..., 0, :])
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for i, n, a, b in observation.layout.runs:
-            row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)  # (*, n, 5, size)
-            adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
-            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
+            row = rows[..., a:b].unflatten(-1, (n, -1))
+            updates[..., a:b] = self._mixed(weights[..., i : i + n, :, :], row).flatten(-2)
         return updates
+
+    @staticmethod
+    def _mixed(weights: Tensor, row: Tensor) -> Tensor:
+        """The update (*, n, size), from c and d (*, n, 2, 4) and rows (*, 5, n, size)."""
+        row = row.movedim(-2, -3)
+        adam, sgd = _matmul(weights, row[..., :-1, :]).unbind(-2)
+        return torch.addcdiv(sgd, adam, row[..., -1, :])
+
+
+def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """c and d, (*, 8, units), and −a ρ, (*, 1, units), from what the head says, (*, 9, units)."""
+    mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
+    rms, size = tensor[..., -MIXING:-2, :], tensor[..., -1:, :]
+    step = STEP * log_step.exp()
+    moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
+    return mixture, -step * size / (1 + moved / MAX_STEP)
 
 
 def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:

@@ -129,6 +129,17 @@ class TestOptim(TestCase):
                 with self.assertRaisesRegex(error.error_type, error.error_regex):
                     optim_info.optim_cls(given.params, **given.kwargs)
 
+    def _goes_the_right_direction(self, optimizer, closure, schedule):
+        schedulers = [constructor(optimizer) for constructor in schedule]
+        start = closure().item()
+        for _ in range(20):
+            loss = optimizer.step(closure)
+            for scheduler in schedulers:
+                plateau = isinstance(scheduler, ReduceLROnPlateau)
+                scheduler.step(loss) if plateau else scheduler.step()
+        climbs = optimizer.param_groups[0]["maximize"]
+        (self.assertGreater if climbs else self.assertLess)(closure().item(), start)
+
     @parametrize("contiguous", [True, False])
     @parametrize("with_lrsched", [True, False])
     @optims(ALL)
@@ -138,18 +149,8 @@ class TestOptim(TestCase):
             for schedule in schedules:
                 weight, bias, x = weight_and_bias(device, contiguous)
                 optimizer = make(optim_info, setting, [weight, bias])
-                schedulers = [constructor(optimizer) for constructor in schedule]
                 closure = closure_of(optimizer, weight, bias, x)
-                start = closure().item()
-                for _ in range(20):
-                    loss = optimizer.step(closure)
-                    for scheduler in schedulers:
-                        plateau = isinstance(scheduler, ReduceLROnPlateau)
-                        scheduler.step(loss) if plateau else scheduler.step()
-                if setting.kwargs.get("maximize", False):
-                    self.assertGreater(closure().item(), start)
-                else:
-                    self.assertLess(closure().item(), start)
+                self._goes_the_right_direction(optimizer, closure, schedule)
 
     @parametrize("with_lrsched", [True, False])
     @optims([info for info in ALL if info.supports_param_groups])
@@ -165,7 +166,6 @@ class TestOptim(TestCase):
                 ]  # fmt: skip
                 before = copy.deepcopy((still, still_bias))
                 optimizer = make(optim_info, setting, groups)
-                schedulers = [constructor(optimizer) for constructor in schedule]
 
                 def closure():
                     optimizer.zero_grad()
@@ -174,16 +174,7 @@ class TestOptim(TestCase):
                         loss.backward()
                     return (weight.mv(x) + bias).square().sum()
 
-                start = closure().item()
-                for _ in range(20):
-                    loss = optimizer.step(closure)
-                    for scheduler in schedulers:
-                        plateau = isinstance(scheduler, ReduceLROnPlateau)
-                        scheduler.step(loss) if plateau else scheduler.step()
-                if setting.kwargs.get("maximize", False):
-                    self.assertGreater(closure().item(), start)
-                else:
-                    self.assertLess(closure().item(), start)
+                self._goes_the_right_direction(optimizer, closure, schedule)
                 self.assertEqual((still, still_bias), before, rtol=0, atol=0)
 
     @parametrize("numel", [0, 1])

@@ -1,0 +1,98 @@
+"""How LearnedOptimizer does in PyTorch's generated tests for optimizers, and how fast it is made.
+
+    python experiments/contract.py --output experiments/results
+
+writes contract.csv, how many tests of each rule passed, failed and were skipped, and why, and
+contract.json, with the milliseconds that an optimizer takes to construct. A few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+import timeit
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from rows import save
+
+from learned_opt import LearnedOptimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = "tests/learned_opt/test_optimizer_suite.py"
+RULES = {  # classes of the suite: what they are
+    "Shipped": "geodesic_rnn, shipped weights",
+    "Coordinate": "geodesic_rnn per coordinate",
+    "Published": "coordinatewise_lstm",
+    "Prop": "rnnprop",
+}
+
+
+def run_suite() -> list[dict[str, str | int]]:
+    """A row for each rule, outcome and reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", SUITE, f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    counts = Counter(map(outcome, cases))
+    return [
+        {"rule": rule, "outcome": result, "tests": n, "reason": reason}
+        for (rule, result, reason), n in sorted(counts.items())
+    ]
+
+
+def outcome(case: ElementTree.Element) -> tuple[str, str, str]:
+    """Rule, outcome and, of a test that was skipped or failed, the reason."""
+    found = re.search(r"_([A-Z][A-Za-z]+)_(?:cpu|cuda)_", case.get("name"))
+    rule = RULES.get(found[1], found[1]) if found else ""
+    for tag, result in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        if (entry := case.find(tag)) is not None:
+            return rule, result, entry.get("message", "").splitlines()[0]
+    return rule, "passed", ""
+
+
+def construction_ms() -> float:
+    """The median time to make an optimizer of a small network, shipped weights read anew."""
+    params = list(torch.nn.Linear(64, 32).parameters())
+    seconds = timeit.repeat(lambda: LearnedOptimizer(params), number=1, repeat=21)
+    return 1e3 * sorted(seconds)[10]
+
+
+def table(path: Path) -> str:
+    """Counts of each rule, in Markdown, and why tests were skipped or failed."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    outcomes = ("passed", "failed", "skipped")
+    lines = ["| rule | " + " | ".join(outcomes) + " |", "| --- " * 4 + "|"]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        counts = [
+            sum(int(r["tests"]) for r in rows if (r["rule"], r["outcome"]) == (rule, result))
+            for result in outcomes
+        ]
+        lines.append(f"| {rule} | " + " | ".join(map(str, counts)) + " |")
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        if row["outcome"] != "passed":
+            reasons[f"{row['outcome']}: {row['reason']}"] += int(row["tests"])
+    return "\n".join(lines + [""] + [f"- {n} {reason}" for reason, n in reasons.items()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    ms = construction_ms()
+    save(args.output, "contract", run_suite(), construction_ms=ms)
+    print(table(args.output / "contract.csv"), f"\nconstruction: {ms:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

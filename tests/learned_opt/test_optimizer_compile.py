@@ -1,0 +1,70 @@
+"""LearnedOptimizer under torch.compile, and on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from learned_opt import LearnedOptimizer, UpdateRule
+from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> UpdateRule:
+    return noisy_rule(request.param)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("rule", ["tensor"], indirect=True)
+def test_compiled_it_does_the_same(rule: UpdateRule) -> None:
+    params, others = ([torch.ones(6, 5, requires_grad=True) for _ in range(2)] for _ in range(2))
+    optimizer = LearnedOptimizer(params, weights=rule, compile=True)
+    reference = LearnedOptimizer(others, weights=rule)
+    for step in range(5):
+        for each, its_params in ((optimizer, params), (reference, others)):
+            set_gradients(its_params, step)
+            if step == 3:
+                its_params[1].grad[0, 0] = float("nan")
+            each.step()
+    torch.testing.assert_close(params, others)
+    kept, expected = (list(o.state.values()) for o in (optimizer, reference))
+    torch.testing.assert_close(kept, expected)
+
+
+def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
+    """After a first one in Python; a graph break is an error here."""
+    params, others = ([torch.ones(6, 5), torch.ones(6)] for _ in range(2))
+    for p in (*params, *others):
+        p.requires_grad_()
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    run(optimizer, params, range(1))
+    run(reference, others, range(1))
+    step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    for number in range(1, 4):
+        set_gradients(params, number)
+        step()
+    run(reference, others, range(1, 4))
+    torch.testing.assert_close(params, others)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_nothing_waits_for_it(rule: UpdateRule, compiled: bool) -> None:
+    params = [p.detach().cuda().requires_grad_() for p in parameters()]
+    others = parameters()
+    optimizer = LearnedOptimizer(params, weights=copy.deepcopy(rule), compile=compiled)
+    reference = LearnedOptimizer(others, weights=rule)
+    for step in range(5):
+        set_gradients(others, step)
+        if step == 3:
+            others[0].grad[0, 0] = float("nan")
+        for p, q in zip(params, others, strict=True):
+            p.grad = q.grad.cuda()
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        reference.step()
+    torch.testing.assert_close([p.cpu() for p in params], others, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,161 @@
+"""What LearnedOptimizer remembers: saved, loaded, copied, replaced and freed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> UpdateRule:
+    return noisy_rule(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_run_goes_on_bit_for_bit(rule: UpdateRule, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = LearnedOptimizer(params, weights=rule, lr=0.7, weight_decay=0.1)
+    run(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save({"params": params, "optimizer": optimizer.state_dict()}, file)
+    expected = run(optimizer, params, range(3, 6))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh = LearnedOptimizer(saved["params"], weights=rule)
+    fresh.load_state_dict(saved["optimizer"])
+    assert all(map(torch.equal, run(fresh, saved["params"], range(3, 6)), expected))
+    state = [v for p in saved["params"] for v in fresh.state[p].values()]
+    assert state and all(v.dtype == torch.float32 for v in state)
+
+
+def test_loading_a_state_dict_does_not_tie_two_optimizers(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    first, second = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    expected = run(first, params, range(3))
+    second.load_state_dict(first.state_dict())
+    run(second, others, range(5, 8))
+    expected = run(LearnedOptimizer(twin := parameters(), weights=rule), twin, range(6))
+    assert all(map(torch.equal, run(first, params, range(3, 6)), expected))
+
+
+def test_copies_go_on_alike_and_apart(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    copied = copy.deepcopy((optimizer, params))
+    pickled = pickle.loads(pickle.dumps((optimizer, params)))
+    expected = run(optimizer, params, range(2, 4))
+    for other, its_params in (copied, pickled):
+        assert all(map(torch.equal, run(other, its_params, range(2, 4)), expected))
+
+
+def test_a_copy_loads_in_float32_too(rule: UpdateRule) -> None:
+    """Hooks would be lost by copying."""
+    params = parameters(torch.bfloat16)
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    copied, its_params = copy.deepcopy((optimizer, params))
+    copied.load_state_dict(optimizer.state_dict())
+    assert all(v.dtype == torch.float32 for p in its_params for v in copied.state[p].values())
+    expected = run(optimizer, params, range(2, 4))
+    assert all(map(torch.equal, run(copied, its_params, range(2, 4)), expected))
+
+
+def test_names_round_trip(rule: UpdateRule) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = LearnedOptimizer(model.named_parameters(), weights=rule)
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.param_groups[0]["param_names"] == names
+    again = LearnedOptimizer(nn.Linear(3, 2).named_parameters(), weights=rule)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["param_names"] == names
+
+
+def test_the_loss_scaler_skips_a_step_and_leaves_all_as_it_is(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=100)
+    run(optimizer, params, range(2))
+    before = copy.deepcopy((params, optimizer.state_dict()))
+    params[0].grad = torch.full_like(params[0], float("inf"))
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1.0
+    torch.testing.assert_close((params, optimizer.state_dict()), before, rtol=0, atol=0)
+    set_gradients(params, 2)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    expected = run(LearnedOptimizer(twin := parameters(), weights=rule), twin, range(2))
+    assert not torch.equal(params[0], expected[0])
+
+
+def test_an_optimizer_is_freed_at_once(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None  # no reference cycle
+    finally:
+        gc.enable()
+
+
+def test_state_that_is_replaced_from_outside_is_used(rule: UpdateRule) -> None:
+    """As Lightning does to move an optimizer to a device."""
+    params, others = parameters(), parameters()
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    run(optimizer, params, range(2))
+    run(reference, others, range(2))
+    for p in params:
+        optimizer.state[p] = {name: v.clone() for name, v in optimizer.state[p].items()}
+    for name, value in optimizer.state[params[0]].items():
+        optimizer.state[params[0]][name] = torch.zeros_like(value)
+    found = run(optimizer, params, range(2, 4))
+    expected = run(reference, others, range(2, 4))
+    assert not torch.equal(found[0], expected[0])
+    assert all(map(torch.equal, found[1:], expected[1:]))
+
+
+def test_a_parameter_may_join_later_with_its_own_step_count(rule: UpdateRule) -> None:
+    early, late = (torch.randn(5, 4).requires_grad_() for _ in range(2))
+    late_alone, early_alone = (p.detach().clone().requires_grad_() for p in (late, early))
+    optimizer = LearnedOptimizer([early, late], weights=rule)
+    start = late.detach().clone()
+    for step in range(5):
+        set_gradients([early], step)
+        if step >= 3:
+            set_gradients([late], step)
+        else:
+            assert torch.equal(late, start)
+        optimizer.step()
+    run(LearnedOptimizer([early_alone], weights=rule), [early_alone], range(5))
+    run(LearnedOptimizer([late_alone], weights=rule), [late_alone], range(3, 5))
+    torch.testing.assert_close((early, late), (early_alone, late_alone))
+    assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [5, 2]
+
+
+def test_the_state_has_the_documented_size() -> None:
+    for name, config, size in (
+        ("geodesic_rnn", {}, 20),
+        ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}, 20 + 8 * 2),
+        ("coordinatewise_lstm", {}, 320),
+    ):
+        p = torch.ones(5, 40, requires_grad=True)
+        optimizer = LearnedOptimizer([p], weights=make_rule(name, **config))
+        run(optimizer, [p], range(1))
+        state = [s for s in optimizer.state[p].values() if s.shape[:2] == p.shape]
+        assert sum(s.numel() * s.element_size() for s in state) == size * p.numel()
