@@ -21,6 +21,7 @@ from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
 from predictability import width_table
+from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
 from learned_opt.benchmark.report import meaning_of, overview_of
 
@@ -273,9 +274,15 @@ def main() -> None:
         "contract": contract_table(RESULTS / "contract.csv"),
         "sizes": losses(cells, SIZES),
         "benchmark": benchmark(),
+        "training_speed": speed_table(RESULTS),
+        "training_shares": shares_table(RESULTS),
+        "training_memory": memory_table(RESULTS),
+        "training_growth": growth_table(RESULTS),
+        "weak_scaling": weak_table(RESULTS),
     }
-    docs = ("geodesics.md", "contract.md", "recipes.md")
-    for page in (ROOT / "README.md", *(ROOT / "docs" / name for name in docs)):
+    docs = ROOT / "docs"
+    pages = ("geodesics.md", "contract.md", "recipes.md", "training_speed.md")
+    for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",

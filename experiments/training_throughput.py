@@ -1,14 +1,22 @@
-"""Inner steps per second of meta-training, where the time goes, and peak memory.
+"""Inner steps per second of meta-training, where the time goes, memory, and how they grow.
 
-    python experiments/training_throughput.py --output experiments/results
+    python experiments/training_throughput.py
 
-writes training_throughput.csv, a row per rule, way to learn, number of tasks and unroll, and
-training_throughput.json, how it was made. One thread, seconds of its CPU time, so that other
-processes count for little; all rows take turns, so that they share the machine's moods.
+writes to experiments/results, each with a .json that says how it was made,
+
+    training_throughput.csv  inner steps per second, the share of time of each part, and the floor
+    training_memory.csv      peak memory against unroll and tasks
+    training_scaling.csv     cost against tasks and coordinates
+    weak_scaling.csv         two processes against one (weak_scaling.py)
+
+`--what` picks among them. One thread, seconds of its CPU time, so that other processes count for
+little; all rows take turns, so that they share the machine's moods. Weak scaling alone is by the
+wall clock, and needs the machine to itself.
 
 An inner step is one update of one task; each antithetic particle counts. The task is the digits
 MLP 64-32-10, batch 64. "naive" is L2L as one would first write it: `nn.LSTMCell` 2 × 20, a task at
-a time, back-propagation through the rule.
+a time, back-propagation through the rule. The floor is the task's minibatches and gradients alone,
+of as many tasks (particles) at once, by autograd or as the task has them.
 """
 
 from __future__ import annotations
@@ -23,65 +31,84 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rows import save
+import weak_scaling
+from rows import markdown, save
 from torch import nn
 
 from learned_opt.config import TrainConfig
 from learned_opt.rules import make_rule
+from learned_opt.tasks.base import Task
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask, TaskConfig
-from learned_opt.training import pes
+from learned_opt.training import meta_loss
 from learned_opt.training.objectives import OBJECTIVES
 
 RULES = ("geodesic_rnn", "coordinatewise_lstm")
 OBJECTIVE = {"replay": "meta_loss", "backprop": "backprop", "pes": "pes"}
 ENDLESS = 10**9  # steps of a run
-PARTS = ("task gradient", "minibatch", "features", "network", "backward")
+PARTS = ("minibatch", "task gradient", "features", "network", "statistics", "backward")
+NAIVE = "LSTMCell 2 x 20"
+WIDTHS = (8, 32, 128, 512)  # of the hidden layer, 610 to 38,410 coordinates
+MEMORY_UNROLLS, MEMORY_TASKS = (20, 50, 100, 200), (1, 8, 32, 128)
+SCALING_TASKS = (1, 2, 4, 8, 16, 32, 64)
 
 Sample = Callable[[], int]  # one meta-gradient; the inner steps it took
 
 
 class Clock:
-    """CPU seconds by part of what is done in a sample."""
+    """CPU seconds by part of what is done in a sample, without those of the parts inside it."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
+        self._inner = 0.0
 
     def wrap(self, part: str, function: Callable) -> Callable:
         def timed(*args, **kwargs):
-            start = time.process_time()
+            outer, self._inner, start = self._inner, 0.0, time.process_time()
             result = function(*args, **kwargs)
-            self.seconds[part] += time.process_time() - start
+            spent = time.process_time() - start
+            self.seconds[part] += spent - self._inner
+            self._inner = outer + spent
             return result
 
         return timed
 
+    def wrap_methods(self, owner: object, **parts: str) -> None:
+        for name, part in parts.items():
+            setattr(owner, name, self.wrap(part.replace("_", " "), getattr(owner, name)))
 
-def make_task(tasks: int | None) -> MLPTask:
-    return MLPTask(TaskConfig(hidden=(32,), batch_size=64), load_images("digits"), tasks)
+
+def make_task(tasks: int | None, width: int = 32) -> MLPTask:
+    return MLPTask(TaskConfig(hidden=(width,), batch_size=64), load_images("digits"), tasks)
 
 
-def make_sample(rule_name: str, way: str, tasks: int, unroll: int, clock: Clock) -> Sample:
+def make_sample(
+    rule_name: str, way: str, tasks: int, unroll: int, clock: Clock, width: int = 32
+) -> Sample:
     """Windows of one endless run."""
     if way == "naive":
         return naive_sample(unroll, clock)
-    task, rule = make_task(tasks), make_rule(rule_name)
+    task, rule = make_task(tasks, width), make_rule(rule_name)
     config = TrainConfig(window=unroll, horizon=(unroll, ENDLESS))
     objective = OBJECTIVES[OBJECTIVE[way]](config, rule)
     run = objective.open(("throughput",), ENDLESS, task, rule)
-    task.batch = clock.wrap("minibatch", task.batch)
-    rule.observe = clock.wrap("features", rule.observe)
-    if way == "replay":  # else there is a graph between the parts, or one call in another
-        task.loss_and_grad = clock.wrap("task gradient", task.loss_and_grad)
-        rule.respond = clock.wrap("network", rule.respond)
+    if way != "backprop":  # there is a graph between its parts
+        clock.wrap_methods(task, batch="minibatch", loss_and_grad="task_gradient")
+        clock.wrap_methods(rule, observe="features", respond="network")
+    if rule.gains_per_tensor:
+        clock.wrap_methods(rule, gains="network")
+
+    def start_replay(*args):
+        replay = original(*args)
+        clock.wrap_methods(replay, see="statistics", inner="statistics")
+        return replay
+
+    original = meta_loss.start_replay
 
     def sample() -> int:
-        before = pes.losses_and_grads, pes.perturbed
-        if way == "pes":
-            pes.losses_and_grads = clock.wrap("task gradient", before[0])
-            pes.perturbed = lambda *args: clock.wrap("network", before[1](*args))
+        meta_loss.start_replay = start_replay
         loss, _ = objective.window(rule, task, run, unroll)
-        pes.losses_and_grads, pes.perturbed = before
+        meta_loss.start_replay = original
         clock.wrap("backward", loss.backward)()
         return len(run.theta) * unroll
 
@@ -110,15 +137,16 @@ def naive_sample(unroll: int, clock: Clock) -> Sample:
     return sample
 
 
-def floor_sample(tasks: int, unroll: int) -> Sample:
+def floor_sample(tasks: int, unroll: int, particles: int, autograd: bool) -> Sample:
     """The task's gradients alone: what any rule has to pay."""
     task = make_task(tasks)
-    theta = task.init(0)
+    theta = task.init(0).expand(particles, -1, -1)
+    loss_and_grad = Task.loss_and_grad if autograd else MLPTask.loss_and_grad
 
     def sample() -> int:
         for step in range(unroll):
-            task.loss_and_grad(theta, task.batch(0, step))
-        return tasks * unroll
+            loss_and_grad(task, theta, task.batch(0, step))
+        return particles * tasks * unroll
 
     return sample
 
@@ -150,71 +178,115 @@ def rate(sample: Sample) -> float:
     return steps / (time.process_time() - start)
 
 
-def measure(cells: list[tuple], repeats: int) -> list[dict]:
-    """A row per cell (rule, way, tasks, unroll): medians of samples taken in turn."""
-    memory = [peak_memory(*cell) for cell in cells]
+def in_turn(samples: list[Sample], clocks: list[Clock], repeats: int) -> list[list[float]]:
+    """Inner steps per second of each sample, `repeats` times after a warm-up."""
+    rates: list[list[float]] = [[] for _ in samples]
+    for repeat in range(repeats + 1):
+        for found, sample in zip(rates, samples, strict=True):
+            found.append(rate(sample))
+        if repeat == 0:
+            for clock in clocks:
+                clock.seconds.clear()
+    return [found[1:] for found in rates]
+
+
+def throughput(rules: list[str], ways: list[str], repeats: int) -> list[dict]:
+    """A row per rule, way, number of tasks and unroll."""
+    cells = [(NAIVE, "naive", 1, unroll) for unroll in (20, 50)]
+    cells += [(r, w, t, u) for r in rules for w in ways for t in (1, 8, 32) for u in (20, 50)]
+    particles = [2 if way == "pes" else 1 for _, way, _, _ in cells]
     clocks = [Clock() for _ in cells]
     samples = [make_sample(*cell, clock) for cell, clock in zip(cells, clocks, strict=True)]
-    floors = [floor_sample(cell[2], cell[3]) for cell in cells]
-    rates: list[list[tuple[float, float]]] = [[] for _ in cells]
-    for repeat in range(repeats + 1):
-        for i, (sample, floor) in enumerate(zip(samples, floors, strict=True)):
-            found = rate(sample), rate(floor)
-            if repeat:
-                rates[i].append(found)
-            else:
-                clocks[i].seconds.clear()  # of the warm-up
+    floors = {}
+    for (_, _, tasks, unroll), n in zip(cells, particles, strict=True):
+        for autograd in (True, False):
+            floors[tasks, unroll, n, autograd] = floor_sample(tasks, unroll, n, autograd)
+    rates = in_turn([*samples, *floors.values()], clocks, repeats)
+    floor_rates = dict(zip(floors, rates[len(cells) :], strict=True))
+    naive = {cell[3]: own for cell, own in zip(cells, rates, strict=False) if cell[1] == "naive"}
     rows = []
-    for i, (rule, way, tasks, unroll) in enumerate(cells):
-        per_second = statistics.median(own for own, _ in rates[i])
-        steps = tasks * unroll * (2 if way == "pes" else 1)
-        whole = sum(steps / own for own, _ in rates[i])
-        shares = {part: clocks[i].seconds[part] / whole for part in PARTS}
+    for (rule, way, tasks, unroll), own, n, clock in zip(
+        cells, rates, particles, clocks, strict=False
+    ):
+        whole = sum(tasks * n * unroll / r for r in own)
+        shares = {part: clock.seconds[part] / whole for part in PARTS}
+        by_autograd, written_out = (floor_rates[tasks, unroll, n, a] for a in (True, False))
         rows.append({
             "rule": rule,
             "way": way,
             "tasks": tasks,
             "unroll": unroll,
-            "inner_steps_per_second": per_second,
-            "best": max(own for own, _ in rates[i]),
-            "of_floor": statistics.median(own / floor for own, floor in rates[i]),
+            "inner_steps_per_second": statistics.median(own),
+            "best": max(own),
+            "ratio_to_naive": paired(own, naive[unroll]),
+            "floor_autograd": statistics.median(by_autograd),
+            "floor": statistics.median(written_out),
+            "of_floor_autograd": paired(own, by_autograd),
+            "of_floor": paired(own, written_out),
             **{f"share_{part.replace(' ', '_')}": share for part, share in shares.items()},
             "share_rest": 1 - sum(shares.values()),
-            "peak_memory_mb": memory[i],
         })  # fmt: skip
-    naive = {row["unroll"]: row["inner_steps_per_second"] for row in rows if row["way"] == "naive"}
-    for row in rows:
-        row["ratio_to_naive"] = row["inner_steps_per_second"] / naive[row["unroll"]]
     return rows
+
+
+def paired(own: list[float], other: list[float]) -> float:
+    """The median ratio of what was measured in the same turn."""
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
+def memory(rules: list[str]) -> list[dict]:
+    """A row per rule, way, tasks and unroll: along each axis from 8 tasks, unroll 20."""
+    sizes = [(8, u) for u in MEMORY_UNROLLS] + [(t, 20) for t in MEMORY_TASKS if t != 8]
+    rows = []
+    for rule in rules:
+        for way in OBJECTIVE:
+            for tasks, unroll in sizes:
+                found = peak_memory(rule, way, tasks, unroll)
+                rows.append({"rule": rule, "way": way, "tasks": tasks, "unroll": unroll,
+                             "peak_memory_mb": found})  # fmt: skip
+    return rows
+
+
+def scaling(rules: list[str], ways: list[str], repeats: int) -> list[dict]:
+    """A row per rule, way, tasks and coordinates: along each axis from 8 tasks of width 32."""
+    sizes = [(t, 32) for t in SCALING_TASKS] + [(8, w) for w in WIDTHS if w != 32]
+    cells = [(rule, way, *size) for rule in rules for way in ways for size in sizes]
+    samples = [make_sample(r, way, tasks, 20, Clock(), w) for r, way, tasks, w in cells]
+    rates = in_turn(samples, [], repeats)
+    return [
+        {"rule": rule, "way": way, "tasks": tasks, "coordinates": make_task(None, width).dim,
+         "ms_per_step": 1e3 * tasks * (2 if way == "pes" else 1) / statistics.median(own)}
+        for (rule, way, tasks, width), own in zip(cells, rates, strict=True)
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = ("throughput", "memory", "scaling", "weak")
+    parser.add_argument("--what", nargs="+", default=what, choices=what)
     parser.add_argument("--rules", nargs="+", default=RULES)
     parser.add_argument("--ways", nargs="+", default=["replay", "pes"], choices=OBJECTIVE)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--unrolls", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("experiments/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cells = [("LSTMCell 2 x 20", "naive", 1, unroll) for unroll in args.unrolls]
-    cells += [
-        (rule, way, tasks, unroll)
-        for rule in args.rules
-        for way in args.ways
-        for tasks in args.tasks
-        for unroll in args.unrolls
-    ]
-    rows = measure(cells, args.repeats)
-    for row in rows:
-        print(
-            "{rule:20} {way:9}{tasks:4}{unroll:4}{inner_steps_per_second:8.0f} /s"
-            "{ratio_to_naive:7.1f} x{of_floor:6.2f}{peak_memory_mb:8.0f} MB".format(**row)
-        )
+    measured = {  # memory first: what it forks from has allocated nothing
+        "memory": lambda: ("training_memory", memory(args.rules)),
+        "throughput": lambda: (
+            "training_throughput", throughput(args.rules, args.ways, args.repeats)
+        ),
+        "scaling": lambda: (
+            "training_scaling", scaling(args.rules, args.ways, max(1, args.repeats // 2))
+        ),
+        "weak": lambda: ("weak_scaling", weak_scaling.measure()),
+    }  # fmt: skip
     arguments = {k: v for k, v in vars(args).items() if k != "output"}
-    save(args.output, "training_throughput", rows, arguments=arguments)
+    for part, measure in measured.items():
+        if part in args.what:
+            name, rows = measure()
+            save(args.output, name, rows, arguments=arguments)
+            print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from learned_opt.errors import ConfigError
 
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
 UNITS = 1 << 12  # the same for an LSTM, whose 16 to 20 hidden units have four gates each
+MIN_UNITS = 1 << 9  # of each task, where there are many: shorter rows cost more than the cache
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,19 @@ class Layout:
     def runs(self) -> list[tuple[int, int, int, int]]:
         """(first tensor, tensors, start, stop), in chunks: neighbours of one size, or a part of a
         large one. The coordinates of each are a matrix (tensors, size)."""
-        return self._runs(self.chunk)
+        return self.runs_of(self.chunk)
+
+    def runs_of(self, chunk: int | None) -> list[tuple[int, int, int, int]]:
+        """`runs` in chunks of another size."""
+        if chunk not in self._runs:
+            self._runs[chunk] = self._divide(chunk)
+        return self._runs[chunk]
 
     @cached_property
-    def short_runs(self) -> list[tuple[int, int, int, int]]:
-        """`runs` in chunks for an LSTM."""
-        return self._runs(self.chunk and UNITS)
+    def _runs(self) -> dict[int | None, list[tuple[int, int, int, int]]]:
+        return {}
 
-    def _runs(self, limit: int | None) -> list[tuple[int, int, int, int]]:
+    def _divide(self, limit: int | None) -> list[tuple[int, int, int, int]]:
         runs, first, start = [], 0, 0
         for size, equal in groupby(self.sizes):
             last = first + len(list(equal))
@@ -147,8 +153,15 @@ class Observation:
         )
 
     def pieces(self) -> Iterator[tuple[slice, Observation]]:
-        """Where, and what of it: coordinates of tensors of one size, few enough for an LSTM."""
-        for i, n, a, b in self.layout.short_runs:
+        """Where, and what of it: coordinates of tensors of one size, few enough for an LSTM; of
+        any tensors where nothing is known of them."""
+        d, width = self.coordinate.shape[-1], self.layout.chunk
+        if width:
+            width = max(MIN_UNITS, UNITS // math.prod(self.coordinate.shape[:-2]))
+        runs = self.layout.runs_of(width)
+        if not self.tensor.shape[-2]:
+            runs = [(0, 0, a, min(a + width, d)) for a in range(0, d, width or d)]
+        for i, n, a, b in runs:
             where = slice(a, b)
             part = Observation(self.coordinate[..., where], self.tensor[..., i : i + n], None)
             yield where, part
@@ -182,6 +195,9 @@ class UpdateRule(nn.Module, ABC):
     # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)` and
     # `features(observation)` f without meta-parameters: training is then far cheaper.
     gains_per_tensor: bool = False
+    # True if `respond` also takes weights with the leading dimensions of its observation, a set of
+    # them for each task; else vmap makes it so, at a price.
+    weights_per_task: bool = False
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
 
     @property

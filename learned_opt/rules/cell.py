@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 def per_task(weight: Tensor, x: Tensor) -> Tensor:
     """A matrix to multiply x (*tasks, inputs, units) with, as a view for each task: else matmul
-    transposes x to make one product of many, which costs several times the product."""
-    return weight.expand(*x.shape[:-2], *weight.shape)
+    transposes x to make one product of many, which costs several times the product. One that is
+    there for each task stays as it is."""
+    return weight.expand(*x.shape[:-2], *weight.shape[-2:])
 
 
 class LSTMCell(nn.Module):

@@ -26,6 +26,7 @@ class CoordinatewiseLSTM(UpdateRule):
 
     name = "coordinatewise_lstm"
     hidden_per = "coordinate"
+    weights_per_task = True
 
     def __init__(self, hidden: int = 20, layers: int = 2, log_scale: float = 5.0,
                  output_scale: float = 0.01) -> None:  # fmt: skip

@@ -62,7 +62,8 @@ class GeodesicRNN(UpdateRule):
                 f"per is {per!r}, hidden {hidden} and decay_after {decay_after}; use 'tensor' or "
                 "'coordinate', and at least 1"
             )
-        self.hidden_per, self.gains_per_tensor = per, per == "tensor"
+        self.hidden_per = per
+        self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)

@@ -68,6 +68,7 @@ class Scheduled(UpdateRule):
             )
         self.base = make_rule(base, **(base_config or {}))
         self.hidden_per, self.gains_per_tensor = self.base.hidden_per, self.base.gains_per_tensor
+        self.weights_per_task = self.base.weights_per_task
         self._config = {"base": base, "base_config": self.base.config, "hidden": hidden}
         self.cell = LSTMCell(INPUTS, hidden)
         self.head = nn.Linear(hidden, 1)
@@ -146,26 +147,19 @@ class Scheduled(UpdateRule):
         ]
         return torch.stack(inputs, -2), {"progress": progress, "peak": peak.unsqueeze(-2)}
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def respond(
+        self, observation: Observation, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
         theirs, own = self._split(hidden)
+        inputs, layout = observation.tensor[..., -INPUTS:, :], observation.layout
         seen = replace(observation, tensor=observation.tensor[..., :-INPUTS, :])
-        update, theirs = self.base.respond(seen, theirs)
-        inputs = observation.tensor[..., -INPUTS:, :]
-        index = observation.layout
+        update, theirs = self.base.respond(seen, theirs, in_place)
+        if self.hidden_per == "coordinate":
+            inputs = _spread(inputs, layout, update.shape[-1])
+        factor, own = self._factor(inputs, own, in_place)
         if self.hidden_per == "tensor":
-            factor, own = self._factor(inputs, own)
-            tensor_of = index.tensor_of.to(update.device) if isinstance(index, Layout) else index
-            factor = factor[..., tensor_of]
-        else:
-            if isinstance(index, Layout):
-                index = index.tensor_of.to(inputs.device)
-            width = max(update.shape[-1], 1) if torch.is_grad_enabled() else CHUNK
-            parts = [
-                self._factor(inputs[..., i], h)
-                for i, h in zip(index.split(width), own.split(width, -1), strict=True)
-            ]
-            factor, own = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-        return update * factor.squeeze(-2), torch.cat([theirs, own], -2)
+            factor = _spread(factor, layout, update.shape[-1])
+        return update * factor.squeeze(-2), hidden if in_place else torch.cat([theirs, own], -2)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         theirs, own = self._split(hidden)
@@ -180,8 +174,17 @@ class Scheduled(UpdateRule):
         own = 2 * self.cell.hidden
         return hidden[..., :-own, :], hidden[..., -own:, :]
 
-    def _factor(self, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _factor(
+        self, inputs: Tensor, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """e^s, (*, 1, units), and the next recurrent state."""
-        h, hidden = self.cell(inputs, hidden)
+        h, hidden = self.cell(inputs, hidden, in_place=in_place)
         s = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
         return s.clamp(LEAST, MOST).exp(), hidden
+
+
+def _spread(x: Tensor, layout: Layout | Tensor | None, units: int) -> Tensor:
+    """What each tensor has, (*, rows, tensors), for each coordinate: see `Observation.layout`."""
+    if layout is None:
+        return x.repeat_interleave(units // x.shape[-1], -1)
+    return layout.expand(x) if isinstance(layout, Layout) else x[..., layout]

@@ -98,9 +98,14 @@ class Task(ABC):
         classes); each (*tasks,)."""
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """F, (*tasks,), and its gradient, (*tasks, d). Tasks do not mix: F_i sees theta_i only."""
+        """F, (*tasks,), and its gradient, (*tasks, d). Tasks do not mix: F_i sees theta_i only.
+
+        With theta (particles, *tasks, d) both have that dimension too: one batch serves all.
+        """
+        many = theta.dim() > len(self.lead) + 1
+        losses = torch.func.vmap(self.loss, in_dims=(0, None)) if many else self.loss
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            loss = self.loss(theta, batch)
+            loss = losses(theta, batch)
             (grad,) = torch.autograd.grad(loss.sum(), theta)
         return loss.detach(), grad

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from learned_opt.rules import Observation, UpdateRule
-from learned_opt.tasks.base import Batch, Task, generator, seed_of
+from learned_opt.rules import Observation, State, UpdateRule
+from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
 from learned_opt.training.start import trainable
 
-Respond = Callable[[Observation, Tensor], tuple[Tensor, Tensor]]
+Advance = Callable[[Observation, State], tuple[Tensor, State]]
 
 
 class PES(RunObjective):
@@ -72,8 +72,8 @@ def pes_gradient(
     epsilon = epsilon.to(run.xi.device)
     run.xi = run.xi + epsilon
     weights = nn.utils.parameters_to_vector(trainable(rule)).detach()
-    respond = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
-    losses = roll_out(rule, respond, task, run, steps)
+    advance = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
+    losses = roll_out(rule, advance, task, run, steps)
     clipped = losses.view(steps, -1, *task.lead).clamp(max=limit)
     plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
     difference = torch.where((plus - minus).isfinite(), plus - minus, 0)
@@ -82,50 +82,37 @@ def pes_gradient(
 
 
 @torch.no_grad()
-def roll_out(rule: UpdateRule, respond: Respond, task: Task, run: OpenRun, steps: int) -> Tensor:
+def roll_out(rule: UpdateRule, advance: Advance, task: Task, run: OpenRun, steps: int) -> Tensor:
     """Losses after each of the next `steps` updates, (steps, particles); moves `run` on."""
     seed, losses = seed_of(*run.key), []
     for step in range(steps + 1):
-        loss, grad = losses_and_grads(
-            task, run.theta, task.batch(seed, run.state.step), step < steps
-        )
-        losses.append(loss)
-        if grad is None:
+        particles = run.theta.view(-1, *task.lead, run.theta.shape[-1])
+        loss, grad = task.loss_and_grad(particles, task.batch(seed, run.state.step))
+        losses.append(loss.flatten())
+        if step == steps:
             break
+        grad = grad.flatten(0, -2)
         observation, state = rule.observe(grad, run.theta, run.state, in_place=True)
-        update, hidden = respond(observation, rule.hidden(state))
-        entries = getattr(state, rule.hidden_per) | {"hidden": hidden}
-        run.state = replace(state, **{rule.hidden_per: entries})
+        update, run.state = advance(observation, state)
         run.theta = run.theta + update
     return torch.stack(losses[1:])
 
 
-def losses_and_grads(
-    task: Task, theta: Tensor, batch: Batch, grads: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """F of all particles, (particles · tasks,), on one minibatch for each task; its gradient."""
-    with torch.set_grad_enabled(grads):
-        theta = theta.detach().requires_grad_(grads)
-        particles = theta.view(-1, *task.lead, theta.shape[-1])
-        loss = torch.func.vmap(task.loss, in_dims=(0, None))(particles, batch)
-        grad = torch.autograd.grad(loss.sum(), theta)[0] if grads else None
-    return loss.detach().flatten(), grad
+class _Call(nn.Module):
+    """A method of `rule` as a forward, which is what functional_call calls."""
 
-
-class _Respond(nn.Module):
-    """`rule.respond` as a forward, which is what functional_call calls."""
-
-    def __init__(self, rule: UpdateRule) -> None:
+    def __init__(self, rule: UpdateRule, method: str) -> None:
         super().__init__()
-        self.rule = rule
+        self.rule, self.method = rule, method
 
-    def forward(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rule.respond(observation, hidden)
+    def forward(self, *args: object) -> tuple:
+        return getattr(self.rule, self.method)(*args)
 
 
-def perturbed(rule: UpdateRule, weights: Tensor) -> Respond:
-    """`rule.respond` with weights of their own for each particle, from (particles, weights)."""
-    module = _Respond(rule)
+def perturbed(rule: UpdateRule, weights: Tensor) -> Advance:
+    """`rule.advance` in place, with weights of their own for each particle, from
+    (particles, weights)."""
+    module = _Call(rule, "advance" if rule.weights_per_task else "respond")
     moving = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     names, parameters = zip(*moving, strict=True)
     parts = weights.split([p.numel() for p in parameters], dim=-1)
@@ -133,13 +120,17 @@ def perturbed(rule: UpdateRule, weights: Tensor) -> Respond:
         name: part.unflatten(-1, p.shape)
         for name, part, p in zip(names, parts, parameters, strict=True)
     }
+    if rule.weights_per_task:
+        return lambda *seen: torch.func.functional_call(module, own, (*seen, True))
 
-    def respond(observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(observation: Observation, state: State) -> tuple[Tensor, State]:
         def one(own: dict[str, Tensor], coordinate: Tensor, tensor: Tensor, hidden: Tensor):
             seen = Observation(coordinate, tensor, observation.layout)
             return torch.func.functional_call(module, own, (seen, hidden))
 
-        vmapped = torch.func.vmap(one)
-        return vmapped(own, observation.coordinate, observation.tensor, hidden)
+        seen = (observation.coordinate, observation.tensor, rule.hidden(state))
+        update, hidden = torch.func.vmap(one)(own, *seen)
+        entries = getattr(state, rule.hidden_per) | {"hidden": hidden}
+        return update, replace(state, **{rule.hidden_per: entries})
 
-    return respond
+    return advance

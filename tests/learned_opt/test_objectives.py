@@ -258,7 +258,7 @@ class Constant(UpdateRule):
         observation = Observation(self.updates[:, None], none, state.layout)
         return observation, replace(state, step=state.step + 1)
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
         return self.scale * observation.coordinate[..., 0, :], hidden
 
 
@@ -352,7 +352,7 @@ class Moments(UpdateRule):
         observation = Observation(direction.unsqueeze(-2), none, state.layout)
         return observation, replace(state, step=step, coordinate=rows)
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
         return -self.lr * observation.coordinate[..., 0, :], hidden
 
 

@@ -54,9 +54,9 @@ class Momentum(UpdateRule):
         observation = Observation(grads.unsqueeze(-2), none, state.layout)
         return observation, replace(state, step=state.step + 1)
 
-    def respond(self, observation: Observation, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = (1 - self.w[1]) * hidden + observation.coordinate
-        return -self.w[0] * hidden.squeeze(-2), hidden
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
+        new = (1 - self.w[1]) * hidden + observation.coordinate
+        return -self.w[0] * new.squeeze(-2), hidden.copy_(new) if in_place else new
 
 
 def run_objective(rule: UpdateRule, w: Tensor) -> float:

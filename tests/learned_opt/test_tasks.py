@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.base import generator
+from learned_opt.tasks.base import Task, generator
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 from learned_opt.tasks.kinds import TaskConfig, make_task
@@ -44,6 +44,18 @@ def test_loss_and_gradient_are_those_of_torch_layers(activation: str) -> None:
     loss, grad = task.loss_and_grad(theta, (x, y))
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in module.parameters()]))
+
+
+@pytest.mark.parametrize("hidden", [(), (9,), (5, 6, 7)])
+@pytest.mark.parametrize("activation", MODULES)
+def test_the_gradient_written_out_is_autograd_s(activation: str, hidden: tuple[int, ...]) -> None:
+    config = replace(CONFIG, activation=activation, hidden=hidden)
+    for tasks in (None, 3):
+        task = MLPTask(config, load_images("digits"), tasks)
+        theta, (x, y) = task.init(0).double(), task.batch(0, 0)
+        found = task.loss_and_grad(theta, (x.double(), y))
+        expected = Task.loss_and_grad(task, theta, (x.double(), y))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_evaluate_is_loss_and_accuracy_over_all_data() -> None:

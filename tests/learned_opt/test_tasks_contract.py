@@ -91,6 +91,16 @@ def test_tasks_together_are_each_alone(pair: tuple[Task, Task]) -> None:
         torch.testing.assert_close(grads[i], grad, rtol=1e-4, atol=1e-5)
 
 
+def test_particles_are_runs_of_the_same_tasks_on_the_same_batch(pair: tuple[Task, Task]) -> None:
+    for task in pair:
+        thetas, batch = torch.stack([moved(task, seed) for seed in (0, 1)]), task.batch(0, 0)
+        losses, grads = task.loss_and_grad(thetas, batch)
+        for i in range(2):
+            loss, grad = task.loss_and_grad(thetas[i], batch)
+            torch.testing.assert_close(losses[i], loss)
+            torch.testing.assert_close(grads[i], grad, rtol=1e-4, atol=1e-5)
+
+
 def test_no_parameter_of_a_task_is_seen_by_another(pair: tuple[Task, Task]) -> None:
     task = pair[1]
     theta, batch = moved(task).requires_grad_(), task.batch(0, 0)

@@ -1,0 +1,88 @@
+"""Tables of docs/training_speed.md, from what training_throughput.py measured."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+PARTS = ("minibatch", "task_gradient", "features", "network", "statistics", "backward", "rest")
+
+
+def _read(folder: Path, name: str) -> list[dict[str, str]]:
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def speed_table(folder: Path) -> str:
+    """Inner steps per second, against the naive loop and the floors."""
+    header = ["rule", "way", "tasks", "unroll", "inner steps/s", "× naive",
+              "of the floor, autograd", "of the floor, written out"]  # fmt: skip
+    names = ("inner_steps_per_second", "ratio_to_naive", "of_floor_autograd", "of_floor")
+    rows = [
+        [r["rule"], r["way"], r["tasks"], r["unroll"], *(f"{float(r[n]):.3g}" for n in names)]
+        for r in _read(folder, "training_throughput")
+    ]
+    return _markdown(header, rows)
+
+
+def shares_table(folder: Path) -> str:
+    """Where the time goes, in percent, at unroll 20."""
+    header = ["rule", "way", "tasks", *(p.replace("_", " ") for p in PARTS)]
+    rows = [
+        [r["rule"], r["way"], r["tasks"], *(f"{100 * float(r[f'share_{p}']):.0f}" for p in PARTS)]
+        for r in _read(folder, "training_throughput")
+        if r["unroll"] == "20" and r["way"] != "naive"
+    ]
+    return _markdown(header, rows)
+
+
+def memory_table(folder: Path) -> str:
+    """Peak MB that a window adds, along unroll and along tasks."""
+    cells: dict = defaultdict(dict)
+    for r in _read(folder, "training_memory"):
+        cells[r["rule"], r["way"]][int(r["tasks"]), int(r["unroll"])] = float(r["peak_memory_mb"])
+    sizes = sorted({size for row in cells.values() for size in row})
+    header = ["rule", "way", *(f"{tasks} × {unroll}" for tasks, unroll in sizes)]
+    rows = [[*key, *(f"{row[size]:.0f}" for size in sizes)] for key, row in cells.items()]
+    return _markdown(header, rows)
+
+
+def growth_table(folder: Path) -> str:
+    """Exponents of the cost of a step of all tasks: slopes of the upper half in logarithms."""
+    costs = defaultdict(list)
+    for r in _read(folder, "training_scaling"):
+        costs[r["rule"], r["way"]].append(
+            tuple(float(r[n]) for n in ("tasks", "coordinates", "ms_per_step"))
+        )
+    rows = []
+    for key, found in costs.items():
+        line = []
+        for axis in (0, 1):
+            other = 1 - axis
+            fixed = (8.0, 2410.0)[other]
+            curve = sorted((f[axis], f[2]) for f in found if f[other] == fixed)
+            x, y = np.log(curve[len(curve) // 2 - 1 :]).T
+            line.append(f"{np.polyfit(x, y, 1)[0]:.2f}")
+        rows.append([*key, *line])
+    return _markdown(["rule", "way", "in tasks", "in coordinates"], rows)
+
+
+def weak_table(folder: Path) -> str:
+    """Two processes against one."""
+    rows = [
+        [r["objective"], r["family"], r["processes"], f"{float(r['inner_steps_per_second']):.0f}",
+         f"{float(r['ratio_to_one']):.2f}"]
+        for r in _read(folder, "weak_scaling")
+    ]  # fmt: skip
+    return _markdown(["objective", "tasks", "processes", "inner steps/s", "× one process"], rows)

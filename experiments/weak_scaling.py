@@ -1,0 +1,92 @@
+"""Weak scaling of meta-training: inner steps per second of two processes against one.
+
+    python experiments/training_throughput.py --what weak
+
+The real Lightning Trainer, DDP with gloo for two processes, one thread each; by the wall clock, so
+that the machine must have nothing else to do. "equal": all tasks are the digits MLP 64-32-10, batch
+64. "default": the default family, whose draws cost different amounts, so that a rank waits for the
+other. Runs of the two sizes take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import lightning as L
+import torch
+
+from learned_opt.config import TrainConfig
+from learned_opt.tasks.families import FamilyConfig
+from learned_opt.training.data import UpdatesModule
+from learned_opt.training.module import MetaTraining
+
+FAMILIES = {
+    "equal": FamilyConfig(
+        hidden_layers=(1, 1), width=(32, 32), batch_sizes=(64,), activations=("relu",),
+        projection_probability=0.0,
+    ),
+    "default": FamilyConfig(),
+}  # fmt: skip
+CELLS = [("meta_loss", "equal"), ("pes", "equal"), ("meta_loss", "default")]
+UPDATES, WARM_UP, REPEATS = 80, 16, 3
+
+
+class Stopwatch(L.Callback):
+    """Wall-clock seconds of the updates after the warm-up."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == WARM_UP:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - getattr(self, "start", 0.0)
+
+
+def train(objective: str, family: str, processes: int) -> float:
+    """Inner steps per second of all processes."""
+    config = TrainConfig(
+        objectives=(objective,), family=FAMILIES[family], updates=UPDATES, epoch_length=UPDATES
+    )
+    watch = Stopwatch()
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=processes, gradient_clip_val=config.clip,
+        strategy="ddp" if processes > 1 else "auto", callbacks=[watch], logger=False,
+        limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(MetaTraining(config), UpdatesModule(config, None))
+    particles = 2 if objective == "pes" else 1
+    steps = config.window * config.family.num_tasks * particles * processes
+    return (UPDATES - WARM_UP) * steps / watch.seconds
+
+
+def measure() -> list[dict]:
+    """A row per objective, family and number of processes, each run in a process of its own."""
+    cells = [(*cell, n) for cell in CELLS for n in (1, 2)]
+    rates: dict = {cell: [] for cell in cells}
+    for _ in range(REPEATS):
+        for cell in cells:
+            command = [sys.executable, __file__, *map(str, cell)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            rates[cell].append(float(out.split()[-1]))
+    return [
+        {
+            "objective": objective,
+            "family": family,
+            "processes": n,
+            "inner_steps_per_second": statistics.median(rates[objective, family, n]),
+            "ratio_to_one": statistics.median(
+                a / b
+                for a, b in zip(
+                    rates[objective, family, n], rates[objective, family, 1], strict=True
+                )
+            ),
+        }
+        for objective, family, n in cells
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(train(sys.argv[1], sys.argv[2], int(sys.argv[3])))  # in either rank, nearly the same
