@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules.base import (
-    CHUNK,
     Layout,
     Observation,
     State,
