@@ -163,13 +163,39 @@ def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
             torch.testing.assert_close(u, -STEP * rho * a / limit)
 
 
-def test_log_and_sign_has_the_reference_s_values() -> None:
-    rule = make_rule("coordinatewise_lstm")
-    grads = torch.tensor([1.0, -0.5, math.exp(-5), math.exp(-6), -math.exp(-7), 0.0])
-    observed, _ = rule.observe(grads, grads, rule.init_state(grads, ((6,),)))
-    log = [0.0, math.log(0.5) / 5, -1.0, -1.0, -1.0, -1.0]
-    sign = [1.0, -1.0, 1.0, math.exp(-1), -math.exp(-2), 0.0]
-    torch.testing.assert_close(observed.coordinate, torch.tensor([log, sign]), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(("preset", "k"), [("deepmind-code", 5), ("paper", 10)])
+def test_log_and_sign_is_that_of_the_paper(preset: str, k: int) -> None:
+    """(log|g| / k, sgn g) if |g| ≥ e⁻ᵏ, else (−1, eᵏ g)."""
+    rule = make_rule("coordinatewise_lstm", preset=preset)
+    grads = [3.0, 1.0, -0.5, math.exp(-k), math.exp(-k - 1), -math.exp(-k - 2), 0.0]
+    paper = [
+        (math.log(abs(g)) / k, math.copysign(1, g)) if abs(g) >= math.exp(-k) else
+        (-1, math.exp(k) * g) for g in grads
+    ]  # fmt: skip
+    grads = torch.tensor(grads)
+    observed, _ = rule.observe(grads, grads, rule.init_state(grads, ((7,),)))
+    torch.testing.assert_close(observed.coordinate, torch.tensor(paper).T, atol=3e-4, rtol=1e-4)
+
+
+def test_presets_scale_the_output_and_can_be_overridden() -> None:
+    grads, updates = numbers(2, D), {}
+    for preset in ("deepmind-code", "paper", "quadratic"):
+        torch.manual_seed(0)
+        rule = make_rule("coordinatewise_lstm", preset=preset, log_scale=0).double()
+        updates[preset] = run(rule, grads, numbers(D, seed=1))
+    torch.testing.assert_close(updates["paper"], 10 * updates["deepmind-code"])
+    torch.testing.assert_close(updates["quadratic"], 10 * updates["paper"])
+    rule = make_rule("coordinatewise_lstm", preset="quadratic")
+    observed, _ = rule.observe(grads[0], grads[0], rule.init_state(grads[0], SHAPES))
+    assert torch.equal(observed.coordinate, grads[:1])  # no LogAndSign
+    assert rule.config == {"hidden": 20, "layers": 2, "log_scale": 0, "output_scale": 1}
+    with pytest.raises(ConfigError, match=r"preset is 'papr'.*deepmind-code, paper, quadratic"):
+        make_rule("coordinatewise_lstm", preset="papr")
+
+
+def test_the_lstm_starts_with_open_forget_gates() -> None:
+    for cell in make_rule("coordinatewise_lstm", hidden=3).cells:
+        assert cell.bias.tolist() == [0] * 3 + [1] * 3 + [0] * 6
 
 
 def test_the_published_lstm_moves_a_parameter_without_gradient() -> None:
