@@ -3,12 +3,14 @@
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM
 from learned_opt.rules.geodesic_rnn import GeodesicRNN
+from learned_opt.rules.rnnprop import RNNProp
 
 __all__ = [
     "CoordinatewiseLSTM",
     "GeodesicRNN",
     "Layout",
     "Observation",
+    "RNNProp",
     "State",
     "UpdateRule",
     "make_rule",

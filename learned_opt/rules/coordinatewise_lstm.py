@@ -19,6 +19,14 @@ PRESETS = {
 }
 
 
+def lstm_layers(inputs: int, hidden: int, layers: int) -> nn.ModuleList:
+    """LSTMs on top of each other; as in the code, they start by forgetting little."""
+    cells = nn.ModuleList(LSTMCell(hidden if i else inputs, hidden) for i in range(layers))
+    for cell in cells:
+        nn.init.ones_(cell.bias.data[hidden : 2 * hidden])
+    return cells
+
+
 @register
 class CoordinatewiseLSTM(UpdateRule):
     """u = s · Linear(LSTM(LSTM(LogAndSign(g)))), one LSTM for every coordinate alike.
@@ -61,10 +69,7 @@ class CoordinatewiseLSTM(UpdateRule):
         scales = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
         self._config = {"hidden": hidden, "layers": layers, **scales}
         self.log_scale, self.output_scale = scales["log_scale"], scales["output_scale"]
-        inputs = 2 if self.log_scale else 1
-        self.cells = nn.ModuleList(LSTMCell(hidden if i else inputs, hidden) for i in range(layers))
-        for cell in self.cells:
-            nn.init.ones_(cell.bias.data[hidden : 2 * hidden])  # it forgets little: as in the code
+        self.cells = lstm_layers(2 if self.log_scale else 1, hidden, layers)
         self.head = nn.Linear(hidden, 1)
 
     @property

@@ -11,6 +11,7 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
+    "rnnprop": ("rnnprop", {"hidden": 4}),
 }
 
 

@@ -204,8 +204,55 @@ def test_the_published_lstm_moves_a_parameter_without_gradient() -> None:
     assert (update != 0).all()
 
 
+def test_rnnprop_sees_what_adam_makes_of_the_gradients() -> None:
+    """m̂/√v̂ is Adam's step at lr = 1; g/√v̂ is RMSprop's, whose average is not bias-corrected."""
+    rule, params = make_rule("rnnprop", hidden=3).double(), numbers(D, seed=1)
+    a, r = (params.clone().requires_grad_() for _ in range(2))
+    adam = torch.optim.Adam([a], lr=1.0, betas=(0.95, 0.95), eps=1e-8)
+    rms = torch.optim.RMSprop([r], lr=1.0, alpha=0.95, eps=0.0)
+    state = rule.init_state(params, SHAPES)
+    for t, grad in enumerate(numbers(6, D), start=1):
+        before = a.detach().clone(), r.detach().clone()
+        a.grad, r.grad = grad.clone(), grad.clone()
+        adam.step()
+        rms.step()
+        g, m = before[1] - r.detach(), before[0] - a.detach()
+        observed, state = rule.observe(grad, params, state)
+        expected = torch.stack([g * (1 - 0.95**t) ** 0.5, m])
+        torch.testing.assert_close(observed.coordinate, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_rnnprop_is_its_formula() -> None:
+    rule = make_rule("rnnprop", hidden=3, alpha=0.2).double()
+    lstm = nn.LSTM(3, 3, num_layers=2).double()
+    for i, cell in enumerate(rule.cells):
+        for name, part in (("weight_ih", cell.weight[:, :3]), ("weight_hh", cell.weight[:, 3:]),
+                           ("bias_ih", cell.bias), ("bias_hh", 0 * cell.bias)):  # fmt: skip
+            getattr(lstm, f"{name}_l{i}").data = part.data.clone()
+    grads, params, seen = numbers(6, D), numbers(D, seed=1), []
+    state = rule.init_state(params, SHAPES)
+    for grad in grads:
+        observed, state = rule.observe(grad, params, state)
+        seen.append(observed.coordinate.T)
+    h, _ = lstm(nn.functional.elu(rule.inlet(torch.stack(seen))))
+    expected = -0.2 * rule.head(h).tanh().squeeze(-1).detach()
+    torch.testing.assert_close(run(rule, grads, params), expected)
+
+
+def test_rnnprop_bounds_its_steps_and_sees_no_scale_but_is_neither_odd_nor_gated() -> None:
+    torch.manual_seed(0)
+    rule = make_rule("rnnprop").double()
+    grads, params = numbers(5, D), numbers(D, seed=1)
+    updates = run(rule, grads, params)
+    torch.testing.assert_close(run(rule, 1000 * grads, params), updates, rtol=1e-5, atol=1e-8)
+    assert (run(rule, -grads, params) + updates).abs().max() > 1e-3
+    assert (run(rule, 0 * grads, params) != 0).all()
+    rule.head.bias.data.fill_(100.0)
+    torch.testing.assert_close(run(rule, grads, params), torch.full_like(grads, -0.1))
+
+
 def test_unknown_rules_and_arguments_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn"):
+    with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn, rnnprop"):
         make_rule("nope")
     with pytest.raises(ConfigError, match="hiden"):
         make_rule("geodesic_rnn", hiden=3)
