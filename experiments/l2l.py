@@ -196,6 +196,10 @@ def train(rule: str, work: Path, data_root: str | None = None) -> None:
     train(PROBLEMS[key].train_config(name, data_root), work / rule)
 
 
+def weights_of(rule: str, work: Path) -> Path:
+    return work / rule / "weights.safetensors"
+
+
 def compare(
     key: str, work: Path, data_root: str | None, count: int
 ) -> dict[str, tuple[float | None, list[Draw]]]:
@@ -206,7 +210,7 @@ def compare(
     held_out = draws(config, "tune", max(1, count // 2), problem.runs)
     found = {}
     for name, preset in problem.presets.items():
-        rule = load_rule(work / f"{key}-{preset}" / "weights.safetensors")
+        rule = load_rule(weights_of(f"{key}-{preset}", work))
         found[name] = None, [with_rule(task, rule, i) for i, task in enumerate(reported)]
     settings = {DEFAULT: (torch.optim.Adam, 1e-3)}
     settings |= {
@@ -219,9 +223,14 @@ def compare(
 
 
 def run(output: Path, work: Path, data_root: str | None = None, count: int = 8) -> None:
-    """Writes l2l.csv and l2l_curves.csv, of `count` draws to report and half as many to tune on."""
+    """Writes l2l.csv and l2l_curves.csv, of `count` draws to report and half as many to tune on,
+    for the problems whose rules are trained."""
     rows, curves = [], []
+    trained = [rule for rule in RULES if weights_of(rule, work).exists()]
     for key in PROBLEMS:
+        if not all(rule in trained for rule, (own, _) in RULES.items() if own == key):
+            print(f"{key}: not trained yet")
+            continue
         for name, (lr, found) in compare(key, work, data_root, count).items():
             own = {"problem": key, "optimizer": name}
             for i, draw in enumerate(found):
@@ -231,7 +240,7 @@ def run(output: Path, work: Path, data_root: str | None = None, count: int = 8) 
             curves += [own | {"step": i, "loss": f"{loss:.5g}"} for i, loss in enumerate(mean)]
             print(own, lr, np.mean([draw.errors for draw in found], 0), flush=True)
     training = {
-        rule: asdict(PROBLEMS[key].train_config(name)) for rule, (key, name) in RULES.items()
+        rule: asdict(PROBLEMS[RULES[rule][0]].train_config(RULES[rule][1])) for rule in trained
     }
     save(output, "l2l", rows, training=training)
     save(output, "l2l_curves", curves)

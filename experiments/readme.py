@@ -249,7 +249,10 @@ def main() -> None:
         "l2l": l2l_table(),
         "sizes": losses(cells, SIZES),
     }
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("geodesics", "rules"))):
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("geodesics", "rules")),
+    ):
         before = page.read_text()
         text = re.sub(
             r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)",
