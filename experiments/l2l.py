@@ -278,6 +278,13 @@ def _log10(group: list[dict[str, str]], column: str) -> str:
     return f"{np.log10(values.mean()):+.2f} ± {error:.2f}"
 
 
+def section(folder: Path = RESULTS) -> str:
+    """What docs/rules.md has of the results."""
+    if not (folder / "l2l.csv").exists():
+        return "Not run yet: `python experiments/l2l.py`."
+    return f"{table(folder)}\n\n![Loss against step, rules and tuned optimizers]({PICTURE.name})"
+
+
 def plot(folder: Path = RESULTS, path: Path = PICTURE) -> None:
     import matplotlib
 

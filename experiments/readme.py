@@ -19,7 +19,7 @@ from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
-from l2l import table as l2l_table
+from l2l import section as l2l_section
 from predictability import width_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +246,7 @@ def main() -> None:
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
-        "l2l": l2l_table(),
+        "l2l": l2l_section(),
         "sizes": losses(cells, SIZES),
     }
     for page in (
