@@ -20,6 +20,7 @@ from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import scaling_table
+from l2l import section as l2l_section
 from predictability import width_table
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
@@ -272,6 +273,7 @@ def main() -> None:
         "scaling": scaling_table(RESULTS),
         "width": width_table(),
         "contract": contract_table(RESULTS / "contract.csv"),
+        "l2l": l2l_section(),
         "sizes": losses(cells, SIZES),
         "benchmark": benchmark(),
         "training_speed": speed_table(RESULTS),
@@ -281,7 +283,7 @@ def main() -> None:
         "weak_scaling": weak_table(RESULTS),
     }
     docs = ROOT / "docs"
-    pages = ("geodesics.md", "contract.md", "recipes.md", "training_speed.md")
+    pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md")
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(

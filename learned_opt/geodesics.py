@@ -22,6 +22,7 @@ NEWER = (
     "log10_reparametrization",
     "reparametrize",
     "equalize_gradients",
+    "task",
 )
 
 

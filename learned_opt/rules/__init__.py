@@ -3,6 +3,7 @@
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM
 from learned_opt.rules.geodesic_rnn import GeodesicRNN
+from learned_opt.rules.rnnprop import RNNProp
 from learned_opt.rules.scheduled import Scheduled
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "GeodesicRNN",
     "Layout",
     "Observation",
+    "RNNProp",
     "Scheduled",
     "State",
     "UpdateRule",

@@ -8,18 +8,45 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from learned_opt.errors import ConfigError
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, register
 from learned_opt.rules.cell import LSTMCell, per_task
+
+PRESETS = {
+    "deepmind-code": {"log_scale": 5.0, "output_scale": 0.01},
+    "paper": {"log_scale": 10.0, "output_scale": 0.1},
+    "quadratic": {"log_scale": 0.0, "output_scale": 1.0},  # of both, on quadratics
+}
+
+
+def lstm_layers(inputs: int, hidden: int, layers: int) -> nn.ModuleList:
+    """LSTMs on top of each other; as in the code, they start by forgetting little."""
+    cells = nn.ModuleList(LSTMCell(hidden if i else inputs, hidden) for i in range(layers))
+    for cell in cells:
+        nn.init.ones_(cell.bias.data[hidden : 2 * hidden])
+    return cells
 
 
 @register
 class CoordinatewiseLSTM(UpdateRule):
-    """u = 0.01 · Linear(LSTM(LSTM(LogAndSign(g)))), one LSTM for every coordinate alike.
+    """u = s · Linear(LSTM(LSTM(LogAndSign(g)))), one LSTM for every coordinate alike.
 
-    LogAndSign(g) = [max(log|g| / k, −1), clip(g eᵏ, −1, 1)] with k = 5. The preset of the
-    authors' code (google-deepmind/learning-to-learn), which differs from their paper
-    (Andrychowicz et al. 2016, arXiv 1606.04474) in k and in the output scale. As published it
-    is not gated by the gradient: a zero gradient does move a parameter.
+    LogAndSign(g) = [max(log|g| / k, −1), clip(g eᵏ, −1, 1)]. Andrychowicz et al. 2016 (arXiv
+    1606.04474) and their code (google-deepmind/learning-to-learn) differ in k and s:
+
+        preset          k     s
+        deepmind-code   5     0.01
+        paper           10    0.1
+        quadratic       none  1      both, on quadratics: the network sees g itself
+
+    As published it is not gated by the gradient: a zero gradient does move a parameter.
+
+    Args:
+        hidden: LSTM units of each layer.
+        layers: LSTMs on top of each other.
+        preset: where k and s come from.
+        log_scale: k, if not the preset's; 0 is no LogAndSign.
+        output_scale: s, if not the preset's.
 
     State: 8 bytes per hidden unit of each layer and coordinate, 320 at the published size.
     """
@@ -28,13 +55,22 @@ class CoordinatewiseLSTM(UpdateRule):
     hidden_per = "coordinate"
     weights_per_task = True
 
-    def __init__(self, hidden: int = 20, layers: int = 2, log_scale: float = 5.0,
-                 output_scale: float = 0.01) -> None:  # fmt: skip
+    def __init__(
+        self,
+        hidden: int = 20,
+        layers: int = 2,
+        preset: str = "deepmind-code",
+        log_scale: float | None = None,
+        output_scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self._config = {"hidden": hidden, "layers": layers, "log_scale": log_scale,
-                        "output_scale": output_scale}  # fmt: skip
-        self.log_scale, self.output_scale = log_scale, output_scale
-        self.cells = nn.ModuleList(LSTMCell(hidden if i else 2, hidden) for i in range(layers))
+        if preset not in PRESETS:
+            raise ConfigError(f"preset is {preset!r}; use one of {', '.join(PRESETS)}")
+        given = {"log_scale": log_scale, "output_scale": output_scale}
+        scales = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
+        self._config = {"hidden": hidden, "layers": layers, **scales}
+        self.log_scale, self.output_scale = scales["log_scale"], scales["output_scale"]
+        self.cells = lstm_layers(2 if self.log_scale else 1, hidden, layers)
         self.head = nn.Linear(hidden, 1)
 
     @property
@@ -48,9 +84,11 @@ class CoordinatewiseLSTM(UpdateRule):
 
     def observe(self, grads: Tensor, params: Tensor, state: State,
                 in_place: bool = False) -> tuple[Observation, State]:  # fmt: skip
-        log = (grads.abs() + torch.finfo(grads.dtype).eps).log() / self.log_scale
-        sign = (grads * math.exp(self.log_scale)).clamp(-1, 1)
-        features = torch.stack([log.clamp(min=-1), sign], dim=-2)
+        features = grads.unsqueeze(-2)
+        if self.log_scale:
+            log = (grads.abs() + torch.finfo(grads.dtype).eps).log() / self.log_scale
+            sign = (grads * math.exp(self.log_scale)).clamp(-1, 1)
+            features = torch.stack([log.clamp(min=-1), sign], dim=-2)
         none = grads.new_empty(*grads.shape[:-1], 0, len(state.layout.shapes))
         return Observation(features, none, state.layout), replace(state, step=state.step + 1)
 

@@ -11,7 +11,7 @@ import torch
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.augment import RescaledTask, equal_gradients
 from learned_opt.tasks.base import Task, generator, uniform
-from learned_opt.tasks.kinds import ACTIVATIONS, KINDS, check_kind
+from learned_opt.tasks.kinds import ACTIVATIONS, KINDS, Draw, TaskConfig, check_kind, make_task
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class FamilyConfig:
         equalize_gradients: multiply each task's loss so that the initial gradients of a draw have
             one norm. For rules that see unnormalised gradients, and for losses of several tasks
             that are summed unweighted; geodesic_rnn divides the scale out by itself.
+        task: every draw is of this task, in place of random ones: what is left to chance are
+            inits, minibatches and what the task's kind draws, as W and y of quadratics.
     """
 
     data: str = "digits"
@@ -67,6 +69,7 @@ class FamilyConfig:
     log10_reparametrization: tuple[float, float] = (0.0, 0.0)
     reparametrize: str = "tensor"
     equalize_gradients: bool = False
+    task: TaskConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -116,7 +119,12 @@ def sample_tasks(
     device: torch.device | str = "cpu",
 ) -> Task:
     """The tasks of `key`: the same key gives the same tasks, on any machine."""
-    task = KINDS[_kind(family, key)].sample(family, generator("family", *key), data_root, device)
+    rng = generator("family", *key)
+    if family.task is not None:
+        draw = Draw(family.num_tasks, rng, device=device)
+        task = make_task(family.task, data_root, draw)
+    else:
+        task = KINDS[_kind(family, key)].sample(family, rng, data_root, device)
     if not any(family.log10_reparametrization) and not family.equalize_gradients:
         return task
     tensors, rng = len(task.shapes), generator("reparametrization", *key)

@@ -16,6 +16,7 @@ RULES = {
         "scheduled",
         {"base": "coordinatewise_lstm", "base_config": {"hidden": 4, "output_scale": 0.1}},
     ),
+    "rnnprop": ("rnnprop", {"hidden": 4}),
 }
 
 

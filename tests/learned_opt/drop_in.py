@@ -12,6 +12,8 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
+    "rnnprop": ("rnnprop", {"hidden": 4}),
+    "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
 }
 
 

@@ -57,6 +57,23 @@ class Published(LearnedOptimizer):
     __init__ = functools.partialmethod(LearnedOptimizer.__init__, weights=descending_lstm())
 
 
+def descending_rnnprop() -> UpdateRule:
+    """RNNProp's rule with weights that go down, as `descending_lstm`."""
+    rule = make_rule("rnnprop", hidden=1, layers=1, alpha=0.01)
+    with torch.no_grad():
+        rule.inlet.weight.copy_(torch.tensor([[0.0, 1.0]]))  # m̂/√v̂
+        rule.cells[0].weight.zero_()
+        rule.cells[0].weight[2, 0] = 1.0
+        for layer in (rule.inlet, rule.head):
+            layer.bias.zero_()
+        rule.head.weight.fill_(1.0)
+    return rule
+
+
+class Prop(LearnedOptimizer):
+    __init__ = functools.partialmethod(LearnedOptimizer.__init__, weights=descending_rnnprop())
+
+
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     settings = {
         "default": {},
@@ -82,10 +99,10 @@ ALL = [
         optimizer, optim_inputs_func=inputs, optim_error_inputs_func=error_inputs,
         supported_impls=(), not_og_supported_flags=("maximize",), supports_complex=False,
     )
-    for optimizer in (Shipped, Coordinate, Published)
+    for optimizer in (Shipped, Coordinate, Published, Prop)
 ]  # fmt: skip
-# L2L's moves a parameter without gradient, see its docstring.
-GATED = [info for info in ALL if info.optim_cls is not Published]
+# L2L's and RNNProp's move a parameter without gradient, see their docstrings.
+GATED = [info for info in ALL if info.optim_cls not in (Published, Prop)]
 
 
 def make(info: OptimizerInfo, setting: OptimizerInput, params: object) -> LearnedOptimizer:

@@ -174,13 +174,39 @@ def test_steps_fall_harmonically_after_the_longest_training_runs(name: str) -> N
         torch.testing.assert_close(short, long * min(1, 4 / t))
 
 
-def test_log_and_sign_has_the_reference_s_values() -> None:
-    rule = make_rule("coordinatewise_lstm")
-    grads = torch.tensor([1.0, -0.5, math.exp(-5), math.exp(-6), -math.exp(-7), 0.0])
-    observed, _ = rule.observe(grads, grads, rule.init_state(grads, ((6,),)))
-    log = [0.0, math.log(0.5) / 5, -1.0, -1.0, -1.0, -1.0]
-    sign = [1.0, -1.0, 1.0, math.exp(-1), -math.exp(-2), 0.0]
-    torch.testing.assert_close(observed.coordinate, torch.tensor([log, sign]), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize(("preset", "k"), [("deepmind-code", 5), ("paper", 10)])
+def test_log_and_sign_is_that_of_the_paper(preset: str, k: int) -> None:
+    """(log|g| / k, sgn g) if |g| ≥ e⁻ᵏ, else (−1, eᵏ g)."""
+    rule = make_rule("coordinatewise_lstm", preset=preset)
+    grads = [3.0, 1.0, -0.5, math.exp(-k), math.exp(-k - 1), -math.exp(-k - 2), 0.0]
+    paper = [
+        (math.log(abs(g)) / k, math.copysign(1, g)) if abs(g) >= math.exp(-k) else
+        (-1, math.exp(k) * g) for g in grads
+    ]  # fmt: skip
+    grads = torch.tensor(grads)
+    observed, _ = rule.observe(grads, grads, rule.init_state(grads, ((7,),)))
+    torch.testing.assert_close(observed.coordinate, torch.tensor(paper).T, atol=3e-4, rtol=1e-4)
+
+
+def test_presets_scale_the_output_and_can_be_overridden() -> None:
+    grads, updates = numbers(2, D), {}
+    for preset in ("deepmind-code", "paper", "quadratic"):
+        torch.manual_seed(0)
+        rule = make_rule("coordinatewise_lstm", preset=preset, log_scale=0).double()
+        updates[preset] = run(rule, grads, numbers(D, seed=1))
+    torch.testing.assert_close(updates["paper"], 10 * updates["deepmind-code"])
+    torch.testing.assert_close(updates["quadratic"], 10 * updates["paper"])
+    rule = make_rule("coordinatewise_lstm", preset="quadratic")
+    observed, _ = rule.observe(grads[0], grads[0], rule.init_state(grads[0], SHAPES))
+    assert torch.equal(observed.coordinate, grads[:1])  # no LogAndSign
+    assert rule.config == {"hidden": 20, "layers": 2, "log_scale": 0, "output_scale": 1}
+    with pytest.raises(ConfigError, match=r"preset is 'papr'.*deepmind-code, paper, quadratic"):
+        make_rule("coordinatewise_lstm", preset="papr")
+
+
+def test_the_lstm_starts_with_open_forget_gates() -> None:
+    for cell in make_rule("coordinatewise_lstm", hidden=3).cells:
+        assert cell.bias.tolist() == [0] * 3 + [1] * 3 + [0] * 6
 
 
 def test_the_published_lstm_moves_a_parameter_without_gradient() -> None:
@@ -189,8 +215,55 @@ def test_the_published_lstm_moves_a_parameter_without_gradient() -> None:
     assert (update != 0).all()
 
 
+def test_rnnprop_sees_what_adam_makes_of_the_gradients() -> None:
+    """m̂/√v̂ is Adam's step at lr = 1; g/√v̂ is RMSprop's, whose average is not bias-corrected."""
+    rule, params = make_rule("rnnprop", hidden=3).double(), numbers(D, seed=1)
+    a, r = (params.clone().requires_grad_() for _ in range(2))
+    adam = torch.optim.Adam([a], lr=1.0, betas=(0.95, 0.95), eps=1e-8)
+    rms = torch.optim.RMSprop([r], lr=1.0, alpha=0.95, eps=0.0)
+    state = rule.init_state(params, SHAPES)
+    for t, grad in enumerate(numbers(6, D), start=1):
+        before = a.detach().clone(), r.detach().clone()
+        a.grad, r.grad = grad.clone(), grad.clone()
+        adam.step()
+        rms.step()
+        g, m = before[1] - r.detach(), before[0] - a.detach()
+        observed, state = rule.observe(grad, params, state)
+        expected = torch.stack([g * (1 - 0.95**t) ** 0.5, m])
+        torch.testing.assert_close(observed.coordinate, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_rnnprop_is_its_formula() -> None:
+    rule = make_rule("rnnprop", hidden=3, alpha=0.2).double()
+    lstm = nn.LSTM(3, 3, num_layers=2).double()
+    for i, cell in enumerate(rule.cells):
+        for name, part in (("weight_ih", cell.weight[:, :3]), ("weight_hh", cell.weight[:, 3:]),
+                           ("bias_ih", cell.bias), ("bias_hh", 0 * cell.bias)):  # fmt: skip
+            getattr(lstm, f"{name}_l{i}").data = part.data.clone()
+    grads, params, seen = numbers(6, D), numbers(D, seed=1), []
+    state = rule.init_state(params, SHAPES)
+    for grad in grads:
+        observed, state = rule.observe(grad, params, state)
+        seen.append(observed.coordinate.T)
+    h, _ = lstm(nn.functional.elu(rule.inlet(torch.stack(seen))))
+    expected = -0.2 * rule.head(h).tanh().squeeze(-1).detach()
+    torch.testing.assert_close(run(rule, grads, params), expected)
+
+
+def test_rnnprop_bounds_its_steps_and_sees_no_scale_but_is_neither_odd_nor_gated() -> None:
+    torch.manual_seed(0)
+    rule = make_rule("rnnprop").double()
+    grads, params = numbers(5, D), numbers(D, seed=1)
+    updates = run(rule, grads, params)
+    torch.testing.assert_close(run(rule, 1000 * grads, params), updates, rtol=1e-5, atol=1e-8)
+    assert (run(rule, -grads, params) + updates).abs().max() > 1e-3
+    assert (run(rule, 0 * grads, params) != 0).all()
+    rule.head.bias.data.fill_(100.0)
+    torch.testing.assert_close(run(rule, grads, params), torch.full_like(grads, -0.1))
+
+
 def test_unknown_rules_and_arguments_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn"):
+    with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn, rnnprop"):
         make_rule("nope")
     with pytest.raises(ConfigError, match="hiden"):
         make_rule("geodesic_rnn", hiden=3)

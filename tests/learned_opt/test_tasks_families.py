@@ -198,6 +198,21 @@ def test_data_sets_made_before_there_were_kinds_are_still_of_their_family(tmp_pa
         assert {"kinds", "text"}.isdisjoint(dataset.header["family"])
 
 
+def test_a_family_of_one_task_draws_what_is_random_in_it() -> None:
+    quadratic = replace(SMALL, task=TaskConfig(kind="quadratic", options={"entries": "uniform"}))
+    draws = [sample_tasks(quadratic, ("train", i)) for i in (0, 1, 0)]
+    (w, y), (other, _), (again, _) = (task.batch(0, 0) for task in draws)
+    assert w.shape == (2, 10, 10) and w.min() >= 0 and y.shape == (2, 10)
+    assert (w[0] != w[1]).any() and (w != other).any() and torch.equal(w, again)
+
+    mlp = replace(SMALL, task=TaskConfig(hidden=(3,), activation="tanh", init="normal"))
+    task = sample_tasks(mlp, ("train", 0))
+    assert task.name == "digits 64-3-10 tanh" and task.init(0).abs().max() < 0.1
+    assert task.init(0).shape == (2, task.dim)
+    rescaled = sample_tasks(replace(mlp, log10_reparametrization=(1.0, 1.0)), ("train", 0))
+    torch.testing.assert_close(rescaled.init(0), task.init(0) / 10)
+
+
 def test_the_task_in_contributing_md(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, "sine", None)  # and out again afterwards
     text = (ROOT / "CONTRIBUTING.md").read_text()

@@ -1,0 +1,75 @@
+"""The rule of "Learning gradient descent: better generalization and longer horizons"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.rules.base import Observation, State, register
+from learned_opt.rules.cell import per_task
+from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM, lstm_layers
+
+BETA = 0.95  # of both moments, as in the paper
+EPS = 1e-8
+
+
+@register
+class RNNProp(CoordinatewiseLSTM):
+    """u = −α tanh(Linear(LSTM(LSTM(ELU(Linear([g/√v̂, m̂/√v̂])))))), one network for every coordinate.
+
+    Lv, Jiang & Li 2017 (arXiv 1703.03633): m̂ and v̂ are Adam's bias-corrected moments, with
+    β₁ = β₂ = .95, so that the network does not see the loss's scale; no step is longer than α. The
+    update is not odd in the gradient, and not gated by it: a zero gradient does move a parameter.
+
+    The paper also trains in a way of its own. Random scaling of the coordinates is here one of the
+    tensors (`log10_reparametrization` of a family). Its convex term, added to the loss of each
+    task, is here a task of its own (`kinds: {mlp: 1, quadratic: 1}`). Its loss is the last one of a
+    window, here the mean. Weights start as everywhere in this package. See
+    configs/train/rnnprop.yaml.
+
+    Args:
+        hidden: units of the first layer and of each LSTM.
+        layers: LSTMs on top of each other.
+        alpha: α, the longest step.
+
+    State: 8 bytes, and 8 per hidden unit of each LSTM, for a coordinate: 328 at the published size.
+    """
+
+    name = "rnnprop"
+
+    def __init__(self, hidden: int = 20, layers: int = 2, alpha: float = 0.1) -> None:
+        super().__init__(hidden, layers, preset="quadratic")  # neither end scaled
+        self._config = {"hidden": hidden, "layers": layers, "alpha": alpha}
+        self.alpha = alpha
+        self.inlet = nn.Linear(2, hidden)
+        self.cells = lstm_layers(hidden, hidden, layers)
+
+    def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
+        state = super().init_state(params, shapes)
+        moments = params.new_zeros(*params.shape[:-1], 2, params.shape[-1])
+        return replace(state, coordinate=state.coordinate | {"moments": moments})
+
+    def observe(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Observation, State]:
+        step = state.step + 1
+        moments = state.coordinate["moments"].lerp(torch.stack([grads, grads**2], -2), 1 - BETA)
+        correction = 1 - BETA**step
+        if isinstance(step, Tensor):
+            correction = state.layout.expand(correction)
+        m, v = (moments / correction).unbind(-2)
+        features = torch.stack([grads, m], -2) / (v.sqrt() + EPS).unsqueeze(-2)
+        none = grads.new_empty(*grads.shape[:-1], 0, len(state.layout.shapes))
+        kept = state.coordinate | {"moments": moments}
+        return Observation(features, none, state.layout), replace(state, step=step, coordinate=kept)
+
+    def respond(
+        self, observation: Observation, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        x = observation.coordinate
+        x = per_task(self.inlet.weight, x) @ x + self.inlet.bias.unsqueeze(-1)
+        x = replace(observation, coordinate=nn.functional.elu(x))
+        out, hidden = super().respond(x, hidden, in_place)
+        return -self.alpha * out.tanh(), hidden
