@@ -29,7 +29,7 @@ from generalization import parse
 from rows import markdown, save
 from torch import Tensor
 
-from learned_opt.benchmark.tune import learning_rate_grid
+from learned_opt.benchmark.tune import half_decades
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "l2l.png"
 STEPS = (100, 200)  # trained for, and evaluated to
-GRID = learning_rate_grid(1e-4, 10.0)
+GRID = half_decades(1e-4, 10.0)
 OPTIMIZERS = {
     "Adam": torch.optim.Adam,
     "RMSprop": torch.optim.RMSprop,

@@ -146,7 +146,7 @@ class Pictures(L.Callback):
 
 def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tensor]:
     """The learning rate, and minibatch losses (steps, tasks) on the runs that the rule has."""
-    from learned_opt.benchmark.tune import learning_rate_grid
+    from learned_opt.benchmark.tune import half_decades
 
     task, config = module.validation_tasks(draw), module.config
 
@@ -163,7 +163,7 @@ def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tens
         _, theta = run(lr, seed_of("adam", draw), config.longest_run)
         return float(log10_loss(task, theta, config.loss_floor))
 
-    lr = min(learning_rate_grid(*ADAM_GRID), key=score)
+    lr = min(half_decades(*ADAM_GRID), key=score)
     return lr, run(lr, *validation_run(draw, steps))[0]
 
 

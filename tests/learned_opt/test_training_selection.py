@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from learned_opt.benchmark.tune import learning_rate_grid
+from learned_opt.benchmark.tune import half_decades
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.errors import OutputError
 from learned_opt.outputs import claim_output
@@ -78,7 +78,7 @@ def test_candidates_are_drawn_beside_adam_on_the_same_runs(tmp_path: Path) -> No
     assert all(picture.std() > 0 for picture in pictures.values())
     module = MetaTraining(CONFIG)
     lr, losses = tuned_adam(module, 0, 20)
-    assert lr in learning_rate_grid(*ADAM_GRID)
+    assert lr in half_decades(*ADAM_GRID)
     task = module.tasks(module.family, "validation", 0)
     with torch.no_grad():
         ours, _ = run_rule(task, module.rule, seed_of("validation", 0), 1)
