@@ -80,18 +80,16 @@ class Scheduled(UpdateRule):
 
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
         state, lead, tensors = self.base.init_state(params, shapes), params.shape[:-1], len(shapes)
-        own = {
-            "previous": params.detach().unsqueeze(-2).clone(),
+        coordinate = state.coordinate | {"previous": params.new_zeros(*lead, 1, params.shape[-1])}
+        tensor = state.tensor | {
             "progress": params.new_zeros(*lead, 2 * len(BETAS), tensors),
             "peak": params.new_zeros(*lead, 1, tensors),
         }
-        kinds = {kind: dict(getattr(state, kind)) for kind in ("coordinate", "tensor")}
-        kinds["coordinate"]["previous"] = own.pop("previous")
-        kinds["tensor"] |= own
-        hidden = kinds[self.hidden_per]["hidden"]
-        units = hidden.new_zeros(*lead, 2 * self.cell.hidden, hidden.shape[-1])
-        kinds[self.hidden_per]["hidden"] = torch.cat([hidden, units], -2)
-        return replace(state, **kinds)
+        rows = coordinate if self.hidden_per == "coordinate" else tensor
+        hidden = rows["hidden"]
+        own = hidden.new_zeros(*lead, 2 * self.cell.hidden, hidden.shape[-1])
+        rows["hidden"] = torch.cat([hidden, own], -2)
+        return replace(state, coordinate=coordinate, tensor=tensor)
 
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
@@ -122,10 +120,13 @@ class Scheduled(UpdateRule):
             sums[..., i : i + n, :] += torch.stack([torch.linalg.vecdot(*p) for p in pairs], -1)
         slope, *squares = layout.reduce(sums).unbind(-1)
         g, m, theta = (x.sqrt() for x in squares)
+        step = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device)
+        slope, m = (
+            torch.where(step > 0, x, 0) for x in (slope, m)
+        )  # no move comes before the first
         cosine = slope / (g * m).clamp(min=EPS)
         peak = torch.maximum(state.tensor["peak"].squeeze(-2), g)
-        # No move comes before the first step: averages start at the second.
-        made = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device).clamp(min=1)
+        made = step.clamp(min=1)  # moves: averages start at the second step
         weights = torch.stack([(1 - b) / (1 - b**made) for b in BETAS]).to(grads.dtype)
         weights = weights.reshape(len(BETAS), -1).repeat(2, 1)  # (2 · betas, tensors or 1)
         now = torch.stack([cosine] * len(BETAS) + [cosine.square()] * len(BETAS), -2)
