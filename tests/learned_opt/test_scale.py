@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 CONFIG = replace(
     TrainConfig(rule_config={"hidden": 3}).smoke(),
     objectives=OBJECTIVES,
-    updates=20,
-    epoch_length=5,
+    updates=16,
+    epoch_length=4,
     selection_interval=2,
     validation_draws=1,
     window=2,
@@ -253,7 +253,6 @@ def test_the_slurm_script_is_one() -> None:
         "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
         "SLURM_NNODES": options["nodes"],
         "SLURM_JOB_NAME": options["job-name"],
-        "SLURM_NODELIST": "n[1-2]",
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         "SLURM_NODEID": "0",
@@ -265,7 +264,7 @@ def test_the_slurm_script_is_one() -> None:
         patch.setattr(os, "cpu_count", lambda: config.devices)
         trainer = make_trainer(config, logger=False, enable_progress_bar=False)
         environment = trainer.strategy.cluster_environment
-        assert trainer.world_size == 8 and environment.main_address == "n1"
+        assert trainer.world_size == 8
         assert not environment.auto_requeue
         with pytest.raises(ConfigError, match=r"are 6 processes, but 8 were launched"):
             check(replace(config, devices=3))
@@ -326,4 +325,4 @@ def test_processes_that_see_different_folders_are_told(
     ranks = [[*args, str(tmp_path / name)] for name in "01"]
     for code, output in together(tmp_path / "seen", *ranks):
         assert code == 2
-        assert "resume at updates [10, 0]" in output and "folder that all nodes share" in output
+        assert "resume at updates [8, 0]" in output and "folder that all nodes share" in output
