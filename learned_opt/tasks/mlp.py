@@ -212,7 +212,8 @@ class MLPTask(Task):
                 if layer:
                     delta = torch.bmm(weights[layer].mT, delta)
                     delta = self._activation_backward(delta, z[layer - 1], a[layer])
-        return loss.view(lead), torch.cat(grads, -1).view(theta.shape)
+        # under autocast products are in bfloat16
+        return loss.view(lead), torch.cat(grads, -1).to(theta.dtype).view(theta.shape)
 
     def evaluate(self, theta: Tensor, chunk: int = 4096) -> dict[str, Tensor]:
         """Full-data losses and accuracy. With many tasks the images go through in chunks."""
