@@ -212,6 +212,30 @@ def scaling_table(folder: Path) -> str:
     return markdown(lines)
 
 
+def pairs_table(folder: Path) -> str:
+    """Markdown from geodesics_pairs."""
+    with (folder / "geodesics_pairs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return markdown(
+        [
+            {
+                "level": row["level"],
+                "pairs": row["pairs"],
+                "examples": row["examples"],
+                "chord / shortened / not certified": " / ".join(
+                    row[k] for k in ("chord", "shortened", "not_certified")
+                ),
+                "seconds": float(row["seconds"]),
+                "gradients, losses a pair": f"{float(row['gradient_evaluations']):.0f}, "
+                f"{float(row['loss_evaluations']):.0f}",
+                "peak memory, before, MB": f"{float(row['peak_mb']):.0f}, "
+                f"{float(row['before_mb']):.0f}",
+            }
+            for row in rows
+        ]
+    )
+
+
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
     """Exclusive seconds of the solver's parts."""

@@ -19,7 +19,7 @@ from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
 from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
-from geodesic_throughput import scaling_table
+from geodesic_throughput import pairs_table, scaling_table
 from l2l import section as l2l_section
 from predictability import width_table
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
@@ -271,6 +271,7 @@ def main() -> None:
         "figure1": figure1(),
         "comparison": comparison_table(RESULTS / "geodesics_comparison.csv"),
         "scaling": scaling_table(RESULTS),
+        "pairs": pairs_table(RESULTS),
         "width": width_table(),
         "contract": contract_table(RESULTS / "contract.csv"),
         "l2l": l2l_section(),
