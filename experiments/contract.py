@@ -31,6 +31,7 @@ RULES = {  # classes of the suite: what they are
     "Coordinate": "geodesic_rnn per coordinate",
     "Published": "coordinatewise_lstm",
     "Prop": "rnnprop",
+    "Scheduled": "scheduled, over the shipped weights",
 }
 
 

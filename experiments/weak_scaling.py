@@ -43,8 +43,8 @@ class Stopwatch(L.Callback):
         self.seconds = time.perf_counter() - getattr(self, "start", 0.0)
 
 
-def train(objective: str, family: str, processes: int) -> float:
-    """Inner steps per second of all processes."""
+def train(objective: str, family: str, processes: int) -> None:
+    """Prints the inner steps per second of all processes."""
     config = TrainConfig(
         objectives=(objective,), family=FAMILIES[family], updates=UPDATES, epoch_length=UPDATES
     )
@@ -58,7 +58,8 @@ def train(objective: str, family: str, processes: int) -> float:
     trainer.fit(MetaTraining(config), UpdatesModule(config, None))
     particles = 2 if objective == "pes" else 1
     steps = config.window * config.family.num_tasks * particles * processes
-    return (UPDATES - WARM_UP) * steps / watch.seconds
+    if trainer.is_global_zero:  # two ranks would write into each other's line
+        print((UPDATES - WARM_UP) * steps / watch.seconds)
 
 
 def measure() -> list[dict]:
@@ -89,4 +90,4 @@ def measure() -> list[dict]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(train(sys.argv[1], sys.argv[2], int(sys.argv[3])))  # in either rank, nearly the same
+    train(sys.argv[1], sys.argv[2], int(sys.argv[3]))

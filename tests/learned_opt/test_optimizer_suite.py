@@ -30,6 +30,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.weights import load_rule
 
 
 class Shipped(LearnedOptimizer):
@@ -74,6 +75,20 @@ class Prop(LearnedOptimizer):
     __init__ = functools.partialmethod(LearnedOptimizer.__init__, weights=descending_rnnprop())
 
 
+def scheduled() -> UpdateRule:
+    """The shipped rule with a scheduler that does something."""
+    shipped, rng = load_rule(), torch.Generator().manual_seed(0)
+    rule = make_rule("scheduled", base=shipped.name, base_config=shipped.config, hidden=4)
+    rule.base.load_state_dict(shipped.state_dict())
+    with torch.no_grad():
+        rule.head.weight.copy_(0.3 * torch.randn(1, 4, generator=rng))
+    return rule
+
+
+class Scheduled(LearnedOptimizer):
+    __init__ = functools.partialmethod(LearnedOptimizer.__init__, weights=scheduled())
+
+
 def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     settings = {
         "default": {},
@@ -99,7 +114,7 @@ ALL = [
         optimizer, optim_inputs_func=inputs, optim_error_inputs_func=error_inputs,
         supported_impls=(), not_og_supported_flags=("maximize",), supports_complex=False,
     )
-    for optimizer in (Shipped, Coordinate, Published, Prop)
+    for optimizer in (Shipped, Coordinate, Published, Prop, Scheduled)
 ]  # fmt: skip
 # L2L's and RNNProp's move a parameter without gradient, see their docstrings.
 GATED = [info for info in ALL if info.optim_cls not in (Published, Prop)]
