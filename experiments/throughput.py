@@ -157,6 +157,7 @@ def measure(
     names: list[str], parameters: int, tensors: str, repeats: int, rates: Work
 ) -> list[dict]:
     """A row per optimizer: medians of `repeats` samples, taken in turn."""
+    torch.compiler.reset()  # its limit of recompilations is that of a program
     optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
     parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
     for optimizer in optimizers.values():

@@ -225,10 +225,11 @@ class UpdateRule(nn.Module, ABC):
 
     def compile_kernels(self) -> None:
         """Compiles what is done for a chunk of coordinates or for all tensors, once for any sizes:
-        one graph of the whole step would take minutes where tensors have many sizes."""
+        one graph of the whole step would take minutes where tensors have many sizes. Not fullgraph:
+        past torch's limit of recompilations a program with many optimizers goes on in Python."""
         for module in self.modules():
             for name in getattr(module, "kernels", ()):
-                kernel = torch.compile(getattr(module, name), dynamic=True, fullgraph=True)
+                kernel = torch.compile(getattr(module, name), dynamic=True)
                 setattr(module, name, kernel)
 
     def hidden(self, state: State) -> Tensor:
