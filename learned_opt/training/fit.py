@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import asdict
 from io import BytesIO
@@ -73,13 +74,19 @@ def check(config: TrainConfig) -> None:
             f"accelerator={kind!r}, devices={wanted}, but there are {cores} CPU cores here, one "
             "for a device; use fewer devices, or more machines by --num_nodes"
         )
-    trainer = make_trainer(
-        config,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    talk = logging.getLogger("lightning.pytorch")
+    level = talk.level
+    talk.setLevel(logging.WARNING)  # what it says of the machine comes when work begins
+    try:
+        trainer = make_trainer(
+            config,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        talk.setLevel(level)
     launched, wanted = process_rank()[1], trainer.num_devices * trainer.num_nodes
     if launched not in (1, wanted):
         raise ConfigError(
