@@ -21,7 +21,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from geodesic_comparison import SEGMENTS, bump, comparison, ends, warm_up
+from geodesic_comparison import comparison, warm_up
+from geodesic_problems import SEGMENTS, bump, ends
 from rows import markdown, save
 from torch import Tensor
 

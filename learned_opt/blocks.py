@@ -36,7 +36,7 @@ class Block:
         shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, self.parts)]
         chunk = CHUNK if params[0].device.type == "cpu" else None
         self.layout = Layout(*shapes, _reduction(params[0]), chunk)
-        theta = self.parts[0].new_empty(sum(self.layout.sizes), dtype=torch.float32)
+        theta = _flatten(self.parts)
         fresh = rule.init_state(theta, self.layout.shapes)
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)

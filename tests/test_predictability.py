@@ -15,6 +15,7 @@ from learned_opt.rules import make_rule
 from learned_opt.training.imitation import imitation_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import connectivity
 import predictability as study
 
 CONFIG = replace(
@@ -84,7 +85,7 @@ def test_rows_and_tables(shard, tmp_path, monkeypatch):
         assert float(row["normalized_length"]) == pytest.approx(1, abs=1e-4) or not straight
         assert 0 < float(row["error"]) < 5
 
-    monkeypatch.setattr(study, "WIDTHS", (4,))
+    monkeypatch.setattr(connectivity, "WIDTHS", (4,))
     study.width(tmp_path, pairs=1, steps=300)
     rows = study.read(tmp_path / "width.csv")
     for raw, aligned in zip(rows[::2], rows[1::2], strict=True):
@@ -109,9 +110,9 @@ def test_bootstrap_knows_a_perfect_correlation_and_a_constant():
 
 def test_relu_networks_of_known_loss():
     for width in (2, 8):
-        loss = study.relu_loss(width)
+        loss = connectivity.relu_loss(width)
         assert loss(torch.zeros(4 * width + 1, dtype=torch.float64)).item() == pytest.approx(1)
-        _, first = study.train_nets(width, 4, 200)
-        for level, nets in zip(study.COMMON, first, strict=True):
+        _, first = connectivity.train_nets(width, 4, 200)
+        for level, nets in zip(connectivity.COMMON, first, strict=True):
             for theta in nets[~nets[:, 0].isnan()]:
                 assert loss(theta) <= level

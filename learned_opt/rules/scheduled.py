@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import (
-    Layout,
-    Observation,
-    State,
-    UpdateRule,
-    make_rule,
-    register,
-)
+from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.cell import LSTMCell, per_task
 
 BETAS = (0.5, 0.9, 0.99)  # averages of the progress: of a few, of tens and of hundreds of steps
@@ -80,7 +73,7 @@ class Scheduled(UpdateRule):
 
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
         state, lead, tensors = self.base.init_state(params, shapes), params.shape[:-1], len(shapes)
-        coordinate = state.coordinate | {"previous": params.new_zeros(*lead, 1, params.shape[-1])}
+        coordinate = state.coordinate | {"previous": params.detach().unsqueeze(-2).clone()}
         tensor = state.tensor | {
             "progress": params.new_zeros(*lead, 2 * len(BETAS), tensors),
             "peak": params.new_zeros(*lead, 1, tensors),
@@ -97,10 +90,9 @@ class Scheduled(UpdateRule):
         inputs, kept = self._progress(grads, params, state)
         seen, new = self.base.observe(grads, params, state, in_place)
         tensor = torch.cat([seen.tensor, inputs], -2)
-        previous = (
-            state.coordinate["previous"] if in_place else torch.empty_like(params)[..., None, :]
-        )
-        coordinate = new.coordinate | {"previous": previous.copy_(params.unsqueeze(-2))}
+        previous = params.detach().unsqueeze(-2)
+        previous = state.coordinate["previous"].copy_(previous) if in_place else previous.clone()
+        coordinate = new.coordinate | {"previous": previous}
         return replace(seen, tensor=tensor), replace(
             new, coordinate=coordinate, tensor=new.tensor | kept
         )
@@ -120,13 +112,10 @@ class Scheduled(UpdateRule):
             sums[..., i : i + n, :] += torch.stack([torch.linalg.vecdot(*p) for p in pairs], -1)
         slope, *squares = layout.reduce(sums).unbind(-1)
         g, m, theta = (x.sqrt() for x in squares)
-        step = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device)
-        slope, m = (
-            torch.where(step > 0, x, 0) for x in (slope, m)
-        )  # no move comes before the first
         cosine = slope / (g * m).clamp(min=EPS)
         peak = torch.maximum(state.tensor["peak"].squeeze(-2), g)
-        made = step.clamp(min=1)  # moves: averages start at the second step
+        # No move comes before the first step: averages start at the second.
+        made = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device).clamp(min=1)
         weights = torch.stack([(1 - b) / (1 - b**made) for b in BETAS]).to(grads.dtype)
         weights = weights.reshape(len(BETAS), -1).repeat(2, 1)  # (2 · betas, tensors or 1)
         now = torch.stack([cosine] * len(BETAS) + [cosine.square()] * len(BETAS), -2)

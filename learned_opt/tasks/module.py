@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,16 +84,16 @@ class ModuleTask(Task):
         )
 
     @classmethod
+    @abstractmethod
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> Task:
         """The tasks that `config` describes."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
         """A random config of this kind within `family`."""
-        raise NotImplementedError
 
     @classmethod
     def sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,8 +82,9 @@ class LanguageTask(ModuleTask):
         return cls(config, lambda: cls.network(config, size), train, test, math.log(size), draw)
 
     @staticmethod
+    @abstractmethod
     def network(config: TaskConfig, vocabulary: int) -> nn.Module:
-        raise NotImplementedError
+        """From tokens (n, context) to logits (n, context, vocabulary)."""
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:

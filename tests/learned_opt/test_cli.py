@@ -85,7 +85,7 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_runs(path, demo, tmp_path, monkeypatch):
     if path.stem.endswith("_full"):
-        pytest.skip("for bigger machines")
+        pytest.skip("its networks on all images take minutes even with --smoke")
     arguments = []
     if any(name in path.read_text() for name in ("mnist", "cifar10", "ptb")):
         data = Path(os.environ.get("LEARNED_OPT_DATA") or ROOT.parent / "shared" / "data")

@@ -6,6 +6,7 @@ import base64
 import csv
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ import pytest
 
 from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.report import overview_of, write_report
+from learned_opt.benchmark.summary import summary_table
+from learned_opt.benchmark.tables import read_rows
 from learned_opt.errors import OutputError
 from learned_opt.tasks.kinds import TaskConfig
 
@@ -123,6 +126,32 @@ def test_what_diverged_or_failed_is_counted(folder: Path) -> None:
     explodes, raises = (row_of(text, n) for n in ("explodes", r"raises &lt;b&gt;&amp;amp;\|"))
     assert explodes["speed-up, steps"] == raises["speed-up, steps"] == "0.00 [0.00, 0.00]"
     assert explodes["diverged"] == "6 of 6" and raises["diverged"] == "0 of 6, 6 failed"
+
+
+def test_a_run_that_diverged_counts_as_infinite_and_is_shown(folder: Path) -> None:
+    rows = [r for r in read_rows(folder / "results.csv") if r["entrant"] in ("SGD", "explodes")]
+    rows = [row for row in rows if row["task"] == rows[0]["task"]]
+    line = next(ln for ln in summary_table(rows).splitlines() if "explodes" in ln)
+    assert cells_of(line)[2] == "∞" and cells_of(line)[-1] == "3 of 3"
+    sgd = [row for row in rows if row["entrant"] == "SGD"]
+    sgd[0] |= {"final_train_loss": math.inf, "diverged": True}  # one seed is enough
+    line = summary_table(sgd).splitlines()[-1]
+    assert cells_of(line)[2] == "∞" and cells_of(line)[-1] == "1 of 3"
+
+
+def test_the_best_mean_is_bold(folder: Path) -> None:
+    rows = [r for r in read_rows(folder / "results.csv") if r["entrant"] in ("Adam", "SGD")]
+    rows = [row for row in rows if row["task"] == rows[0]["task"]]
+    _, _, heading, _, *lines = summary_table(rows).splitlines()
+    for column, title, best in (
+        ("test_loss", "test loss", min),
+        ("test_accuracy", "test accuracy %", max),
+    ):
+        number = cells_of(heading).index(title)
+        mean = {n: np.mean([r[column] for r in rows if r["entrant"] == n]) for n in ("Adam", "SGD")}
+        for line in lines:
+            bold = line.strip("|").split("|")[number].strip().startswith("**")
+            assert bold == (mean[cells_of(line)[0]] == best(mean.values()))
 
 
 def test_there_is_a_table_for_each_family(folder: Path, page: str) -> None:
