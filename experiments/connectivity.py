@@ -7,13 +7,12 @@ certified" means that a bounded search found no path, never that there is none.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rows import save
+from rows import markdown_table, read, save
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from tqdm import tqdm
@@ -102,16 +101,6 @@ def width(output: Path, pairs: int, steps: int) -> None:
     save(output, "width", rows, pairs=pairs, steps=steps)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def cells(folder: Path) -> dict[tuple[str, int, int], list[dict[str, str]]]:
     """Rows by level, width and alignment."""
     groups: dict = {}
@@ -141,5 +130,5 @@ def width_table(folder: Path = RESULTS) -> str:
         lines.append(
             [level, str(width), f"{bound:.2g}", str(len(rows)), chords, certified, lengths]
         )
-    return markdown(["level", "width", "median λ", "pairs", "chord feasible, raw / aligned",
+    return markdown_table(["level", "width", "median λ", "pairs", "chord feasible, raw / aligned",
                      "certified", "normalized length of the certified"], lines)  # fmt: skip

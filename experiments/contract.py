@@ -9,7 +9,6 @@ contract.json, with the milliseconds that an optimizer takes to construct. A few
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from rows import save
+from rows import read, save
 
 from learned_opt import LearnedOptimizer
 
@@ -68,8 +67,7 @@ def construction_ms() -> float:
 
 def table(path: Path) -> str:
     """Counts of each rule, in Markdown, and why tests were skipped or failed."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     outcomes = ("passed", "failed", "skipped")
     lines = ["| rule | " + " | ".join(outcomes) + " |", "| --- " * 4 + "|"]
     for rule in dict.fromkeys(row["rule"] for row in rows):

@@ -16,15 +16,13 @@ path is no longer feasible.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from predictability import markdown
-from rows import save
+from rows import markdown_table, read, save
 from scipy.special import log_softmax
 from torch import Tensor
 from tqdm import tqdm
@@ -156,8 +154,7 @@ def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]
     A path below λ_α is below every higher level of its pair, so of a pair's paths the shortest at
     the level or below it counts. Levels are so nested where SGD itself does not climb above F(θ_a).
     """
-    with open(folder / "feasibility.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(folder / "feasibility.csv")
     cells = {}
     for key in sorted({(int(row["horizon"]), STAGES.index(row["stage"])) for row in rows}):
         horizon, stage = key[0], STAGES[key[1]]
@@ -233,8 +230,9 @@ def readme_table(folder: Path = RESULTS) -> str:
     for (horizon, stage), data in load(folder).items():
         both = zip(outcome(data, 0.0), outcome(data, 1.0), strict=True)
         lines.append([str(horizon), stage, str(len(data["draw"])), *map(" / ".join, both)])
-    return markdown(["T", "stage", "pairs", "chord feasible, constant / sgd_profile", "certified",
-                     "median length of the others"], lines)  # fmt: skip
+    header = ["T", "stage", "pairs", "chord feasible, constant / sgd_profile", "certified",
+              "median length of the others"]  # fmt: skip
+    return markdown_table(header, lines)
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -258,8 +256,8 @@ def table(folder: Path = RESULTS) -> str:
         fits.append([group, pairs, f"{q:.1f} [{low:.1f}, {high:.1f}]"])
     return "\n\n".join(
         (
-            markdown([*header, "SGD's path"], lines),
-            markdown(["pairs", "longer than the chord", "exponent q"], fits),
+            markdown_table([*header, "SGD's path"], lines),
+            markdown_table(["pairs", "longer than the chord", "exponent q"], fits),
         )
     )
 

@@ -14,7 +14,6 @@ holds the string.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from figure1_problems import Problem, images, language, polynomial
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from rows import save
+from rows import read, save
 from torch import Tensor
 from torch.func import grad, vmap
 from tqdm import tqdm
@@ -315,11 +314,6 @@ def plot(results: Path, picture: Path, settings: list[str]) -> None:
     strips = [[panel(name, rows, column) for column in COLUMNS] for name, rows in tables.items()]
     picture.parent.mkdir(parents=True, exist_ok=True)
     imsave(picture, np.concatenate([np.concatenate(strip, axis=1) for strip in strips]))
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main(argv: list[str] | None = None) -> None:

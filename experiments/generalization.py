@@ -38,7 +38,7 @@ from learned_opt.weights import digest, load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
 FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
-LONG_RUNS = 3
+LONG_RUNS, LONG = 3, [1000, 5000, 10000]
 RUNS = 5  # inits and minibatch streams of every task, side by side
 SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
@@ -113,8 +113,11 @@ def train(name: str, seed: int, work: Path) -> None:
     run(arm_config(name, seed, work / "geodesics"), work / f"{name}-{seed}")
 
 
-def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.0) -> list[dict]:
-    """A row for each run and each number of steps in `marks`, from one run to the last of them."""
+def rollout(
+    task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.0
+) -> tuple[list[dict], np.ndarray]:
+    """A row for each run and each number of steps in `marks`, from one run to the last of them;
+    and the minibatch losses, (runs, steps)."""
     theta = task.init(0)
     state = rule.init_state(theta, task.shapes)
     losses, rows = [], []
@@ -137,7 +140,7 @@ def rollout(task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.
                     "test_accuracy": float(found["test_accuracy"][run]),
                     "largest_rise": float(rise[run]),
                 })  # fmt: skip
-    return rows
+    return rows, torch.stack(losses, 1).double().numpy()
 
 
 def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:
@@ -176,7 +179,7 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list
     for label, (task, marks) in validation_tasks().items():
         kept = [m for m in marks if (label, m) not in skip]
         if kept:
-            rows += [{"task": label} | row for row in rollout(task, rule, kept, scale)]
+            rows += [{"task": label} | row for row in rollout(task, rule, kept, scale)[0]]
     return rows
 
 
@@ -184,7 +187,7 @@ def long(weights: Path | None) -> None:
     rule = load_rule(weights)
     rows = []
     for label, (task, _) in validation_tasks(LONG_RUNS).items():
-        rows += [{"task": label} | row for row in rollout(task, rule, [1000, 5000, 10000])]
+        rows += [{"task": label} | row for row in rollout(task, rule, LONG)[0]]
         save(RESULTS, "long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
 
 

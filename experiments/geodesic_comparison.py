@@ -9,7 +9,6 @@ Seconds are the thread's own, so that they do not depend on what else the machin
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import time
@@ -30,7 +29,7 @@ from geodesic_problems import (
     ends,
     muller_brown_cases,
 )
-from rows import markdown, save
+from rows import markdown, read, save
 from torch import Tensor
 
 from geodesic import find_geodesic, length, resample
@@ -280,8 +279,7 @@ def warm_up() -> None:
 
 def table(path: Path) -> str:
     """Markdown from geodesics_comparison.csv: certified cases, and their median length error."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     cells = defaultdict(lambda: defaultdict(dict))  # family, then column, then case: its row
     for row in rows:
         columns, method = cells[row["family"]], row["method"]

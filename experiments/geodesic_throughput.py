@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import multiprocessing
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from geodesic_comparison import comparison, warm_up
 from geodesic_problems import SEGMENTS, bump, ends
-from rows import markdown, save
+from rows import markdown, read, save
 from torch import Tensor
 
 from geodesic import (
@@ -194,8 +193,7 @@ def scaling(output: Path) -> str:
 
 def scaling_table(folder: Path) -> str:
     """Markdown from geodesics_scaling: ends of each series, and the exponent of its seconds."""
-    with (folder / "geodesics_scaling.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(folder / "geodesics_scaling.csv")
     facts = json.loads((folder / "geodesics_scaling.json").read_text())
     lines = []
     for name, fit in facts["exponents_all_and_last_three"].items():
@@ -215,8 +213,7 @@ def scaling_table(folder: Path) -> str:
 
 def pairs_table(folder: Path) -> str:
     """Markdown from geodesics_pairs."""
-    with (folder / "geodesics_pairs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(folder / "geodesics_pairs.csv")
     return markdown(
         [
             {

@@ -15,7 +15,6 @@ docs/l2l.png. experiments/readme.py makes the table.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from generalization import parse
-from rows import markdown, save
+from rows import markdown, read, save
 from torch import Tensor
 
 from learned_opt.benchmark.tune import half_decades
@@ -244,11 +243,6 @@ def run(output: Path, work: Path, data_root: str | None = None, count: int = 8) 
     }
     save(output, "l2l", rows, training=training)
     save(output, "l2l_curves", curves)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def table(folder: Path = RESULTS) -> str:

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from connectivity import RESULTS, WIDTHS, cells, markdown, outcome, read, width, width_table
-from rows import save
+from connectivity import RESULTS, WIDTHS, cells, outcome, width, width_table
+from rows import markdown_table, read, save
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
@@ -273,12 +273,13 @@ def table(folder: Path = RESULTS) -> str:
             found = [spearman(error[:, keep], x[0, keep], draw[keep]) for x in (turning, length)]
             ranks.append([kind, name, str(keep.sum()), *found])
     blocks = (
-        markdown(["", *(name.replace("_", " ") for name in names)], counts),
-        markdown(["path", "turning angle", "normalized length",
+        markdown_table(["", *(name.replace("_", " ") for name in names)], counts),
+        markdown_table(["path", "turning angle", "normalized length",
                   "mean error", *(f"median, {k} ({keep.sum()})" for k, keep in subsets.items()),
                   "median relative squared error"], means),
-        markdown(["path", "pairs", "n", "ρ(error, turning angle)", "ρ(error, normalized length)"],
-                 [line for line in ranks if line[-1] != "–"]),
+        markdown_table(
+            ["path", "pairs", "n", "ρ(error, turning angle)", "ρ(error, normalized length)"],
+            [line for line in ranks if line[-1] != "–"]),
         width_table(folder),
     )  # fmt: skip
     return "\n\n".join(blocks)

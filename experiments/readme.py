@@ -7,7 +7,6 @@ python experiments/readme.py --check   # exit code 1 if a page is not up to date
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections import defaultdict
@@ -22,6 +21,7 @@ from geodesic_comparison import table as comparison_table
 from geodesic_throughput import pairs_table, scaling_table
 from l2l import section as l2l_section
 from predictability import width_table
+from rows import markdown_table, read
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
 from learned_opt.benchmark.report import meaning_of, overview_of
@@ -41,17 +41,12 @@ SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
-OVERVIEW = ("speed-up, steps", "× lower final loss", "P(lower final loss)", "× lower test loss",
-            "profile", "diverged")  # fmt: skip
+OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lower final loss)",
+            "P(lower mean loss)", "P(lower test loss)", "profile", "diverged")  # fmt: skip
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"both": "#D55E00", "meta_loss": "#0072B2", "imitation": "#009E73", "l2l": "#CC79A7"}
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def load() -> Cells:
@@ -69,11 +64,6 @@ def load() -> Cells:
     for (key, entrant, _), values in groups.items():
         cells[key][entrant].append(np.mean(values, axis=0))
     return {k: {e: np.array(v) for e, v in row.items()} for k, row in cells.items()}
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def results(cells: Cells) -> str:
@@ -103,7 +93,7 @@ def losses(cells: Cells, entrants: dict[str, str]) -> str:
             spread = f" ± {seeds[:, 0].std(ddof=1):.1g}" if len(seeds) > 1 else ""
             line.append(f"{final:.3g}{spread} / {mean:.3g}")
         rows.append(line)
-    return markdown(["task, steps", *entrants.values()], rows)
+    return markdown_table(["task, steps", *entrants.values()], rows)
 
 
 def seeds_text(cells: Cells) -> str:
@@ -128,7 +118,8 @@ def long_runs() -> str:
     return (
         "Long runs of the shipped weights, far past the longest they were trained on. The rise is "
         "that of the loss, smoothed over 100 steps, plus .001, above its running minimum, as a "
-        "factor.\n\n" + markdown(["task", "steps", "final loss", "largest rise", "diverged"], lines)
+        "factor.\n\n"
+        + markdown_table(["task", "steps", "final loss", "largest rise", "diverged"], lines)
     )
 
 
@@ -191,7 +182,7 @@ def throughput() -> str:
         "× Adam foreach",
         "state, bytes/parameter",
     ]
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def memory() -> str:
@@ -200,7 +191,7 @@ def memory() -> str:
         for row in read(RESULTS / "throughput_memory.csv")
     ]
     header = ["optimizer", "tensors of 10,000,000 parameters", "peak, bytes/parameter"]
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def training() -> str:
@@ -211,7 +202,7 @@ def training() -> str:
         for row in (read(path) if path.exists() else ())
         if row["optimizer"] == "geodesic_rnn"
     ]  # fmt: skip
-    return markdown(["task", "parameters", "tensors", "ms", "× Adam foreach"], lines)
+    return markdown_table(["task", "parameters", "tensors", "ms", "× Adam foreach"], lines)
 
 
 def figure1() -> str:
@@ -240,7 +231,7 @@ def figure1() -> str:
             )
     header = ["F", "level", "published", "DSS", "beads published", "beads", "DSS, all parameters",
               "shortened", "pairs joined"]  # fmt: skip
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def _mean(rows: list[dict[str, str]], column: str) -> str:

@@ -21,8 +21,17 @@ def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
     write_atomic(folder / f"{name}.json", json.dumps(provenance() | facts, indent=2).encode())
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def markdown(rows: list[dict]) -> str:
     """A table of rows with the same columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    return markdown_table(list(rows[0]), lines)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

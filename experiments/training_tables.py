@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from rows import markdown_table, read
 
 PARTS = ("minibatch", "task_gradient", "features", "network", "statistics", "backward", "rest")
 
 
 def _read(folder: Path, name: str) -> list[dict[str, str]]:
     path = folder / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return read(path) if path.exists() else []
 
 
 def speed_table(folder: Path) -> str:
@@ -33,7 +25,7 @@ def speed_table(folder: Path) -> str:
         [r["rule"], r["way"], r["tasks"], r["unroll"], *(f"{float(r[n]):.3g}" for n in names)]
         for r in _read(folder, "training_throughput")
     ]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def shares_table(folder: Path) -> str:
@@ -44,7 +36,7 @@ def shares_table(folder: Path) -> str:
         for r in _read(folder, "training_throughput")
         if r["unroll"] == "20" and r["way"] != "naive"
     ]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def memory_table(folder: Path) -> str:
@@ -55,7 +47,7 @@ def memory_table(folder: Path) -> str:
     sizes = sorted({size for row in cells.values() for size in row})
     header = ["rule", "way", *(f"{tasks} × {unroll}" for tasks, unroll in sizes)]
     rows = [[*key, *(f"{row[size]:.0f}" for size in sizes)] for key, row in cells.items()]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def growth_table(folder: Path) -> str:
@@ -75,7 +67,7 @@ def growth_table(folder: Path) -> str:
             x, y = np.log(curve[len(curve) // 2 - 1 :]).T
             line.append(f"{np.polyfit(x, y, 1)[0]:.2f}")
         rows.append([*key, *line])
-    return _markdown(["rule", "way", "in tasks", "in coordinates"], rows)
+    return markdown_table(["rule", "way", "in tasks", "in coordinates"], rows)
 
 
 def weak_table(folder: Path) -> str:
@@ -85,4 +77,6 @@ def weak_table(folder: Path) -> str:
          f"{float(r['ratio_to_one']):.2f}"]
         for r in _read(folder, "weak_scaling")
     ]  # fmt: skip
-    return _markdown(["objective", "tasks", "processes", "inner steps/s", "× one process"], rows)
+    return markdown_table(
+        ["objective", "tasks", "processes", "inner steps/s", "× one process"], rows
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geodesic.dataset import PathDataset
 from geodesic.level_set import sgd_profile
-from geodesic.path import resample
+from geodesic.path import length, normalized_length, resample
 from geodesic.solve import Geodesic, find_geodesics
 from geodesic.trajectory import GradFn, Trajectory, probe_learning_rate, sgd_trajectory
 
@@ -32,6 +32,8 @@ class TargetConfig:
         stride: SGD steps between recorded iterates; divides T.
         level: "constant", λ = F(θ_a), or "sgd_profile", which falls as SGD's own loss does.
         num_segments: segments of a geodesic.
+        path: "geodesic"; or, to compare with, the "chord" of each pair or SGD's own "trajectory",
+            neither of which is held to the level.
     """
 
     horizon: int = 320
@@ -40,8 +42,11 @@ class TargetConfig:
     stride: int = 10
     level: str = "constant"
     num_segments: int = 32
+    path: str = "geodesic"
 
     def __post_init__(self) -> None:
+        if self.path not in ("geodesic", "chord", "trajectory"):
+            raise ValueError(f"path is {self.path!r}; use 'geodesic', 'chord' or 'trajectory'")
         if self.level not in ("constant", "sgd_profile"):
             raise ValueError(f"level is {self.level!r}; use 'constant' or 'sgd_profile'")
         if self.stride < 1 or self.horizon < 1 or self.horizon % self.stride:
@@ -124,7 +129,10 @@ def solve_pairs(problem: Problem, pairs: Pairs, level: str, num_segments: int) -
 
 
 def solve_problem(problem: Problem, config: TargetConfig) -> tuple[dict[str, Tensor], dict]:
-    """One shard: tensors and facts. A chord is stored as its two ends."""
+    """One shard: tensors and facts. A chord is stored as its two ends.
+
+    Paths other than geodesics count as certified: there is nothing that they promise.
+    """
     trajectory = run_teacher(problem, config.horizon * config.pairs_per_run, config.stride)
     pairs = consecutive_pairs(trajectory, config.horizon)
     counts = {
@@ -135,13 +143,25 @@ def solve_problem(problem: Problem, config: TargetConfig) -> tuple[dict[str, Ten
     }
     if not counts["pairs"]:
         return {}, problem.facts | counts
-    found = solve_pairs(problem, pairs, config.level, config.num_segments)
-    counts["chord"] = int(found.chord_feasible.sum())
-    counts["certified"] = int(found.certified.sum())
-    beads = [
-        path[[0, -1]] if chord else path
-        for path, chord in zip(found.path, found.chord_feasible, strict=True)
-    ]
+    if config.path == "geodesic":
+        found = solve_pairs(problem, pairs, config.level, config.num_segments)
+        fields = ("level", "length", "normalized_length", "max_loss", "certified", "chord_feasible")
+        solved = {name: getattr(found, name) for name in fields}
+        beads = [
+            path[[0, -1]] if chord else path
+            for path, chord in zip(found.path, found.chord_feasible, strict=True)
+        ]
+    else:
+        paths = pairs.points if config.path == "trajectory" else pairs.points[:, [0, -1]]
+        beads, chord = list(paths), torch.full((len(paths),), config.path == "chord")
+        solved = {
+            "length": length(paths),
+            "normalized_length": normalized_length(paths),
+            "certified": torch.ones_like(chord),
+            "chord_feasible": chord,
+        }
+    counts["chord"] = int(solved["chord_feasible"].sum())
+    counts["certified"] = int(solved["certified"].sum())
     sizes = torch.tensor([0] + [len(b) for b in beads])
     tensors = {
         "beads": torch.cat(beads),
@@ -151,14 +171,8 @@ def solve_problem(problem: Problem, config: TargetConfig) -> tuple[dict[str, Ten
         "learning_rate": trajectory.learning_rate[pairs.run],
         "loss_a": pairs.losses[:, 0],
         "loss_b": pairs.losses[:, -1],
-        "level": found.level,
-        "length": found.length,
-        "normalized_length": found.normalized_length,
-        "max_loss": found.max_loss,
-        "certified": found.certified,
-        "chord_feasible": found.chord_feasible,
     }
-    return tensors, problem.facts | counts
+    return tensors | solved, problem.facts | counts
 
 
 def write_dataset(
@@ -179,7 +193,10 @@ def write_dataset(
         progress: wraps the shard numbers, for a progress bar.
         rank: of this process among `world_size` that call this at once, each for its share.
     """
-    dataset = PathDataset.create(folder, header | {"targets": asdict(config)}, num_shards)
+    targets = asdict(config)
+    if config.path == "geodesic":  # data sets made before there was a choice stay good
+        del targets["path"]
+    dataset = PathDataset.create(folder, header | {"targets": targets}, num_shards)
     dataset.fill(lambda i: solve_problem(problems(i), config), rank, world_size, progress)
     return dataset
 

@@ -42,7 +42,11 @@ SCORES = {
     "mean_loss_ratio": "× lower mean loss",
     "test_loss_ratio": "× lower test loss",
 }
-CHANCES = (("final_train_loss", "P(lower final loss)"), ("test_loss", "P(lower test loss)"))
+CHANCES = {
+    "final_train_loss": "P(lower final loss)",
+    "mean_loss": "P(lower mean loss)",
+    "test_loss": "P(lower test loss)",
+}
 _MEANING = """\
 Relative to {baseline}: interquartile means over all runs of all tasks, in brackets 95 % intervals \
 from 5000 stratified bootstrap resamples of the seeds. *Speed-up*: the steps, or seconds, in which \
@@ -50,8 +54,9 @@ from 5000 stratified bootstrap resamples of the seeds. *Speed-up*: the steps, or
 optimizer with the same seed; 0 for a run that misses it. *Envelope*: steps that Adam with the \
 best learning rate at each step needs for the final loss, per step of the optimizer. *× lower*: \
 the median loss of {baseline} over the optimizer's; 0 for a run that diverged or failed. *P*: \
-probability that a run ends lower than one of {baseline}, ties count half. *Profile*: share of \
-tasks on which the median steps are within τ times the fastest, mean over 1 ≤ τ ≤ 4."""
+probability that the loss of a run is below that of one of {baseline}, ties count half. \
+*Profile*: share of tasks on which the median steps are within τ times the fastest, mean over \
+1 ≤ τ ≤ 4."""
 
 
 class Entry(NamedTuple):
@@ -120,7 +125,7 @@ def overview(rows: Sequence[Row], baseline: str | None) -> Table:
         for column in filter(rows[0].__contains__, SCORES):
             scores = (runs(rows, name, column) for name in entrants)
             add_score(SCORES[column], [_estimate(iqm, s) for s in scores])
-        for column, heading in CHANCES:
+        for column, heading in CHANCES.items():
             base = -runs(rows, baseline, column)
             chances = ((-runs(rows, name, column), base) for name in entrants)
             add_score(heading, [_estimate(probability_of_improvement, *c) for c in chances])
