@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from benchmark_tables import benchmark, task_by_task
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
@@ -23,8 +24,6 @@ from l2l import section as l2l_section
 from predictability import width_table
 from rows import markdown_table, read
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
-
-from learned_opt.benchmark.report import meaning_of, overview_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -40,9 +39,6 @@ ARMS = {  # files of results/generalization: what README calls them
 SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
-SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
-OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lower final loss)",
-            "P(lower mean loss)", "P(lower test loss)", "profile", "diverged")  # fmt: skip
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"both": "#D55E00", "meta_loss": "#0072B2", "imitation": "#009E73", "l2l": "#CC79A7"}
 
@@ -240,13 +236,6 @@ def _mean(rows: list[dict[str, str]], column: str) -> str:
     return f"{np.mean(values):.3f} ± {spread:.2f}" if values else "–"
 
 
-def benchmark() -> str:
-    """Each suite whose results are there, over all its tasks."""
-    folders = [path for suite in SUITES if (path := RESULTS / "benchmark" / suite).exists()]
-    tables = [f"**{path.name}**\n\n{overview_of(path, OVERVIEW)}" for path in folders]
-    return "\n\n".join([*tables, *map(meaning_of, folders[:1])])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
@@ -267,7 +256,8 @@ def main() -> None:
         "contract": contract_table(RESULTS / "contract.csv"),
         "l2l": l2l_section(),
         "sizes": losses(cells, SIZES),
-        "benchmark": benchmark(),
+        "benchmark": benchmark(RESULTS),
+        "task_by_task": task_by_task(RESULTS),
         "training_speed": speed_table(RESULTS),
         "training_shares": shares_table(RESULTS),
         "training_memory": memory_table(RESULTS),

@@ -1,0 +1,47 @@
+"""Tables of README.md and docs/model_card.md, from the suites of `learned-opt benchmark`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rows import markdown_table, read
+
+from learned_opt.benchmark.report import meaning_of, overview_of
+
+SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
+OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lower final loss)",
+            "P(lower mean loss)", "P(lower test loss)", "profile", "diverged")  # fmt: skip
+SCORES = {
+    "steps_speed_up": "speed-up, steps",
+    "seconds_speed_up": "speed-up, seconds",
+    "final_train_loss_ratio": "× lower final loss",
+    "mean_loss_ratio": "× lower mean loss",
+    "test_loss_ratio": "× lower test loss",
+}
+
+
+def folders(results: Path) -> list[Path]:
+    return [path for suite in SUITES if (path := results / "benchmark" / suite).exists()]
+
+
+def benchmark(results: Path) -> str:
+    """Each suite whose results are there, over all its tasks."""
+    found = folders(results)
+    tables = [f"**{path.name}**\n\n{overview_of(path, OVERVIEW)}" for path in found]
+    return "\n\n".join([*tables, *map(meaning_of, found[:1])])
+
+
+def task_by_task(results: Path) -> str:
+    """The shipped optimizer, without tuning, beside tuned Adam: the median run of each task."""
+    lines = []
+    for path in folders(results):
+        facts = json.loads((path / "benchmark.json").read_text())
+        rows = [row for row in read(path / "scores.csv") if row["entrant"] == "learned"]
+        for task in facts["tasks"]:
+            mine = [row for row in rows if row["task"] == task["label"]]
+            medians = (np.median([float(row[name]) for row in mine]) for name in SCORES)
+            family, steps = task["family"], str(task["steps"])
+            lines.append([task["label"], family, steps, *(f"{m:.2f}" for m in medians)])
+    return markdown_table(["task", "how far from training", "steps", *SCORES.values()], lines)
