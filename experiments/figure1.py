@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--levels", type=float, nargs="+", help="of those published; all")
     parser.add_argument("--pairs", type=int, help="a level; that of the setting")
     parser.add_argument("--steps", type=int, help="to train a net at most; those of the setting")
-    parser.add_argument("--results", type=Path, default=Path("experiments/results/figure1"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/figure1")
     parser.add_argument("--picture", type=Path, default=Path("docs/figure1.png"))
     parser.add_argument("--cache", type=Path, default=Path("runs/figure1"), help="trained nets")
     args = parser.parse_args(argv)

@@ -265,7 +265,8 @@ def main() -> None:
         "weak_scaling": weak_table(RESULTS),
     }
     docs = ROOT / "docs"
-    pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md")
+    pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md",
+             "model_card.md")  # fmt: skip
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(

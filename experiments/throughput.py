@@ -226,7 +226,7 @@ def main() -> None:
     sets = ["1", "100", "transformer"]
     parser.add_argument("--tensors", nargs="+", default=sets, help="of steps")
     parser.add_argument("--repeats", type=int, default=15, help="of steps")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

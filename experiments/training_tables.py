@@ -73,7 +73,9 @@ def growth_table(folder: Path) -> str:
 def weak_table(folder: Path) -> str:
     """Two processes against one."""
     rows = [
-        [r["objective"], r["family"], r["processes"], f"{float(r['inner_steps_per_second']):.0f}",
+        [r["objective"], r["family"],
+         "two, joined" if r["joined"] == "True" else ("one", "two, apart")[int(r["processes"]) - 1],
+         f"{float(r['inner_steps_per_second']):.0f}",
          f"{float(r['ratio_to_one']):.2f}"]
         for r in _read(folder, "weak_scaling")
     ]  # fmt: skip

@@ -5,7 +5,8 @@
 The real Lightning Trainer, DDP with gloo for two processes, one thread each; by the wall clock, so
 that the machine must have nothing else to do. "equal": all tasks are the digits MLP 64-32-10, batch
 64. "default": the default family, whose draws cost different amounts, so that a rank waits for the
-other. Runs of the two sizes take turns.
+other. Two processes run joined by DDP, and apart, as two trainings that know nothing of each other:
+what these lose, the machine loses, and only the rest DDP. Runs of the three sorts take turns.
 """
 
 from __future__ import annotations
@@ -62,29 +63,44 @@ def train(objective: str, family: str, processes: int) -> None:
         print((UPDATES - WARM_UP) * steps / watch.seconds)
 
 
+def run(objective: str, family: str, processes: int, apart: bool) -> float:
+    """Inner steps per second of all processes, each started afresh."""
+    joined = 1 if apart else processes
+    command = [sys.executable, __file__, objective, family, str(joined)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(processes // joined)
+    ]
+    ended = [(process.communicate()[0], process.returncode) for process in started]
+    if any(code for _, code in ended):
+        raise RuntimeError(f"{command} failed with exit codes {[code for _, code in ended]}")
+    return sum(float(out.split()[-1]) for out, _ in ended)
+
+
 def measure() -> list[dict]:
-    """A row per objective, family and number of processes, each run in a process of its own."""
-    cells = [(*cell, n) for cell in CELLS for n in (1, 2)]
+    """A row per objective, family and sort of processes."""
+    cells = [(*cell, *sort) for cell in CELLS for sort in ((1, False), (2, True), (2, False))]
     rates: dict = {cell: [] for cell in cells}
     for _ in range(REPEATS):
         for cell in cells:
-            command = [sys.executable, __file__, *map(str, cell)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rates[cell].append(float(out.split()[-1]))
+            rates[cell].append(run(*cell))
     return [
         {
             "objective": objective,
             "family": family,
             "processes": n,
-            "inner_steps_per_second": statistics.median(rates[objective, family, n]),
+            "joined": n > 1 and not apart,
+            "inner_steps_per_second": statistics.median(rates[objective, family, n, apart]),
             "ratio_to_one": statistics.median(
                 a / b
                 for a, b in zip(
-                    rates[objective, family, n], rates[objective, family, 1], strict=True
+                    rates[objective, family, n, apart],
+                    rates[objective, family, 1, False],
+                    strict=True,
                 )
             ),
         }
-        for objective, family, n in cells
+        for objective, family, n, apart in cells
     ]
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,6 +63,7 @@ class Workers:
         self._context = multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(["learned_opt.benchmark.preload"])
+            _start_server()
         self._idle: list[_Worker] = []
         self._busy: dict[Connection, _Worker] = {}
         self._started = 0
@@ -134,6 +136,20 @@ class Workers:
             memory = ", most often for want of memory: use fewer processes"
             return Lost(f"WorkerDied: by {name}{memory if name == 'SIGKILL' else ''}", where)
         return Lost(f"WorkerDied: with exit code {code}", where)
+
+
+def _start_server() -> None:
+    """Python puts the working folder first on the path of a fork server: a learned_opt/ there, a
+    clone perhaps, must not take the place of what is installed."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _end(worker: _Worker) -> None:

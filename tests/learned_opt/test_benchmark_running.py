@@ -180,6 +180,24 @@ def test_killed_halfway_it_goes_on_where_it_was(bad, tmp_path: Path) -> None:
     assert facts["cells"] == 8 and not facts["failures"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Path) -> None:
+    for module in ("learned_opt", "torch"):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('the wrong one')")
+    (tmp_path / "suite.yaml").write_text(
+        "tasks: [{steps: 2, task: {data: digits, hidden: [4]}}]\n"
+        "entrants: [{name: SGD, optimizer: torch.optim.SGD, kwargs: {lr: 0.1}}]\n"
+        "reporting_seeds: 1\ntuning_seeds: 1\n"
+    )
+    command = [Path(sys.executable).parent / "learned-opt", "benchmark", "--config", "suite.yaml"]
+    process = subprocess.run(
+        [*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    assert not json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"]
+
+
 def test_an_interrupt_ends_it_with_its_workers(bad, tmp_path: Path) -> None:
     hangs = Entrant("Hangs", "bad.Hangs", {"lr": 0.1})
     process = command(tmp_path, replace(CONFIG, entrants=[SGD, hangs], processes=2))

@@ -1,0 +1,274 @@
+"""What do geodesics contribute? Every part of the recipe by itself, on equal terms.
+
+All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
+each is given about as many seconds of one core, from three training seeds; the step sizes of the
+outer loop are those of configs/train/default.yaml, for none tuned. Paths are of pairs that are T =
+320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
+are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
+was tuned for each (results/validation).
+
+    python experiments/ablation.py adam                        # the yardstick
+    python experiments/ablation.py paths --arm geodesic        # an arm's data set, for all seeds
+    python experiments/ablation.py run --arm geodesic --seed 0 # trains and evaluates
+    python experiments/ablation.py run --arm initial
+
+Each writes results/ablation/<arm>-<seed>.csv, a row per task and run; weights and data sets stay
+under --work. experiments/readme.py makes the table of docs/ablation.md of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from generalization import SCALES, inner_steps, parse, rollout, validation_tasks
+from rows import markdown, read, save
+
+from learned_opt.benchmark.stats import (
+    iqm,
+    probability_of_improvement,
+    smooth,
+    steps_to_target,
+    times_less,
+)
+from learned_opt.config import TeacherConfig, TrainConfig
+from learned_opt.geodesics import make_geodesics
+from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.training.torch_imitation import Teacher
+from learned_opt.weights import digest, load_rule
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
+SEEDS = (0, 1, 2)
+# Coordinate-wise LSTMs cost dozens of times more a step: fewer tasks, and short runs of the small
+# nets. As in generalization.py.
+LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
+LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm trains, and for how many updates: about BUDGET seconds of one core.
+
+    path: of the targets; None of arms without imitation of paths.
+    change: settings of TrainConfig.
+    """
+
+    text: str
+    updates: int
+    path: str | None = None
+    change: dict = field(default_factory=dict)
+
+
+IMITATION, META = ("imitation",), ("meta_loss",)
+BOTH = ("imitation", "meta_loss", "meta_loss")
+ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
+ARMS = {
+    "adam_teacher": Arm("imitation of Adam, four of its steps each", 60, None, {
+        "objectives": ("torch_imitation",), "teacher": ADAM}),
+    "trajectory": Arm("imitation of SGD's own way", 60, "trajectory", {"objectives": IMITATION}),
+    "chord": Arm("imitation of chords", 60, "chord", {"objectives": IMITATION}),
+    "geodesic_off": Arm("imitation of geodesics, off policy", 60, "geodesic", {
+        "objectives": IMITATION, "teacher_share": (1.0, 1.0)}),
+    "geodesic": Arm("imitation of geodesics", 60, "geodesic", {"objectives": IMITATION}),
+    "trajectory_meta": Arm("SGD's own way and meta-loss", 60, "trajectory", {"objectives": BOTH}),
+    "chord_meta": Arm("chords and meta-loss", 60, "chord", {"objectives": BOTH}),
+    "geodesic_meta": Arm("geodesics and meta-loss", 60, "geodesic", {"objectives": BOTH}),
+    "meta": Arm("meta-loss", 60, None, {"objectives": META}),
+    "pes": Arm("meta-loss by PES", 60, None, {"objectives": ("pes",)}),
+    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 60, "geodesic", {
+        "objectives": IMITATION} | LSTM),
+    "lstm_meta": Arm("L2L's LSTM, meta-loss", 60, None, {"objectives": META} | LSTM),
+}  # fmt: skip
+UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
+
+
+class Adam:
+    """torch.optim.Adam, to be run as rules are."""
+
+    def __init__(self, lr: float) -> None:
+        self.config = TeacherConfig("Adam", lr)
+
+    def init_state(self, theta: torch.Tensor, shapes: object) -> Teacher:
+        return Teacher(self.config, theta)
+
+    def update(self, grad, theta, state, in_place=False):
+        return state.step(theta, grad) - theta, state
+
+
+def config_of(name: str, seed: int, work: Path) -> TrainConfig:
+    arm, config = ARMS[name], parse(TrainConfig, "configs/train/default.yaml")
+    targets = replace(config.geodesics.targets, level="sgd_profile", path=arm.path or "geodesic")
+    change = dict(arm.change)
+    if "rule" in change:
+        change["family"] = replace(config.family, num_tasks=2, input_sizes=(16, 64, 256, 784))
+    return replace(
+        config,
+        geodesics=replace(config.geodesics, targets=targets, num_shards=SHARDS),
+        dataset=str(work / f"paths-{arm.path}"),
+        updates=arm.updates,
+        seed=seed,
+        **change,
+    )
+
+
+def adam() -> None:
+    """Tuned Adam, from the same inits and with the same minibatches as the rules."""
+    tuned = {
+        row["task"]: float(row["lr"])
+        for row in read(RESULTS / "validation" / "tuning.csv")
+        if row["entrant"] == "Adam (tuned)" and row["chosen"] == "True"
+    }
+    rows = []
+    for label, (task, marks) in validation_tasks().items():
+        for mark in marks:
+            lr = tuned[f"{label} {mark}"]
+            found, losses = rollout(task, Adam(lr), [mark])
+            targets = smooth(losses)[:, -1]
+            steps = steps_to_target(losses, targets)
+            rows += [
+                {"task": label} | row | {"lr": lr, "target_loss": t, "steps_to_target": s}
+                for row, t, s in zip(found, targets, steps, strict=True)
+            ]
+    save(RESULTS / "ablation", "adam", rows)
+
+
+def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> list[dict]:
+    """Rows of all validation tasks, with the steps and the speed-up to tuned Adam's loss."""
+    base = defaultdict(list)
+    for row in read(RESULTS / "ablation" / "adam.csv"):
+        base[row["task"], int(row["steps"])].append(row)
+    rows = []
+    for label, (task, marks) in validation_tasks().items():
+        if not (kept := [m for m in marks if (label, m) not in skip]):
+            continue
+        found, losses = rollout(task, rule, kept, scale)
+        for mark in kept:
+            targets, reference = (
+                np.array([float(row[name]) for row in base[label, mark]])
+                for name in ("target_loss", "steps_to_target")
+            )
+            steps = steps_to_target(losses[:, :mark], targets)
+            speed_up = times_less(reference, steps)
+            own = [row for row in found if row["steps"] == mark]
+            rows += [
+                {"task": label} | row | {"steps_to_target": s, "speed_up": x}
+                for row, s, x in zip(own, steps, speed_up, strict=True)
+            ]
+    return rows
+
+
+def run(name: str, seed: int, work: Path) -> None:
+    if name == "initial":
+        return save(RESULTS / "ablation", "initial-0", measure(make_rule("geodesic_rnn")))
+    if name == "scaled":
+        tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
+        score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
+        best = min(score, key=score.get)
+        return save(RESULTS / "ablation", "scaled-0", tried[best], scale=best)
+    from learned_opt.cli import train
+
+    config, folder = config_of(name, seed, work), work / f"{name}-{seed}"
+    fresh, start = not (folder / "weights.safetensors").exists(), time.process_time()
+    train(config, folder)
+    seconds = time.process_time() - start if fresh else None
+    rule = load_rule(folder / "weights.safetensors")
+    rows = measure(rule, skip=LARGE if "rule" in ARMS[name].change else frozenset())
+    facts = {
+        "training_core_seconds": seconds,
+        "inner_steps": inner_steps(config),
+        "updates": config.updates,
+        "weights": digest(rule.name, rule.config, rule.state_dict()),
+    }
+    return save(RESULTS / "ablation", f"{name}-{seed}", rows, **facts)
+
+
+def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
+    """statistic(scores), and its 95 % bootstrap interval: training seeds are drawn anew, then the
+    runs of each; scores (seeds, tasks, runs)."""
+    rng, drawn = np.random.default_rng(0), []
+    for values in scores:
+        seeds, tasks, runs = values.shape
+        which = rng.integers(seeds, size=(RESAMPLES, seeds))[:, None, :, None]
+        run = rng.integers(runs, size=(RESAMPLES, tasks, seeds, runs))
+        resampled = values[which, np.arange(tasks)[:, None, None], run]
+        drawn.append(resampled.reshape(RESAMPLES, tasks, -1))
+    low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
+    value = statistic(*(v.swapaxes(0, 1).reshape(v.shape[1], -1) for v in scores))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def load() -> dict[str, list[list[dict[str, str]]]]:
+    """Arm -> rows of each training seed."""
+    folder = RESULTS / "ablation"
+    names = {name: sorted(folder.glob(f"{name}-[0-9].csv")) for name in (*UNTRAINED, *ARMS)}
+    return {name: [read(path) for path in paths] for name, paths in names.items() if paths}
+
+
+def column(seeds: list[list[dict[str, str]]], name: str, tasks: list[tuple]) -> np.ndarray:
+    """(training seeds, tasks, runs)."""
+    return np.array([
+        [[float(r[name]) for r in rows if (r["task"], r["steps"]) == task] for task in tasks]
+        for rows in seeds
+    ])  # fmt: skip
+
+
+def table() -> str:
+    """A row for each arm that was run; LSTMs on the tasks that they can afford."""
+    base = read(RESULTS / "ablation" / "adam.csv")
+    lines = []
+    for name, seeds in load().items():
+        tasks = list(dict.fromkeys((r["task"], r["steps"]) for r in seeds[0]))
+        speed, mean, final, rise = (
+            column(seeds, key, tasks)
+            for key in ("speed_up", "mean_loss", "final_train_loss", "largest_rise")
+        )
+        adams = [column([base], key, tasks) for key in ("mean_loss", "final_train_loss")]
+        chances = [
+            interval(probability_of_improvement, -own, -other)
+            for own, other in zip((mean, final), adams, strict=True)
+        ]
+        path = RESULTS / "ablation"
+        facts = [json.loads(f.read_text()) for f in sorted(path.glob(f"{name}-[0-9].json"))]
+        minutes = [f["training_core_seconds"] / 60 for f in facts if "updates" in f]
+        lines.append({
+            "arm": UNTRAINED.get(name) or ARMS[name].text,
+            "training seeds": len(seeds),
+            "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
+            "speed-up, steps": interval(iqm, speed),
+            "P(lower mean loss)": chances[0],
+            "P(lower final loss)": chances[1],
+            "largest rise": f"{rise.max():.2g}",
+            "diverged": f"{(~np.isfinite(final)).sum()} of {final.size}",
+        })  # fmt: skip
+    return markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["adam", "paths", "run"])
+    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="geodesic")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command == "adam":
+        adam()
+    elif args.command == "paths":
+        config = config_of(args.arm, args.seed, args.work)
+        make_geodesics(config.geodesics, config.dataset)
+    else:
+        run(args.arm, args.seed, args.work)
+
+
+if __name__ == "__main__":
+    main()
