@@ -184,7 +184,8 @@ def test_killed_halfway_it_goes_on_where_it_was(bad, tmp_path: Path) -> None:
 def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Path) -> None:
     for module in ("learned_opt", "torch"):
         (tmp_path / module).mkdir()
-        (tmp_path / module / "__init__.py").write_text("raise ImportError('the wrong one')")
+        trap = "open('trapped', 'w').close()\nraise ImportError('the wrong one')\n"
+        (tmp_path / module / "__init__.py").write_text(trap)
     (tmp_path / "suite.yaml").write_text(
         "tasks: [{steps: 2, task: {data: digits, hidden: [4]}}]\n"
         "entrants: [{name: SGD, optimizer: torch.optim.SGD, kwargs: {lr: 0.1}}]\n"
@@ -195,6 +196,7 @@ def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Pat
         [*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0, process.stderr
+    assert not (tmp_path / "trapped").exists()
     assert not json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"]
 
 
