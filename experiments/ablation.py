@@ -1,7 +1,7 @@
 """What do geodesics contribute? Every part of the recipe by itself, on equal terms.
 
 All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
-each is given about as many seconds of one core, from three training seeds; the step sizes of the
+each is given about ten minutes of one core, from three training seeds; the step sizes of the
 outer loop are those of configs/train/default.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
 are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
@@ -11,9 +11,10 @@ was tuned for each (results/validation).
     python experiments/ablation.py paths --arm geodesic        # an arm's data set, for all seeds
     python experiments/ablation.py run --arm geodesic --seed 0 # trains and evaluates
     python experiments/ablation.py run --arm initial
+    python experiments/ablation.py table                       # of all that was run
 
 Each writes results/ablation/<arm>-<seed>.csv, a row per task and run; weights and data sets stay
-under --work. experiments/readme.py makes the table of docs/ablation.md of them.
+under --work.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ from learned_opt.weights import digest, load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
-SEEDS = (0, 1, 2)
 # Coordinate-wise LSTMs cost dozens of times more a step: fewer tasks, and short runs of the small
 # nets. As in generalization.py.
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
@@ -57,7 +57,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm trains, and for how many updates: about BUDGET seconds of one core.
+    """What an arm trains, and for how many updates: about ten minutes of one core (AMD EPYC).
 
     path: of the targets; None of arms without imitation of paths.
     change: settings of TrainConfig.
@@ -73,21 +73,21 @@ IMITATION, META = ("imitation",), ("meta_loss",)
 BOTH = ("imitation", "meta_loss", "meta_loss")
 ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
 ARMS = {
-    "adam_teacher": Arm("imitation of Adam, four of its steps each", 60, None, {
+    "adam_teacher": Arm("imitation of Adam, four of its steps each", 720, None, {
         "objectives": ("torch_imitation",), "teacher": ADAM}),
-    "trajectory": Arm("imitation of SGD's own way", 60, "trajectory", {"objectives": IMITATION}),
-    "chord": Arm("imitation of chords", 60, "chord", {"objectives": IMITATION}),
-    "geodesic_off": Arm("imitation of geodesics, off policy", 60, "geodesic", {
+    "trajectory": Arm("imitation of SGD's own way", 1140, "trajectory", {"objectives": IMITATION}),
+    "chord": Arm("imitation of chords", 1140, "chord", {"objectives": IMITATION}),
+    "geodesic_off": Arm("imitation of geodesics, off policy", 1500, "geodesic", {
         "objectives": IMITATION, "teacher_share": (1.0, 1.0)}),
-    "geodesic": Arm("imitation of geodesics", 60, "geodesic", {"objectives": IMITATION}),
-    "trajectory_meta": Arm("SGD's own way and meta-loss", 60, "trajectory", {"objectives": BOTH}),
-    "chord_meta": Arm("chords and meta-loss", 60, "chord", {"objectives": BOTH}),
-    "geodesic_meta": Arm("geodesics and meta-loss", 60, "geodesic", {"objectives": BOTH}),
-    "meta": Arm("meta-loss", 60, None, {"objectives": META}),
-    "pes": Arm("meta-loss by PES", 60, None, {"objectives": ("pes",)}),
-    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 60, "geodesic", {
+    "geodesic": Arm("imitation of geodesics", 1140, "geodesic", {"objectives": IMITATION}),
+    "trajectory_meta": Arm("SGD's own way and meta-loss", 1800, "trajectory", {"objectives": BOTH}),
+    "chord_meta": Arm("chords and meta-loss", 1800, "chord", {"objectives": BOTH}),
+    "geodesic_meta": Arm("geodesics and meta-loss", 1800, "geodesic", {"objectives": BOTH}),
+    "meta": Arm("meta-loss", 1800, None, {"objectives": META}),
+    "pes": Arm("meta-loss by PES", 1800, None, {"objectives": ("pes",)}),
+    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 420, "geodesic", {
         "objectives": IMITATION} | LSTM),
-    "lstm_meta": Arm("L2L's LSTM, meta-loss", 60, None, {"objectives": META} | LSTM),
+    "lstm_meta": Arm("L2L's LSTM, meta-loss", 1440, None, {"objectives": META} | LSTM),
 }  # fmt: skip
 UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
 
@@ -255,7 +255,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["adam", "paths", "run"])
+    parser.add_argument("command", choices=["adam", "paths", "run", "table"])
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="geodesic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
@@ -266,6 +266,8 @@ def main() -> None:
     elif args.command == "paths":
         config = config_of(args.arm, args.seed, args.work)
         make_geodesics(config.geodesics, config.dataset)
+    elif args.command == "table":
+        print(table())
     else:
         run(args.arm, args.seed, args.work)
 
