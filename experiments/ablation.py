@@ -1,7 +1,7 @@
 """What do geodesics contribute? Every part of the recipe by itself, on equal terms.
 
 All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
-each is given about ten minutes of one core, from three training seeds; the step sizes of the
+each is given some three minutes of one core, from three training seeds; the step sizes of the
 outer loop are those of configs/train/default.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
 are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
@@ -57,7 +57,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm trains, and for how many updates: about ten minutes of one core (AMD EPYC).
+    """What an arm trains, and for how many updates: some three minutes of one core (Intel Xeon).
 
     path: of the targets; None of arms without imitation of paths.
     change: settings of TrainConfig.
@@ -73,21 +73,21 @@ IMITATION, META = ("imitation",), ("meta_loss",)
 BOTH = ("imitation", "meta_loss", "meta_loss")
 ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
 ARMS = {
-    "adam_teacher": Arm("imitation of Adam, four of its steps each", 720, None, {
+    "adam_teacher": Arm("imitation of Adam, four of its steps each", 240, None, {
         "objectives": ("torch_imitation",), "teacher": ADAM}),
-    "trajectory": Arm("imitation of SGD's own way", 1140, "trajectory", {"objectives": IMITATION}),
-    "chord": Arm("imitation of chords", 1140, "chord", {"objectives": IMITATION}),
-    "geodesic_off": Arm("imitation of geodesics, off policy", 1500, "geodesic", {
+    "trajectory": Arm("imitation of SGD's own way", 360, "trajectory", {"objectives": IMITATION}),
+    "chord": Arm("imitation of chords", 360, "chord", {"objectives": IMITATION}),
+    "geodesic_off": Arm("imitation of geodesics, off policy", 480, "geodesic", {
         "objectives": IMITATION, "teacher_share": (1.0, 1.0)}),
-    "geodesic": Arm("imitation of geodesics", 1140, "geodesic", {"objectives": IMITATION}),
-    "trajectory_meta": Arm("SGD's own way and meta-loss", 1800, "trajectory", {"objectives": BOTH}),
-    "chord_meta": Arm("chords and meta-loss", 1800, "chord", {"objectives": BOTH}),
-    "geodesic_meta": Arm("geodesics and meta-loss", 1800, "geodesic", {"objectives": BOTH}),
-    "meta": Arm("meta-loss", 1800, None, {"objectives": META}),
-    "pes": Arm("meta-loss by PES", 1800, None, {"objectives": ("pes",)}),
-    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 420, "geodesic", {
+    "geodesic": Arm("imitation of geodesics", 360, "geodesic", {"objectives": IMITATION}),
+    "trajectory_meta": Arm("SGD's own way and meta-loss", 540, "trajectory", {"objectives": BOTH}),
+    "chord_meta": Arm("chords and meta-loss", 540, "chord", {"objectives": BOTH}),
+    "geodesic_meta": Arm("geodesics and meta-loss", 540, "geodesic", {"objectives": BOTH}),
+    "meta": Arm("meta-loss", 540, None, {"objectives": META}),
+    "pes": Arm("meta-loss by PES", 540, None, {"objectives": ("pes",)}),
+    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 120, "geodesic", {
         "objectives": IMITATION} | LSTM),
-    "lstm_meta": Arm("L2L's LSTM, meta-loss", 1440, None, {"objectives": META} | LSTM),
+    "lstm_meta": Arm("L2L's LSTM, meta-loss", 420, None, {"objectives": META} | LSTM),
 }  # fmt: skip
 UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import CHUNK, join
+from learned_opt.rules.base import CHUNK
 
 # Coordinates that are updated together, of one large tensor or of many small ones: enough to hide
 # what a call costs, few enough that scratch memory does not count.
@@ -41,12 +43,14 @@ class Block:
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)
         self.skipped = torch.zeros_like(steps)
+        _ = self.layout.runs  # made now: a compiler of `step` could not
         self.used = False
         self.states = [self._views(i) for i in range(len(params))]
         for views, entries in zip(self.states, saved, strict=True):
             for name, value in entries.items():
                 if name in views:
                     local(views[name]).copy_(local(torch.as_tensor(value)))
+        self.entries = [value for views in self.states for value in views.values()]
 
     def _views(self, i: int) -> dict[str, Tensor]:
         p, part = self.params[i], self.parts[i]
@@ -59,11 +63,8 @@ class Block:
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether nobody has put other tensors into an optimizer's state since."""
-        return all(
-            len(kept) == len(mine) and all(kept.get(name) is mine[name] for name in mine)
-            for kept, mine in ((states.get(p, {}), m) for p, m in zip(self.params, self.states,
-                                                                     strict=True))
-        )  # fmt: skip
+        entries = [value for p in self.params for value in states.get(p, {}).values()]
+        return len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
@@ -86,8 +87,8 @@ class Block:
             torch._foreach_mul_(self.parts, list(shrink.unbind()))
         if isinstance(lr, Tensor):  # read on its device
             update, lr = update * lr, 1.0
-        pieces = zip(update.split(self.layout.sizes), self.parts, strict=True)
-        torch._foreach_add_(self.parts, [u.view(p.shape) for u, p in pieces], alpha=lr)
+        updates = _unflatten_dense_tensors(update, self.parts)
+        torch._foreach_add_(self.parts, list(updates), alpha=lr)
 
 
 def guarded_update(
@@ -96,12 +97,13 @@ def guarded_update(
     """The rule's update, with its state moved on in place. A tensor whose gradient is not finite
     stays as it is, state included, and is counted in `skipped`, (tensors,)."""
     layout = state.layout
-    finite = layout.squared_norms(grads).isfinite()
     on_cpu = theta.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and finite.all():  # on other devices Python would have to wait for the answer
+    # on other devices Python would have to wait for the answer
+    if on_cpu and layout.reduce(torch.dot(grads, grads)[None]).isfinite():
         update, new = rule.update(grads, theta, state, in_place=True)
         _move_on(state, new, lambda old, now, _: now)
         return update
+    finite = layout.squared_norms(grads).isfinite()
     here = layout.expand(finite)
     update, new = rule.update(torch.where(here, grads, 0), theta, state)
     _move_on(state, new, lambda old, now, per: torch.where(finite if per else here, now, old))
@@ -172,4 +174,6 @@ def _shard_like(p: Tensor, part: Tensor) -> Tensor:
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    return join([t.detach().reshape(-1).to(torch.float32) for t in tensors])
+    if len(tensors) == 1:
+        return tensors[0].detach().reshape(-1).to(torch.float32)
+    return _flatten_dense_tensors(tensors).to(torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ class LearnedOptimizer(Optimizer):
             or a rule; by default the shipped one.
         maximize: ascend instead of descend.
         compile: the rule's update by `torch.compile`. Needs a C++ compiler, and at the first steps
-            time: some seconds on a CPU, whatever the tensors; on an accelerator, where the update
-            is one graph, the more the more sizes of tensors there are, and not if sharded. Rules
-            without `kernels` to compile, as coordinatewise_lstm, run on a CPU as they do without.
+            time. On a CPU some seconds, whatever the tensors, as only `kernels` of the rule are
+            compiled; on an accelerator, where the update is one graph, the more the more sizes of
+            tensors there are, and not if sharded.
         revision: commit of a repository on the Hub, needed there.
 
     State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
@@ -134,7 +135,7 @@ class LearnedOptimizer(Optimizer):
     def _blocks_of(self, group: int, params: list[Tensor]) -> list[Block]:
         """The blocks of a group's parameters that have gradients; the last ones if they fit."""
         members, blocks = self._blocks.get(group, ([], []))
-        same = len(members) == len(params) and all(map(lambda p, q: p is q, members, params))
+        same = len(members) == len(params) and all(map(is_, members, params))
         if not same or not all(block.is_state_of(self.state) for block in blocks):
             blocks = [
                 Block(members, self.rule, [self.state[p] for p in members])

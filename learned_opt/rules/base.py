@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from learned_opt.errors import ConfigError
 
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
+SMALL = 1 << 12  # coordinates of tensors of several sizes that are worked on together
 UNITS = 1 << 12  # the same for an LSTM, whose 16 to 20 hidden units have four gates each
 MIN_UNITS = 1 << 9  # of each task, where there are many: shorter rows cost more than the cache
 
@@ -84,6 +85,16 @@ class Layout:
             first = last
         return runs
 
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The `runs`, small ones together: what calls cost then hardly depends on the sizes."""
+        gathered: list[list[tuple[int, int, int, int]]] = []
+        for run in self.runs:
+            if not gathered or run[3] - gathered[-1][0][2] > SMALL:
+                gathered.append([])
+            gathered[-1].append(run)
+        return [Chunk(tuple(runs)) for runs in gathered]
+
     def reduce(self, sums: Tensor) -> Tensor:
         return sums if self.reduction is None else self.reduction(sums)
 
@@ -103,16 +114,63 @@ class Layout:
         ]
         return join(parts) if parts else x[..., :0]
 
-    def numbers(self, values: Iterable[float], x: Tensor) -> Tensor:
-        """A number for each tensor, (tensors,), of the type and on the device of `x`."""
-        key = (tuple(values), x.dtype, x.device)
+    def numbers(self, of: Callable[[tuple[int, ...]], float], x: Tensor) -> Tensor:
+        """`of` each tensor's shape, (tensors,), of the type and on the device of `x`."""
+        key = (of, x.dtype, x.device)
         if key not in self._numbers:
-            self._numbers[key] = x.new_tensor(key[0])
+            self._numbers[key] = x.new_tensor([float(of(shape)) for shape in self.shapes])
         return self._numbers[key]
 
     @cached_property
     def _numbers(self) -> dict[tuple, Tensor]:
         return {}  # a copy to an accelerator would wait for it at every step
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Coordinates to work on at a time, as a matrix (n, size): tensors of one size side by side, or
+    a part of one; tensors of several sizes in one row.
+
+    Attributes:
+        runs: of the layout, neighbours.
+    """
+
+    runs: tuple[tuple[int, int, int, int], ...]
+
+    @cached_property
+    def where(self) -> slice:
+        return slice(self.runs[0][2], self.runs[-1][3])
+
+    def of(self, x: Tensor) -> Tensor:
+        """(*, d) -> (*, n, size)."""
+        n = self.runs[0][1] if len(self.runs) == 1 else 1
+        return x[..., self.where].unflatten(-1, (n, -1))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What each tensor has, (*, tensors), to go with `of`: (*, n, 1) or (*, 1, size). What all
+        have in common, (*, 1), stays so."""
+        if x.shape[-1] == 1 or len(self.runs) == 1:
+            first, n, *_ = self.runs[0]
+            return x[..., None] if x.shape[-1] == 1 else x[..., first : first + n, None]
+        if x.device not in self._tensor_of:
+            counts = torch.tensor([[i, (b - a) // n] for f, n, a, b in self.runs
+                                   for i in range(f, f + n)])  # fmt: skip
+            self._tensor_of[x.device] = counts[:, 0].repeat_interleave(counts[:, 1]).to(x.device)
+        return x.index_select(-1, self._tensor_of[x.device]).unsqueeze(-2)
+
+    @cached_property
+    def _tensor_of(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def parts(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(*, n, size) of `of` -> which tensors, and theirs, (*, their number, their size)."""
+        if len(self.runs) == 1:
+            first, n, *_ = self.runs[0]
+            yield slice(first, first + n), x
+            return
+        row, start = x.squeeze(-2), self.where.start
+        for first, n, a, b in self.runs:
+            yield slice(first, first + n), row[..., a - start : b - start].unflatten(-1, (n, -1))
 
 
 @dataclass(frozen=True)
@@ -224,9 +282,9 @@ class UpdateRule(nn.Module, ABC):
         `Observation.pieces`, and no graph is wanted."""
 
     def compile_kernels(self) -> None:
-        """Compiles what is done for a chunk of coordinates or for all tensors, once for any sizes:
-        one graph of the whole step would take minutes where tensors have many sizes. Not fullgraph:
-        past torch's limit of recompilations a program with many optimizers goes on in Python."""
+        """Compiles `kernels`, once for any sizes: one graph of the whole step would take minutes
+        where tensors have many sizes. Not fullgraph: past torch's limit of recompilations a program
+        with many optimizers goes on in Python."""
         for module in self.modules():
             for name in getattr(module, "kernels", ()):
                 kernel = torch.compile(getattr(module, name), dynamic=True)

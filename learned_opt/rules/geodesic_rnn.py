@@ -22,6 +22,15 @@ MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one upd
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
 WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix's width
 DIRECTIONS = 1 + len(BETAS)
+PAIRS = [i * DIRECTIONS + j for i in range(DIRECTIONS) for j in range(i + 1, DIRECTIONS)]
+# What the network is told in logarithms, at least l and as (l − 0) / unit + shift: of m̂_k/r, the
+# gradient's decline, growth, size, and how noisy the gradient is.
+LOGS = [[-5, 1, 0]] * DIRECTIONS + [
+    [-7, 3, 0],
+    [-math.inf, 1, 0],
+    [-math.inf, 3, 1],
+    [-math.inf, 2, 0],
+]
 FEATURES = 2 * DIRECTIONS
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
 MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size with its decay
@@ -53,7 +62,7 @@ class GeodesicRNN(UpdateRule):
     """
 
     name = "geodesic_rnn"
-    kernels = ("_look", "_tensor_features", "gains", "_mixed", "_own", "_coordinate_update")
+    kernels = ("_tensor_features", "gains")
 
     def __init__(self, hidden: int = 32, per: str = "tensor", decay_after: int = 1000) -> None:
         super().__init__()
@@ -94,37 +103,39 @@ class GeodesicRNN(UpdateRule):
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Observation, State]:
-        lead, layout = grads.shape[:-1], state.layout
-        tensors, counts = len(layout.shapes), layout.numbers(map(math.prod, layout.shapes), grads)
-        rows = state.coordinate["averages"]
+        lead, layout, tensors = grads.shape[:-1], state.layout, len(state.layout.shapes)
+        rows, counts = state.coordinate["averages"], layout.numbers(math.prod, grads)
         if not in_place:
             rows = rows.clone()
         step = _as_tensor(state.step, grads) + 1
-        # (1 − β) / (1 − βᵗ): the weight with which an average is its own bias-corrected one
-        weights = torch.stack([(1 - b) / (1 - b**step) for b in (*BETAS, BETA_V)])
-        weights = weights.to(grads.dtype).expand(-1, tensors).unsqueeze(-1)
-        gram = grads.new_zeros(*lead, tensors, DIRECTIONS, DIRECTIONS)
-        squares = grads.new_zeros(*lead, tensors, DIRECTIONS + 2)  # of g, m̂, r and θ
+        betas = step.new_tensor((*BETAS, BETA_V)).unsqueeze(-1)
+        # the weight with which an average is its own bias-corrected one
+        weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
         share = self._clip(grads, state, counts)
         floor = (VANISHED * state.tensor["peak_gradient"].squeeze(-2)).clamp(min=EPS)
+        sums = grads.new_zeros(*lead, tensors, DIRECTIONS**2 + DIRECTIONS + 2)
+        gram, squares = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)  # squares of g, m̂, r and θ
+        gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
         moved = []
-        for i, n, a, b in layout.runs:
-            own = slice(i, i + n)
-            row, g, theta = (x[..., a:b].unflatten(-1, (n, -1)) for x in (rows, grads, params))
-            row, products, norms = self._look(
-                row, g, theta, share[..., own, None], weights[:, own], floor[..., own, None]
+        for chunk in layout.chunks:
+            row, normal = _average(
+                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (share, weights, floor))
             )
-            gram[..., own, :, :] += products
-            squares[..., own, :] += norms
+            for (own, directions), (_, new), (_, theta) in zip(
+                *map(chunk.parts, (normal, row, chunk.of(params))), strict=True
+            ):
+                gram[..., own, :, :].add_(_gram(directions))
+                squares[..., :-1, own].add_(torch.linalg.vecdot(new, new))
+                squares[..., -1, own].add_(torch.linalg.vecdot(theta, theta))
             moved.append(row.flatten(-2))
         if torch.compiler.is_compiling():
-            rows = join(moved)
-        sums = layout.reduce(torch.cat([gram.flatten(-2), squares], -1)) / counts.unsqueeze(-1)
-        moments, means = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)
-        matrix = layout.numbers((float(len(s) > 1) for s in layout.shapes), means)
-        fan_in = layout.numbers((float(math.prod(s[1:])) for s in layout.shapes), means)
+            rows = rows.copy_(join(moved))
+        moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split(
+            [DIRECTIONS**2, DIRECTIONS + 2], -1
+        )
         tensor, *kept = self._tensor_features(
-            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, matrix, fan_in,
+            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step,
+            layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
         )  # fmt: skip
         kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
@@ -143,16 +154,6 @@ class GeodesicRNN(UpdateRule):
         left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
         return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 
-    @staticmethod
-    def _look(
-        row: Tensor, grads: Tensor, theta: Tensor, share: Tensor, weights: Tensor, floor: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [g, m̂, r] (*, 5, n, size) one step on, in place; their ⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4),
-        and |.|² of g, m̂, r and θ, (*, n, 6)."""
-        new = _average(row, grads, share, weights, floor)
-        norms = [*torch.linalg.vecdot(new, new).unbind(-2), torch.linalg.vecdot(theta, theta)]
-        return row.copy_(new), _gram(new), torch.stack(norms, -1)
-
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, matrix: Tensor, fan_in: Tensor,
         initial_rms: Tensor, peak_gradient: Tensor,
@@ -166,28 +167,25 @@ class GeodesicRNN(UpdateRule):
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
         sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
         safe = adam + 1e-6
-        cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
+        cosine = (gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))).flatten(-2)
         floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
-        clock = step.clamp(max=LONGEST).to(rms.dtype).log().expand_as(rms_p)
-        inputs = [
-            *safe.log().clamp(min=-5).unbind(-1),
-            *(cosine[..., i, j] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))),
-            (r_bar / peak).log().clamp(min=-7) / 3,
-            (size / torch.maximum(start, floor)).log(),
-            size.log() / 3 + 1,
-            clock / 5 - 1,
-            (clock / 2 - 1).tanh(),
-            (clock - 5).tanh(),
-            matrix.expand_as(rms_p),
-            (fan_in.clamp(max=WIDEST).log() / 3).expand_as(rms_p),
-            rms_p / size,
-            (sgd[..., 0] + 1e-6).log() / 2,
-        ]
+        ratios = [r_bar / peak, size / torch.maximum(start, floor), size, sgd[..., 0] + 1e-6]
+        logs = torch.cat([safe, torch.stack(ratios, -1)], -1).log()
+        least, unit, shift = logs.new_tensor(LOGS).unbind(-1)
+        logs = logs.maximum(least) / unit + shift
+        clock = step.clamp(max=LONGEST).to(rms.dtype).log()
+        told = [clock / 5 - 1, (clock / 2 - 1).tanh(), (clock - 5).tanh(),
+                matrix, fan_in.clamp(max=WIDEST).log() / 3]  # fmt: skip
+        told = torch.stack(torch.broadcast_tensors(*told), -1).expand(*size.shape, -1)
         rest = (self.decay_after / step).clamp(max=1).to(rms.dtype)
-        mixing = [*adam.unbind(-1), *sgd.unbind(-1), 1 / r_bar, size * rest]
+        inputs = [
+            logs[..., :DIRECTIONS], cosine[..., PAIRS], logs[..., DIRECTIONS:-1], told,
+            (rms_p / size).unsqueeze(-1), logs[..., -1:],
+        ]  # fmt: skip
+        mixing = [adam, sgd, torch.stack([1 / r_bar, size * rest], -1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
-        return torch.stack(inputs + mixing, dim=-2), *kept
+        return torch.cat(inputs + mixing, dim=-1).mT, *kept
 
     def respond(
         self, observation: Observation, hidden: Tensor, in_place: bool = False
@@ -245,16 +243,18 @@ class GeodesicRNN(UpdateRule):
         updates = torch.empty_like(rows[..., 0, :])
         weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
         for i, n, a, b in observation.layout.runs:
-            row = rows[..., a:b].unflatten(-1, (n, -1))
-            updates[..., a:b] = self._mixed(weights[..., i : i + n, :, :], row).flatten(-2)
+            row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)
+            adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
+            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
         return updates
 
-    @staticmethod
-    def _mixed(weights: Tensor, row: Tensor) -> Tensor:
-        """The update (*, n, size), from c and d (*, n, 2, 4) and rows (*, 5, n, size)."""
-        row = row.movedim(-2, -3)
-        adam, sgd = _matmul(weights, row[..., :-1, :]).unbind(-2)
-        return torch.addcdiv(sgd, adam, row[..., -1, :])
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1
+
+
+def _fan_in(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
 
 
 def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,23 +272,25 @@ def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
 
 
-def _average(row: Tensor, grads: Tensor, share: Tensor, weights: Tensor, floor: Tensor) -> Tensor:
-    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place."""
-    m, r = row[..., 1:-1, :, :], row[..., -1, :, :]
+def _average(
+    row: Tensor, grads: Tensor, share: Tensor, weights: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place, and m̂_k/r, (*, 4, n, size)."""
+    m, r = row[..., 1:-1, :, :], row[..., -1:, :, :]
     if torch.compiler.is_compiling():  # makes one loop of it all, but not of writes to views
-        g = grads * share
-        m = m.lerp(g.unsqueeze(-3), weights[:-1])
-        r = r.square().lerp(g * g, weights[-1]).sqrt().clamp(min=floor)
-        return torch.cat([g.unsqueeze(-3), m, r.unsqueeze(-3)], -3)
-    g = torch.mul(grads, share, out=row[..., 0, :, :])
-    m.lerp_(g.unsqueeze(-3), weights[:-1])
-    r.square_().lerp_(g * g, weights[-1]).sqrt_().clamp_(min=floor)
-    return row
+        g = (grads * share).unsqueeze(-3)
+        m = m.lerp(g, weights[:-1])
+        r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
+        return torch.cat([g, m, r], -3), torch.cat([g / r, m / r], -3)
+    g = torch.mul(grads, share, out=row[..., 0, :, :]).unsqueeze(-3)
+    m.lerp_(g, weights[:-1])
+    r.square_().lerp_(g * g, weights[-1:]).sqrt_().clamp_(min=floor.unsqueeze(-3))
+    return row, row[..., :-1, :, :] / r
 
 
-def _gram(row: Tensor) -> Tensor:
-    """⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of rows (*, 5, n, size)."""
-    normal = (row[..., :-1, :, :] / row[..., -1:, :, :]).movedim(-2, -3)
+def _gram(normal: Tensor) -> Tensor:
+    """⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of m̂_k/r (*, 4, n, size)."""
+    normal = normal.movedim(-2, -3)
     if not torch.compiler.is_compiling():
         return normal @ normal.mT
     rows = normal.unbind(-2)

@@ -122,7 +122,7 @@ class Scheduled(UpdateRule):
         progress = state.tensor["progress"].lerp(now, weights.expand_as(now))
         mean, square = progress.chunk(2, -2)
         rms = square.clamp(min=EPS).sqrt()
-        counts = layout.numbers((float(math.prod(s)) for s in layout.shapes), grads)
+        counts = layout.numbers(math.prod, grads)
         clock = (made + 1).clamp(max=LONGEST).log().to(grads.dtype).expand_as(g)
         inputs = [
             *(mean / rms).unbind(-2),

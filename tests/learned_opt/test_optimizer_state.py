@@ -114,13 +114,14 @@ def test_an_optimizer_is_freed_at_once(rule: UpdateRule) -> None:
         gc.enable()
 
 
-def test_state_that_is_replaced_from_outside_is_used(rule: UpdateRule) -> None:
-    """As Lightning does to move an optimizer to a device."""
+@pytest.mark.parametrize("replaced", ["dicts", "entries"])
+def test_state_that_is_replaced_from_outside_is_used(rule: UpdateRule, replaced: str) -> None:
+    """As Lightning does to move an optimizer to a device, or offloading one entry at a time."""
     params, others = parameters(), parameters()
     optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
     run(optimizer, params, range(2))
     run(reference, others, range(2))
-    for p in params:
+    for p in params if replaced == "dicts" else ():
         optimizer.state[p] = {name: v.clone() for name, v in optimizer.state[p].items()}
     for name, value in optimizer.state[params[0]].items():
         optimizer.state[params[0]][name] = torch.zeros_like(value)

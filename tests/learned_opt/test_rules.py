@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules import State, UpdateRule, make_rule
-from learned_opt.rules.base import CHUNK
+from learned_opt.rules.base import CHUNK, SMALL
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import MAX_STEP, MIN_SIZE, STEP
 
@@ -42,9 +42,9 @@ def test_a_batch_of_tasks_equals_each_task_alone(rule: UpdateRule) -> None:
 
 
 def test_tensors_together_equal_each_tensor_alone(rule: UpdateRule) -> None:
-    shapes = ((250, 140), (130,), (190, 100))
+    shapes = ((250, 140), (130,), (190, 100), (7,), (5, 3), (3, 5), (4,))
     sizes = [math.prod(s) for s in shapes]
-    assert sizes[0] > CHUNK  # and another chunk ends within the last tensor
+    assert sizes[0] > CHUNK and sum(sizes[3:]) < SMALL
     grads, params = numbers(2, sum(sizes)), numbers(sum(sizes), seed=1)
     together = run(rule, grads, params, shapes).split(sizes, -1)
     for i, (g, p) in enumerate(zip(grads.split(sizes, -1), params.split(sizes), strict=True)):
