@@ -87,8 +87,13 @@ def parse(config_class: type, path: str):
 
 
 def inner_steps(config: TrainConfig) -> int:
-    targets = config.geodesics.targets
-    cost = {"imitation": targets.updates * targets.pairs_per_run, "meta_loss": config.window}
+    targets, window = config.geodesics.targets, config.window
+    cost = {
+        "imitation": targets.updates * targets.pairs_per_run,
+        "torch_imitation": config.teacher.length,
+        "meta_loss": window,
+        "pes": 2 * config.pes.particles * window,
+    }
     cycle = len(config.objectives)
     return sum(cost[config.objectives[i % cycle]] for i in range(config.updates))
 
