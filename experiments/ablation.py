@@ -32,6 +32,7 @@ import torch
 from generalization import SCALES, inner_steps, parse, rollout, validation_tasks
 from rows import markdown, read, save
 
+from geodesic.dataset import PathDataset
 from learned_opt.benchmark.stats import (
     iqm,
     probability_of_improvement,
@@ -53,6 +54,7 @@ SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
 RESAMPLES = 2000
+PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,16 @@ def adam() -> None:
     save(RESULTS / "ablation", "adam", rows)
 
 
+def paths(data: PathDataset, path: str) -> None:
+    """What the targets are: a row for each pair."""
+    rows = []
+    for index in range(len(data)):
+        shard = data.shard(index)
+        for pair in range(len(shard["run"])):
+            rows.append({"shard": index} | {name: shard[name][pair].item() for name in PATHS})
+    save(RESULTS / "ablation", f"paths-{path}", rows)
+
+
 def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> list[dict]:
     """Rows of all validation tasks, with the steps and the speed-up to tuned Adam's loss."""
     base = defaultdict(list)
@@ -207,6 +219,10 @@ def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def geometric_mean(x: np.ndarray) -> np.ndarray:
+    return np.exp(np.log(x).mean((-2, -1)))
+
+
 def load() -> dict[str, list[list[dict[str, str]]]]:
     """Arm -> rows of each training seed."""
     folder = RESULTS / "ablation"
@@ -237,6 +253,10 @@ def table() -> str:
             interval(probability_of_improvement, -own, -other)
             for own, other in zip((mean, final), adams, strict=True)
         ]
+        times = [
+            interval(geometric_mean, own / other)
+            for own, other in zip((mean, final), adams, strict=True)
+        ]
         path = RESULTS / "ablation"
         facts = [json.loads(f.read_text()) for f in sorted(path.glob(f"{name}-[0-9].json"))]
         minutes = [f["training_core_seconds"] / 60 for f in facts if "updates" in f]
@@ -245,12 +265,31 @@ def table() -> str:
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
             "speed-up, steps": interval(iqm, speed),
+            "mean loss / Adam's": times[0],
+            "final loss / Adam's": times[1],
             "P(lower mean loss)": chances[0],
             "P(lower final loss)": chances[1],
             "largest rise": f"{rise.max():.2g}",
             "diverged": f"{(~np.isfinite(final)).sum()} of {final.size}",
         })  # fmt: skip
     return markdown(lines)
+
+
+def paths_table() -> str:
+    """How far the targets of the geodesic arms are from chords, by where in a run pairs begin."""
+    groups = defaultdict(list)
+    for row in read(RESULTS / "ablation" / "paths-geodesic.csv"):
+        groups[int(row["time"])].append(row)
+    return markdown([
+        {
+            "pairs from step": time,
+            "pairs": len(rows),
+            "chord infeasible": f"{np.mean([r['chord_feasible'] == 'False' for r in rows]):.0%}",
+            "certified": f"{np.mean([r['certified'] == 'True' for r in rows]):.0%}",
+            "length / chord, mean": f"{np.mean([float(r['normalized_length']) for r in rows]):.3f}",
+        }
+        for time, rows in sorted(groups.items())
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -266,6 +305,7 @@ def main() -> None:
     elif args.command == "paths":
         config = config_of(args.arm, args.seed, args.work)
         make_geodesics(config.geodesics, config.dataset)
+        paths(PathDataset.open(config.dataset), ARMS[args.arm].path)
     elif args.command == "table":
         print(table())
     else:

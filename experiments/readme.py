@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from ablation import paths_table
+from ablation import table as ablation_table
 from benchmark_tables import benchmark, task_by_task
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
@@ -256,6 +258,8 @@ def main() -> None:
         "contract": contract_table(RESULTS / "contract.csv"),
         "l2l": l2l_section(),
         "sizes": losses(cells, SIZES),
+        "ablation": ablation_table(),
+        "ablation_paths": paths_table(),
         "benchmark": benchmark(RESULTS),
         "task_by_task": task_by_task(RESULTS),
         "training_speed": speed_table(RESULTS),
@@ -266,7 +270,7 @@ def main() -> None:
     }
     docs = ROOT / "docs"
     pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md",
-             "model_card.md")  # fmt: skip
+             "model_card.md", "ablation.md")  # fmt: skip
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(

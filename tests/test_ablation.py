@@ -36,6 +36,7 @@ def test_arms_differ_in_what_they_are_about_and_in_nothing_else(ablation):
         )
         == chord
     )
+    assert all(ablation.inner_steps(c) >= 20 * c.updates for c in configs.values())
     same = {name: c for name, c in configs.items() if c.rule == "geodesic_rnn"}
     assert len({repr(c.family) for c in same.values()}) == 1
     assert len({c.learning_rate for c in configs.values()}) == 1
