@@ -25,6 +25,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def local_gradient(p: Tensor) -> Tensor:
+    """The gradient of the part of p that is here. What autograd alone gives, without FSDP's hooks,
+    may be placed otherwise than p."""
+    grad = p.grad
+    if hasattr(p, "placements") and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad)
+
+
 class Block:
     """Parameters of one device and sharding, and what a rule remembers of them.
 
@@ -72,7 +81,7 @@ class Block:
     ) -> None:  # fmt: skip
         """One step of these parameters."""
         theta = _flatten(self.parts)
-        grads = _flatten([local(p.grad) for p in self.params])
+        grads = _flatten([local_gradient(p) for p in self.params])
         if maximize:
             grads = -grads
         with torch.autocast(theta.device.type, enabled=False):
