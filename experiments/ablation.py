@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generalization import SCALES, inner_steps, parse, rollout, validation_tasks
+from generalization import inner_steps, parse, rollout, tuned_step, validation_tasks
 from rows import markdown, read, save
 
 from geodesic.dataset import PathDataset
@@ -183,10 +183,8 @@ def run(name: str, seed: int, work: Path) -> None:
     if name == "initial":
         return save(RESULTS / "ablation", "initial-0", measure(make_rule("geodesic_rnn")))
     if name == "scaled":
-        tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
-        score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
-        best = min(score, key=score.get)
-        return save(RESULTS / "ablation", "scaled-0", tried[best], scale=best)
+        rows, choice = tuned_step(measure)
+        return save(RESULTS / "ablation", "scaled-0", rows, **choice)
     from learned_opt.cli import train
 
     config, folder = config_of(name, seed, work), work / f"{name}-{seed}"

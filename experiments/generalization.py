@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -164,10 +164,8 @@ def evaluate(name: str, seed: int, work: Path) -> None:
     if name == "initial":
         return save(RESULTS, "initial-0", measure(make_rule("geodesic_rnn")))
     if name == "scaled":
-        tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
-        score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
-        best = min(score, key=score.get)
-        return save(RESULTS, "scaled-0", tried[best], scale=best, mean_log_mean_loss=score)
+        rows, choice = tuned_step(measure)
+        return save(RESULTS, "scaled-0", rows, **choice)
     rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
     # Their cost is out of proportion on the larger nets: one short run has to do there.
     large = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
@@ -177,6 +175,14 @@ def evaluate(name: str, seed: int, work: Path) -> None:
         "weights": digest(rule.name, rule.config, rule.state_dict()),
     }
     return save(RESULTS, f"{name}-{seed}", rows, **facts)
+
+
+def tuned_step(measure: Callable[[UpdateRule, float], list[dict]]) -> tuple[list[dict], dict]:
+    """Rows of the untrained rule with the step of SCALES that has the least mean loss; the choice."""
+    tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
+    score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
+    best = min(score, key=score.get)
+    return tried[best], {"scale": best, "mean_log_mean_loss": score}
 
 
 def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list[dict]:
