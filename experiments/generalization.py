@@ -178,7 +178,7 @@ def evaluate(name: str, seed: int, work: Path) -> None:
 
 
 def tuned_step(measure: Callable[[UpdateRule, float], list[dict]]) -> tuple[list[dict], dict]:
-    """Rows of the untrained rule with the step of SCALES that has the least mean loss, and which."""
+    """Rows of the untrained rule with the best step of SCALES, by its mean losses; the choice."""
     tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
     score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
     best = min(score, key=score.get)
