@@ -166,7 +166,7 @@ def throughput() -> str:
             f"{int(row['parameters']):,}",
             row["tensors"],
             f"{float(row['ms']):.3g}",
-            f"{float(row['ratio_to_adam_foreach']):.2g}",
+            f"{float(row['ratio_to_adam_foreach']):.3g}",
             f"{float(row['state_bytes_per_parameter']):.0f}",
         ]
         for row in read(RESULTS / "throughput.csv")

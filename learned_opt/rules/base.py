@@ -117,12 +117,19 @@ class Layout:
     def numbers(self, of: Callable[[tuple[int, ...]], float], x: Tensor) -> Tensor:
         """`of` each tensor's shape, (tensors,), of the type and on the device of `x`."""
         key = (of, x.dtype, x.device)
-        if key not in self._numbers:
-            self._numbers[key] = x.new_tensor([float(of(shape)) for shape in self.shapes])
-        return self._numbers[key]
+        if key not in self._made:
+            self._made[key] = x.new_tensor([float(of(shape)) for shape in self.shapes])
+        return self._made[key]
+
+    def constant(self, values: tuple, x: Tensor) -> Tensor:
+        """`values` as a tensor of the type and on the device of `x`."""
+        key = (values, x.dtype, x.device)
+        if key not in self._made:
+            self._made[key] = x.new_tensor(values)
+        return self._made[key]
 
     @cached_property
-    def _numbers(self) -> dict[tuple, Tensor]:
+    def _made(self) -> dict[tuple, Tensor]:
         return {}  # a copy to an accelerator would wait for it at every step
 
 

@@ -13,6 +13,7 @@ from learned_opt.rules.cell import LSTMCell, per_task
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
 BETA_V = 0.99  # second moment
+RATES = tuple((beta,) for beta in (*BETAS, BETA_V))
 EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
 CLIP = 1.5  # a tensor's gradient counts at most so many times its usual RMS: outliers make no spike
 VANISHED = 1e-3  # r is at least this share of its peak: gradients that vanish are not blown up
@@ -22,15 +23,11 @@ MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one upd
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
 WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix's width
 DIRECTIONS = 1 + len(BETAS)
-PAIRS = [i * DIRECTIONS + j for i in range(DIRECTIONS) for j in range(i + 1, DIRECTIONS)]
-# What the network is told in logarithms, at least l and as (l − 0) / unit + shift: of m̂_k/r, the
+# What the network is told in logarithms x, as max(x, least) / unit + shift: rows of m̂_k/r, the
 # gradient's decline, growth, size, and how noisy the gradient is.
-LOGS = [[-5, 1, 0]] * DIRECTIONS + [
-    [-7, 3, 0],
-    [-math.inf, 1, 0],
-    [-math.inf, 3, 1],
-    [-math.inf, 2, 0],
-]
+LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
+    (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
+)  # fmt: skip
 FEATURES = 2 * DIRECTIONS
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
 MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size with its decay
@@ -108,7 +105,7 @@ class GeodesicRNN(UpdateRule):
         if not in_place:
             rows = rows.clone()
         step = _as_tensor(state.step, grads) + 1
-        betas = step.new_tensor((*BETAS, BETA_V)).unsqueeze(-1)
+        betas = layout.constant(RATES, step)
         # the weight with which an average is its own bias-corrected one
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
         share = self._clip(grads, state, counts)
@@ -136,6 +133,7 @@ class GeodesicRNN(UpdateRule):
         tensor, *kept = self._tensor_features(
             moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
+            layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
         )  # fmt: skip
         kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
@@ -156,23 +154,24 @@ class GeodesicRNN(UpdateRule):
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, matrix: Tensor, fan_in: Tensor,
-        initial_rms: Tensor, peak_gradient: Tensor,
+        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
         (*tasks, tensors, 4, 4) of m̂_k/r, the RMS (*tasks, tensors, 6) of m̂_k, r and θ, and whether
-        tensors are matrices and how wide, (tensors,); initial_rms, peak_gradient, gradient_rms."""
+        tensors are matrices and how wide, (tensors,), and LOGS; the next initial_rms, peak_gradient
+        and gradient_rms."""
         r_bar, rms_p = rms[..., -2] + EPS, rms[..., -1]
         start = torch.where(step == 1, rms_p, initial_rms.squeeze(-2))
         peak = torch.maximum(peak_gradient.squeeze(-2), r_bar)
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
         sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
         safe = adam + 1e-6
-        cosine = (gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))).flatten(-2)
+        cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
         floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
         ratios = [r_bar / peak, size / torch.maximum(start, floor), size, sgd[..., 0] + 1e-6]
         logs = torch.cat([safe, torch.stack(ratios, -1)], -1).log()
-        least, unit, shift = logs.new_tensor(LOGS).unbind(-1)
+        least, unit, shift = scales.unbind(-1)
         logs = logs.maximum(least) / unit + shift
         clock = step.clamp(max=LONGEST).to(rms.dtype).log()
         told = [clock / 5 - 1, (clock / 2 - 1).tanh(), (clock - 5).tanh(),
@@ -180,7 +179,8 @@ class GeodesicRNN(UpdateRule):
         told = torch.stack(torch.broadcast_tensors(*told), -1).expand(*size.shape, -1)
         rest = (self.decay_after / step).clamp(max=1).to(rms.dtype)
         inputs = [
-            logs[..., :DIRECTIONS], cosine[..., PAIRS], logs[..., DIRECTIONS:-1], told,
+            logs[..., :DIRECTIONS], *(cosine[..., i, i + 1 :] for i in range(DIRECTIONS - 1)),
+            logs[..., DIRECTIONS:-1], told,
             (rms_p / size).unsqueeze(-1), logs[..., -1:],
         ]  # fmt: skip
         mixing = [adam, sgd, torch.stack([1 / r_bar, size * rest], -1)]
