@@ -77,6 +77,8 @@ ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
 ARMS = {
     "adam_teacher": Arm("imitation of Adam, four of its steps each", 240, None, {
         "objectives": ("torch_imitation",), "teacher": ADAM}),
+    "adam_meta": Arm("Adam's steps and meta-loss", 540, None, {
+        "objectives": ("torch_imitation", "meta_loss", "meta_loss"), "teacher": ADAM}),
     "trajectory": Arm("imitation of SGD's own way", 360, "trajectory", {"objectives": IMITATION}),
     "chord": Arm("imitation of chords", 360, "chord", {"objectives": IMITATION}),
     "geodesic_off": Arm("imitation of geodesics, off policy", 480, "geodesic", {
