@@ -1,7 +1,7 @@
 """What do geodesics contribute? Every part of the recipe by itself, on equal terms.
 
 All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
-each is given some three minutes of one core, from three training seeds; the step sizes of the
+each is given three to five minutes of one core, from three training seeds; the step sizes of the
 outer loop are those of configs/train/default.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
 are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
@@ -59,7 +59,7 @@ PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm trains, and for how many updates: some three minutes of one core (Intel Xeon).
+    """What an arm trains, and for how many updates: three to five minutes of one core (Xeon).
 
     path: of the targets; None of arms without imitation of paths.
     change: settings of TrainConfig.
