@@ -13,7 +13,8 @@ from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 
-RUN_OBJECTIVES = ("meta_loss", "backprop", "pes")  # of the rule's own runs, window by window
+# Of the rule's own runs, window by window.
+RUN_OBJECTIVES = ("meta_loss", "direction", "backprop", "pes", "step_size")
 OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
 # Element-wise ones: for them many tasks' parameters in one tensor are as good as apart.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
@@ -114,6 +115,27 @@ class PESConfig:
 
 
 @dataclass(frozen=True)
+class StepSizeConfig:
+    """Evolution strategies on the sizes of steps.
+
+    Attributes:
+        sigma: standard deviation of what is added to the logarithm of a tensor's step.
+        together: windows after which the two particles of a pair start from one point again; a
+            step is judged by at most so many windows.
+    """
+
+    sigma: float = 0.2
+    together: int = 10
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0 or self.together < 1:
+            raise ConfigError(
+                f"step_size.sigma={self.sigma} must be positive, step_size.together="
+                f"{self.together} at least 1; usual are 0.2 and 10"
+            )
+
+
+@dataclass(frozen=True)
 class CurriculumConfig:
     """Runs whose length grows when validation at the next length no longer improves.
 
@@ -149,7 +171,9 @@ class TrainConfig:
         frozen: beginnings of the names of meta-parameters that stay as they are, such as ["base."].
         objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"
             of a torch optimizer; and the loss of the rule's own runs, "meta_loss" by replay,
-            "backprop" through the unroll, "pes" by evolution strategies.
+            "backprop" through the unroll, "pes" by evolution strategies; or apart, where steps
+            point by "direction", by replay, and how long they are by "step_size", by evolution
+            strategies.
         updates: meta-updates in all.
         epoch_length: meta-updates between validations and checkpoints.
         learning_rate: of Adam; falls linearly to 5 %.
@@ -172,7 +196,7 @@ class TrainConfig:
         loss_clip: losses of runs count as at most so many times that of chance; null is no clip.
         first_order: whether backprop takes what the rule sees as given; if not, second
             derivatives of the loss go in, which takes a rule that can be differentiated.
-        pes: of the objective of that name.
+        pes, step_size: of the objectives of these names.
         family: tasks of the rule's own runs; by default those of `geodesics`.
         validation_steps: length of the validation runs, after each epoch.
         validation_draws: draws of the family to validate on, of `num_tasks` tasks each. Training
@@ -217,6 +241,7 @@ class TrainConfig:
     loss_clip: float | None = None
     first_order: bool = True
     pes: PESConfig = field(default_factory=PESConfig)
+    step_size: StepSizeConfig = field(default_factory=StepSizeConfig)
     family: FamilyConfig | None = None
     validation_steps: int = 200
     validation_draws: int = 3

@@ -17,7 +17,21 @@ from learned_opt.training.start import trainable
 Advance = Callable[[Observation, State], tuple[Tensor, State]]
 
 
-class PES(RunObjective):
+class AntitheticRuns(RunObjective):
+    """Runs in pairs of particles, the first of all pairs before the second."""
+
+    pairs: int  # for each task
+
+    def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
+        run = super().open(key, horizon, task, rule)
+        run.theta = run.theta.repeat(2 * self.pairs, 1)
+        run.state = rule.init_state(run.theta, task.shapes)
+        weights = sum(p.numel() for p in trainable(rule))
+        run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
+        return run
+
+
+class PES(AntitheticRuns):
     """Antithetic PES (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835, algorithm 2).
 
     Every task has N pairs of particles, which run with weights w ± ε, ε ~ N(0, σ² I) drawn anew
@@ -32,13 +46,9 @@ class PES(RunObjective):
 
     name = "pes"
 
-    def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
-        run, pairs = super().open(key, horizon, task, rule), self.config.pes.particles
-        run.theta = run.theta.repeat(2 * pairs, 1)
-        run.state = rule.init_state(run.theta, task.shapes)
-        weights = sum(p.numel() for p in trainable(rule))
-        run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
-        return run
+    @property
+    def pairs(self) -> int:
+        return self.config.pes.particles
 
     def window(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
@@ -74,11 +84,16 @@ def pes_gradient(
     weights = nn.utils.parameters_to_vector(trainable(rule)).detach()
     advance = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
     losses = roll_out(rule, advance, task, run, steps)
-    clipped = losses.view(steps, -1, *task.lead).clamp(max=limit)
-    plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
-    difference = torch.where((plus - minus).isfinite(), plus - minus, 0)
-    estimate = difference @ run.xi / (2 * sigma**2 * len(difference))
+    estimate = differences(losses, task, floor, limit) @ run.xi / (2 * sigma**2 * len(run.xi))
     return estimate, losses.mean(0).view(-1, *task.lead).mean(0)
+
+
+def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor) -> Tensor:
+    """L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles); 0 where one of the
+    two diverged."""
+    clipped = losses.view(len(losses), -1, *task.lead).clamp(max=limit)
+    plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
+    return torch.where((plus - minus).isfinite(), plus - minus, 0)
 
 
 @torch.no_grad()

@@ -28,9 +28,10 @@ class OpenRun:
     Attributes:
         key: of its tasks and minibatches.
         horizon: steps after which it ends.
-        theta: (tasks, d); of PES (2 · particles · tasks, d).
+        theta: (tasks, d); of pairs (2 · pairs · tasks, d).
         state: the rule's.
-        xi: of PES, what its weights were perturbed by so far, (particles · tasks, weights).
+        xi: of pairs, what its weights, or steps in terms of them, were perturbed by so far,
+            (pairs · tasks, weights).
     """
 
     key: tuple[object, ...]

@@ -1,18 +1,22 @@
-"""Persistent evolution strategies: against finite differences, and particle by particle."""
+"""Evolution strategies, on weights and on steps: against finite differences, and particle by
+particle."""
 
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from learned_opt.config import PESConfig, TrainConfig
+from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.rules import Layout, Observation, State, UpdateRule
 from learned_opt.tasks.base import Batch, Task
 from learned_opt.training.pes import PES, perturbed, pes_gradient, roll_out
+from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
+from tests.learned_opt.tiny import ALL, gradient, tiny_task
 
 HORIZON, WINDOW, FLOOR = 12, 3, 0.1
 
@@ -129,3 +133,86 @@ def test_the_loss_has_the_estimate_as_its_gradient_and_the_mean_loss_as_its_valu
     expected, _ = pes_gradient(rule, task, runs[1], WINDOW, 0.01, FLOOR)
     torch.testing.assert_close(rule.w.grad, expected)
     assert loss.item() == losses.mean().item() and expected.norm() > 0
+
+
+class Quadratics(Quadratic):
+    """Many at once, and in two tensors."""
+
+    num_tasks = 400
+
+    def init(self, seed: int) -> Tensor:
+        return super().init(seed).repeat(self.num_tasks, 1)
+
+
+def open_pair(rule: UpdateRule, task: Task, key: int = 0, together: int = 10) -> tuple:
+    config = replace(
+        TrainConfig(objectives=("step_size",), window=WINDOW, horizon=(HORIZON, HORIZON)),
+        step_size=StepSizeConfig(together=together),
+    )
+    objective = StepSize(config, rule)
+    return objective, objective.open(("test", key), HORIZON, task, rule)
+
+
+def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_run() -> None:
+    """w₁ multiplies all steps, and does nothing else."""
+    rule, task, h = Momentum(), Quadratics(), 1e-5
+    w, step = rule.w.detach().clone(), torch.tensor([1e-5, 0], dtype=torch.float64)
+    expected = (run_objective(rule, w + step) - run_objective(rule, w - step)) / (2 * h)
+    with torch.no_grad():
+        rule.w.copy_(w)
+    found = []
+    for key in range(10):
+        _, run = open_pair(rule, task, key)
+        windows = range(HORIZON // WINDOW)
+        parts = [
+            step_size_gradient(rule, task, run, WINDOW, 0.01, FLOOR, math.inf, ALL)[0]
+            for _ in windows
+        ]
+        found.append(torch.stack(parts).sum(0)[0])
+    found = torch.stack(found)
+    error = found.std() / len(found) ** 0.5
+    assert (found.mean() - expected).abs() < 4 * error
+    assert error < 0.05 * abs(expected)
+
+
+def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> None:
+    rule, task, sigma = Momentum(), Quadratics(), 0.3
+    task.shapes = ((1,), (2,))
+    _, run = open_pair(rule, task)
+    start = run.theta.clone()
+    step_size_gradient(rule, task, run, 1, sigma, FLOOR, math.inf, ALL)
+    plus, minus = (run.theta - start).chunk(2)
+    plain = -0.15 * task.loss_and_grad(start[: len(plus)], ())[1]
+    torch.testing.assert_close(plus * minus, plain.square())
+    sizes = (plus / plain).log() / sigma  # ε of each tensor
+    torch.testing.assert_close(sizes[:, 1], sizes[:, 2])
+    own, other = sizes[:, 0], sizes[:, 1]
+    moments = torch.stack([own.var(), other.var(), (own * other).mean()])
+    assert ((moments - torch.tensor([1.0, 1.0, 0.5])).abs() < 0.35).all()  # 5 standard errors
+
+
+def test_pairs_start_from_one_point_again() -> None:
+    rule, task = Momentum(), Quadratics()
+    objective, run = open_pair(rule, task, together=2)
+    for _ in range(2):
+        objective.window(rule, task, run, WINDOW)
+    assert not run.theta[: task.num_tasks].equal(run.theta[task.num_tasks :])
+    other, first = deepcopy(run), run.theta[: task.num_tasks].clone()
+    reunite(other)
+    assert other.theta[task.num_tasks :].equal(first) and not other.xi.any()
+    objective.window(rule, task, run, WINDOW)
+    step_size_gradient(rule, task, other, WINDOW, 0.2, 0.003, math.inf, ALL)
+    torch.testing.assert_close(run.theta, other.theta)
+    torch.testing.assert_close(run.xi, other.xi)
+
+
+def test_step_sizes_of_any_rule_have_an_estimate(rule: UpdateRule) -> None:
+    task = tiny_task()
+    objective, run = open_pair(rule, task)
+    run.theta = run.theta.double()
+    run.state, run.xi = rule.init_state(run.theta, task.shapes), run.xi.double()
+    run.theta[1] = torch.nan  # a task that is lost leaves the others theirs
+    loss, losses = objective.window(rule, task, run, WINDOW)
+    found = gradient(loss, rule)
+    assert found.isfinite().all() and found.norm() > 0
+    assert losses[0].isfinite() and not losses[1].isfinite()
