@@ -178,6 +178,8 @@ class TrainConfig:
         epoch_length: meta-updates between validations and checkpoints.
         learning_rate: of Adam; falls linearly to 5 %.
         clip: largest norm of a meta-gradient.
+        average: decay of an exponential moving average of the meta-parameters over the updates,
+            which is then what is validated, selected and written; null is none.
         coordinates: coordinates that a meta-update learns from, where the rule does not have
             gains per tensor, which allow for all.
         teacher_share: share of imitation sequences driven by the teacher, at the start and
@@ -227,6 +229,7 @@ class TrainConfig:
     epoch_length: int = 60
     learning_rate: float = 3e-3
     clip: float = 1.0
+    average: float | None = None
     coordinates: int = 2400
     teacher_share: tuple[float, float] = (1.0, 0.3)
     imitation_weight: tuple[float, float] = (0.15, 0.02)
@@ -287,6 +290,11 @@ class TrainConfig:
         if unused := set(self.weights) - set(self.objectives):
             raise ConfigError(
                 f"weights has {sorted(unused)}, objectives is {self.objectives}; name one of these"
+            )
+        if self.average is not None and (not 0 < self.average < 1 or self.curriculum):
+            raise ConfigError(
+                f"average is {self.average}; use a decay below 1 such as 0.99, and no curriculum, "
+                "which goes back to weights that were not averaged"
             )
         if self.loss_clip is not None and self.loss_clip <= 0:
             raise ConfigError(f"loss_clip is {self.loss_clip}; use e.g. 1.5, or null for none")

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -138,6 +138,8 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     last = folder / "checkpoints" / "last.ckpt"
     selection = Selection(config) if config.select == "best" else None
     watching = [Speed()] + ([selection, Pictures(selection)] if selection else [])
+    if config.average is not None:  # the last, as it takes back what selection is to see
+        watching.append(EMAWeightAveraging(decay=config.average))
     trainer = make_trainer(
         config,
         max_epochs=config.updates // config.epoch_length,

@@ -14,6 +14,8 @@ from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
 from learned_opt.training.start import trainable
 
+LOST_LOSS = 1000.0  # what a loss counts as at most, and one that is not finite
+
 Advance = Callable[[Observation, State], tuple[Tensor, State]]
 
 
@@ -41,7 +43,8 @@ class PES(AntitheticRuns):
 
     It is the gradient of the σ-smoothed sum of L over the run, to all that came before, not only
     within the window; the mean over tasks is taken. L is ours: its gradient has the weights
-    1 / (mean loss + loss_floor) of `meta_loss`. A pair of which one diverges weighs nothing.
+    1 / (mean loss + loss_floor) of `meta_loss`. The loss of a particle that diverges counts as
+    1000: of a pair of which one diverges the other is much the better.
     """
 
     name = "pes"
@@ -89,11 +92,11 @@ def pes_gradient(
 
 
 def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor) -> Tensor:
-    """L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles); 0 where one of the
-    two diverged."""
+    """L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles)."""
+    losses = losses.nan_to_num(nan=LOST_LOSS, posinf=LOST_LOSS).clamp(max=LOST_LOSS)
     clipped = losses.view(len(losses), -1, *task.lead).clamp(max=limit)
     plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
-    return torch.where((plus - minus).isfinite(), plus - minus, 0)
+    return plus - minus
 
 
 @torch.no_grad()

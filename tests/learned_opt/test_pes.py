@@ -8,13 +8,14 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.rules import Layout, Observation, State, UpdateRule
 from learned_opt.tasks.base import Batch, Task
-from learned_opt.training.pes import PES, perturbed, pes_gradient, roll_out
+from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
 from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
 from tests.learned_opt.tiny import ALL, gradient, tiny_task
 
@@ -216,3 +217,13 @@ def test_step_sizes_of_any_rule_have_an_estimate(rule: UpdateRule) -> None:
     found = gradient(loss, rule)
     assert found.isfinite().all() and found.norm() > 0
     assert losses[0].isfinite() and not losses[1].isfinite()
+
+
+def test_a_particle_that_diverges_counts_as_a_bad_one() -> None:
+    task = Quadratics()
+    task.num_tasks = 2
+    losses = torch.tensor([[1.0, 2.0, math.nan, 2.0], [1.0, 2.0, math.inf, 3.0]])
+    found = differences(losses, task, 0.1, math.inf)
+    assert found.tolist() == pytest.approx([math.log(1.1 / 1000.1), math.log(2.1 / 2.6)])
+    found = differences(losses, task, 0.1, torch.tensor([4.0, 2.0]))  # a limit for each task
+    assert found.tolist() == pytest.approx([math.log(1.1 / 4.1), 0.0])

@@ -23,6 +23,7 @@ from learned_opt.config import (
     RUN_OBJECTIVES,
     CurriculumConfig,
     PESConfig,
+    StepSizeConfig,
     TeacherConfig,
     TrainConfig,
 )
@@ -127,12 +128,13 @@ def test_training_moves_the_rule_and_logs_its_losses(trained: Path) -> None:
         assert any(row[name] for row in rows), name
 
 
-@pytest.mark.parametrize("changes", [{}, ALL], ids=["default", "all"])
+@pytest.mark.parametrize("changes", [{}, {"average": 0.9}, ALL], ids=["default", "average", "all"])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     changes: dict, trained: Path, dataset: PathDataset, tmp_path: Path
 ) -> None:
     if changes:
-        trained = fit(replace(CONFIG, **changes), tmp_path / "whole", dataset)
+        plain, trained = trained, fit(replace(CONFIG, **changes), tmp_path / "whole", dataset)
+        assert plain.read_bytes() != trained.read_bytes()
     process = start(tmp_path, dataset, **changes)
     checkpoint = wait_for_checkpoint(process, tmp_path, random.randint(1, 4))
     time.sleep(random.uniform(0, 0.1))
@@ -140,7 +142,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     process.communicate()
     left = torch.load(checkpoint, weights_only=True)
     assert 0 < left["global_step"] < CONFIG.updates
-    if changes:
+    if changes is ALL:
         particles = [run for run in left["objectives"][0]["pes"]["runs"] if run]
         assert any(run["xi"].norm() > 0 for run in particles)
     assert not (tmp_path / "weights.safetensors").exists()
@@ -218,6 +220,8 @@ def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
         ({"weights": {"pes": (1.0, 0.1)}}, "weights has .'pes'., objectives is"),
         ({"imitation_form": "square"}, "'square'; use 'huber' or 'cosine'"),
         ({"loss_clip": 0.0}, "loss_clip is 0.0; use e.g. 1.5"),
+        ({"average": 1.0}, "average is 1.0; use a decay below 1"),
+        ({"average": 0.9, "curriculum": CurriculumConfig()}, "average is 0.9; .* no curriculum"),
         (
             {"objectives": ("imitation",), "curriculum": CurriculumConfig()},
             "objectives=.* has none; add one of",
@@ -237,6 +241,7 @@ def test_a_bad_config_is_refused_by_name(wrong: dict, why: str) -> None:
         (lambda: CurriculumConfig(()), r"must rise from at least 1"),
         (lambda: CurriculumConfig(patience=0), "patience is 0"),
         (lambda: PESConfig(sigma=0.0), "pes.sigma=0.0 must be positive"),
+        (lambda: StepSizeConfig(together=0), "together=0 at least 1; usual are 0.2 and 10"),
         (lambda: TeacherConfig("LBFGS"), "teacher.optimizer is 'LBFGS'; use one of Adadelta, Ada"),
         (lambda: TeacherConfig("SGD", options={"betas": (0, 1)}), "SGD refuses .* 'betas'"),
         (lambda: TeacherConfig(steps=0), "teacher.steps=0"),
