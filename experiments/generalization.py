@@ -92,7 +92,9 @@ def inner_steps(config: TrainConfig) -> int:
         "imitation": targets.updates * targets.pairs_per_run,
         "torch_imitation": config.teacher.length,
         "meta_loss": window,
+        "direction": window,
         "pes": 2 * config.pes.particles * window,
+        "step_size": 2 * window,
     }
     cycle = len(config.objectives)
     return sum(cost[config.objectives[i % cycle]] for i in range(config.updates))

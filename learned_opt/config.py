@@ -121,7 +121,7 @@ class StepSizeConfig:
     Attributes:
         sigma: standard deviation of what is added to the logarithm of a tensor's step.
         together: windows after which the two particles of a pair start from one point again; a
-            step is judged by at most so many windows.
+            step is judged by so many windows, or as few as one, if it is made late in them.
     """
 
     sigma: float = 0.2

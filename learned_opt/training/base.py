@@ -20,8 +20,7 @@ class Objective(ABC):
 
     Randomness is keyed by (seed, rank, number of the update), and all else that an update depends
     on is in `state_dict`: so a resumed run makes the updates that an uninterrupted one would.
-    A task that diverges weighs nothing in the loss and leaves its gradient finite: under DDP
-    every rank joins every reduction.
+    A task that diverges leaves the gradient finite: under DDP every rank joins every reduction.
     """
 
     name: ClassVar[str]

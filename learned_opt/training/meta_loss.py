@@ -81,7 +81,7 @@ def meta_loss(
     Args:
         limit: losses count as at most this, a number or (tasks,), and have no gradient above it.
         sizes: if not, of Σ_{t>s} g_t only what is orthogonal to u_s counts, tensor by tensor: the
-            gradient then has nothing to say of |u_s|.
+            gradient then has nothing to say of |u_s|; in expectation, where coordinates are drawn.
 
     Returns:
         the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
@@ -105,10 +105,10 @@ def meta_loss(
         mean = losses.clamp(max=limit).mean(0)
         grads = torch.where((losses < limit).unsqueeze(-1), grads, 0)
         future = grads.flip(0).cumsum(0).flip(0)  # Σ_{t>s} g_t
+        if not sizes:
+            future = _across(torch.stack(updates), future, run.state)
         good = mean.isfinite() & future.isfinite().all(0).all(-1)
         future = torch.where(good[:, None], future / (mean + floor)[:, None], 0)
-        if not sizes:
-            future = torch.where(good[:, None], _across(torch.stack(updates), future, run.state), 0)
     return replay.inner(list(future)).sum() / (len(mean) * steps), losses.mean(0)
 
 

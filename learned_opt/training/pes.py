@@ -14,7 +14,7 @@ from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
 from learned_opt.training.start import trainable
 
-LOST_LOSS = 1000.0  # what a loss counts as at most, and one that is not finite
+DIVERGED = 100.0  # times that of chance: what a loss counts as at most, and one that is not finite
 
 Advance = Callable[[Observation, State], tuple[Tensor, State]]
 
@@ -44,7 +44,7 @@ class PES(AntitheticRuns):
     It is the gradient of the σ-smoothed sum of L over the run, to all that came before, not only
     within the window; the mean over tasks is taken. L is ours: its gradient has the weights
     1 / (mean loss + loss_floor) of `meta_loss`. The loss of a particle that diverges counts as
-    1000: of a pair of which one diverges the other is much the better.
+    100 times that of chance: the other of the pair is much the better.
     """
 
     name = "pes"
@@ -93,10 +93,13 @@ def pes_gradient(
 
 def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor) -> Tensor:
     """L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles)."""
-    losses = losses.nan_to_num(nan=LOST_LOSS, posinf=LOST_LOSS).clamp(max=LOST_LOSS)
-    clipped = losses.view(len(losses), -1, *task.lead).clamp(max=limit)
+    losses = losses.view(len(losses), -1, *task.lead)
+    losses = torch.where(losses.isfinite(), losses, torch.inf)
+    clipped = losses.clamp(max=DIVERGED * task.chance).clamp(max=limit)
     plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
-    return plus - minus
+    return torch.where(
+        (plus - minus).isfinite(), plus - minus, 0
+    )  # logs of negative losses are not
 
 
 @torch.no_grad()

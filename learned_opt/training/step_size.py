@@ -20,20 +20,25 @@ TINY = 1e-30  # squared norm of an update that has no size to learn
 class StepSize(AntitheticRuns):
     """How long steps are, by what becomes of the run; where they point is not touched.
 
-    Every task is a pair of particles, whose updates of tensor i are e^{±σ ε_i} u_i, with
-    ε_i = (z + z_i) / √2, z and z_i ~ N(0, 1) drawn anew in every window: one factor for the network
-    and one for each tensor. ξ is the sum, over windows since the pair was last together, of
+    Each of N tasks is a pair of particles, whose updates of tensor i are e^{±σ ε_i} u_i, with
+    ε_i ~ N(0, 1) drawn anew in every window. ξ is the sum, over windows since the pair was last
+    together, of
 
         Σ_i ε_i ∂ log|u_i| / ∂w,    the mean over the window's steps and both particles;
 
         ĝ = 1 / (2 σ N) Σ_pairs ξ (L⁺ − L⁻),    L = log(mean loss of the window + loss_floor).
 
-    As in PES (pes.py) a window's losses count for all earlier windows' steps, but what is perturbed
-    are as many numbers as there are tensors and not the thousands of meta-parameters, whose noise
-    the estimate would have; the chain rule does the rest (REINFORCE, Williams 1992, with
-    antithetic pairs). It is the gradient for a single tensor; several share z, which makes it that
-    gradient times the covariance of ε, still downhill. Every `together` windows the second particle
-    goes on from where the first is, as differences of runs that have long gone apart are noise.
+    As in PES (pes.py) a window's losses count for all steps since the pair was last together, but
+    what is perturbed are as many numbers as there are tensors and not the thousands of
+    meta-parameters, whose noise the estimate would have; the chain rule does the rest (REINFORCE,
+    Williams 1992, with antithetic pairs). To first order in σ it is the gradient, through the sizes
+    of steps, of these L: exactly where ∂ log|u_i| / ∂w is the same at all of a window's steps, and
+    with what the rule observes, and what it remembers at the window's start, taken as given. What
+    changes sizes within a window but not their mean it does not see. For rules without gains per
+    tensor, of which only some coordinates are replayed, small tensors make it noisy.
+
+    Every `together` windows the second particle goes on from where the first is: differences of
+    runs that have long gone apart are noise.
     """
 
     name = "step_size"
@@ -71,37 +76,39 @@ def step_size_gradient(
         limit: losses count as at most this, a number or (*tasks,).
         coordinates: how many to learn from, where the rule does not allow for all.
     """
-    pairs, layout = len(run.xi), run.state.layout
+    n, layout = len(run.xi), run.state.layout
     rng = generator("step sizes", *run.key, run.state.step)
-    common, own = (torch.randn(pairs, n, generator=rng) for n in (1, len(layout.shapes)))
-    epsilon = ((common + own) / 2**0.5).to(run.theta)
+    epsilon = torch.randn(n, len(layout.shapes), generator=rng).to(run.theta)
     both = torch.cat([epsilon, epsilon])
     factors = layout.expand((sigma * torch.cat([epsilon, -epsilon])).exp())
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
     directions: list[Tensor] = []  # of ε_i log|u_i| in u: ⟨u, these⟩ has its gradient
 
     def advance(seen: Observation, state: State) -> tuple[Tensor, State]:
-        replay.see(replace(seen, coordinate=seen.coordinate.clone()))
+        replay.see(replace(seen, coordinate=seen.coordinate.clone()))  # the next is in its place
         update, state = rule.advance(seen, state)
         shares = layout.expand(both / layout.squared_norms(update).clamp(min=TINY))
         directions.append((shares * update).nan_to_num(0.0, 0.0, 0.0))
         return factors * update, state
 
     losses = roll_out(rule, advance, task, run, steps)
-    sizes = replay.inner(directions).view(steps, 2, pairs, -1).sum(-1).mean((0, 1))
-    eye = torch.eye(pairs, dtype=sizes.dtype, device=sizes.device)
-    grads = torch.autograd.grad(sizes, trainable(rule), eye, is_grads_batched=True)
-    run.xi = run.xi + torch.cat([g.flatten(1) for g in grads], 1)
-    estimate = differences(losses, task, floor, limit) @ run.xi / (2 * sigma * pairs)
+    sizes = replay.inner(directions).view(steps, 2, n, -1).sum(-1).mean((0, 1))
+    weights, eye = trainable(rule), torch.eye(n, dtype=sizes.dtype, device=sizes.device)
+    grads = torch.autograd.grad(sizes, weights, eye, is_grads_batched=True, allow_unused=True)
+    rows = [
+        torch.zeros(n, p.numel()).to(p) if g is None else g.flatten(1)
+        for g, p in zip(grads, weights, strict=True)
+    ]
+    run.xi = run.xi + torch.cat(rows, 1)
+    estimate = differences(losses, task, floor, limit) @ run.xi / (2 * sigma * n)
     return estimate, losses.mean(0).view(-1, *task.lead).mean(0)
 
 
 def reunite(run: OpenRun) -> None:
     """The second particles go on from where the first are."""
-    pairs = len(run.xi)
 
     def twice(x: Tensor) -> Tensor:
-        return torch.cat([x[:pairs], x[:pairs]])
+        return x[: len(run.xi)].repeat(2, *[1] * (x.dim() - 1))
 
     kinds = {
         kind: {name: twice(x) for name, x in getattr(run.state, kind).items()}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.rules import Layout, Observation, State, UpdateRule
-from learned_opt.tasks.base import Batch, Task
+from learned_opt.tasks.base import Batch, Task, generator, seed_of
 from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
 from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
-from tests.learned_opt.tiny import ALL, gradient, tiny_task
+from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 
 HORIZON, WINDOW, FLOOR = 12, 3, 0.1
 
@@ -25,7 +25,7 @@ HORIZON, WINDOW, FLOOR = 12, 3, 0.1
 class Quadratic(Task):
     """F(θ) = ½ Σ a θ², a = (.2, 1, 3), from (1, −1, .5)."""
 
-    name, shapes, num_tasks = "quadratic", ((3,),), 1
+    name, shapes, num_tasks, chance = "quadratic", ((3,),), 1, 10.0
     curvature = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 
     def init(self, seed: int) -> Tensor:
@@ -137,12 +137,22 @@ def test_the_loss_has_the_estimate_as_its_gradient_and_the_mean_loss_as_its_valu
 
 
 class Quadratics(Quadratic):
-    """Many at once, and in two tensors."""
+    """Many at once, in two tensors."""
 
-    num_tasks = 400
+    num_tasks, shapes = 400, ((1,), (2,))
 
     def init(self, seed: int) -> Tensor:
         return super().init(seed).repeat(self.num_tasks, 1)
+
+
+class PerTensor(Momentum):
+    """u_i = −w_i g, a number for each tensor, (1,) and (2,)."""
+
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
+        w = self.w[[0, 1, 1]]
+        if isinstance(observation.layout, Tensor):  # of coordinates that were picked
+            w = self.w[observation.layout % 2]
+        return -w * observation.coordinate.squeeze(-2), hidden
 
 
 def open_pair(rule: UpdateRule, task: Task, key: int = 0, together: int = 10) -> tuple:
@@ -155,7 +165,7 @@ def open_pair(rule: UpdateRule, task: Task, key: int = 0, together: int = 10) ->
 
 
 def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_run() -> None:
-    """w₁ multiplies all steps, and does nothing else."""
+    """All that w₁ does is to multiply steps."""
     rule, task, h = Momentum(), Quadratics(), 1e-5
     w, step = rule.w.detach().clone(), torch.tensor([1e-5, 0], dtype=torch.float64)
     expected = (run_objective(rule, w + step) - run_objective(rule, w - step)) / (2 * h)
@@ -178,7 +188,6 @@ def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_
 
 def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> None:
     rule, task, sigma = Momentum(), Quadratics(), 0.3
-    task.shapes = ((1,), (2,))
     _, run = open_pair(rule, task)
     start = run.theta.clone()
     step_size_gradient(rule, task, run, 1, sigma, FLOOR, math.inf, ALL)
@@ -189,30 +198,79 @@ def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> 
     torch.testing.assert_close(sizes[:, 1], sizes[:, 2])
     own, other = sizes[:, 0], sizes[:, 1]
     moments = torch.stack([own.var(), other.var(), (own * other).mean()])
-    assert ((moments - torch.tensor([1.0, 1.0, 0.5])).abs() < 0.35).all()  # 5 standard errors
+    assert ((moments - torch.tensor([1.0, 1.0, 0.0])).abs() < 0.35).all()  # 5 standard errors
+
+
+def test_tensors_have_an_estimate_each() -> None:
+    """Weights that scale one tensor's steps each: against finite differences."""
+    rule, task, h = PerTensor(), Quadratics(), 1e-5
+    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
+    expected = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
+    expected = torch.tensor(expected, dtype=torch.float64) / (2 * h)
+    with torch.no_grad():
+        rule.w.copy_(w)
+    found = []
+    for key in range(12):
+        _, run = open_pair(rule, task, key)
+        parts = [
+            step_size_gradient(rule, task, run, WINDOW, 0.01, FLOOR, math.inf, ALL)[0]
+            for _ in range(HORIZON // WINDOW)
+        ]
+        found.append(torch.stack(parts).sum(0))
+    found = torch.stack(found)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert (error < 0.1 * expected.abs()).all()
 
 
 def test_pairs_start_from_one_point_again() -> None:
     rule, task = Momentum(), Quadratics()
     objective, run = open_pair(rule, task, together=2)
+    never = deepcopy(run)
     for _ in range(2):
         objective.window(rule, task, run, WINDOW)
-    assert not run.theta[: task.num_tasks].equal(run.theta[task.num_tasks :])
+        step_size_gradient(rule, task, never, WINDOW, 0.2, 0.003, math.inf, ALL)
+    torch.testing.assert_close((run.theta, run.xi), (never.theta, never.xi))
     other, first = deepcopy(run), run.theta[: task.num_tasks].clone()
     reunite(other)
+    assert not run.theta[task.num_tasks :].equal(first)
     assert other.theta[task.num_tasks :].equal(first) and not other.xi.any()
     objective.window(rule, task, run, WINDOW)
     step_size_gradient(rule, task, other, WINDOW, 0.2, 0.003, math.inf, ALL)
-    torch.testing.assert_close(run.theta, other.theta)
-    torch.testing.assert_close(run.xi, other.xi)
+    torch.testing.assert_close((run.theta, run.xi), (other.theta, other.xi))
 
 
-def test_step_sizes_of_any_rule_have_an_estimate(rule: UpdateRule) -> None:
-    task = tiny_task()
+def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -> None:
+    """ξ against autograd of the mean of Σ_i ε_i log|u_i|, ε from what the first steps are."""
+    task, sigma, steps = tiny_task(DoubleTask), 0.2, 3
+    config = TrainConfig(objectives=("step_size",))
+    run = StepSize(config, rule).open(("test",), 9, task, rule)
+    step_size_gradient(rule, task, run, 2, sigma, 0.1, math.inf, ALL)  # states are carried on
+    before, old = deepcopy(run), run.xi.clone()
+    step_size_gradient(rule, task, run, steps, sigma, 0.1, math.inf, ALL)
+    rng = generator("step sizes", *before.key, before.state.step)
+    epsilon = torch.randn(2, len(task.shapes), generator=rng).double()
+    theta, state, total = before.theta, before.state, [0.0, 0.0]
+    factors = state.layout.expand((sigma * torch.cat([epsilon, -epsilon])).exp())
+    for _ in range(steps):
+        batch = task.batch(seed_of(*before.key), state.step)
+        grad = task.loss_and_grad(theta.view(2, 2, -1), batch)[1].flatten(0, -2)
+        update, state = rule.advance(*rule.observe(grad, theta, state))
+        theta = theta + factors * update.detach()
+        sizes = [part.square().sum(-1).log() / 2 for part in update.split(state.layout.sizes, -1)]
+        for i, value in enumerate((torch.stack(sizes, -1).view(2, 2, -1) * epsilon).sum((0, 2))):
+            total[i] = total[i] + value / (2 * steps)
+    torch.testing.assert_close(run.theta, theta)
+    for found, expected in zip(run.xi - old, total, strict=True):
+        grads = torch.autograd.grad(expected, list(rule.parameters()), retain_graph=True)
+        torch.testing.assert_close(found, nn.utils.parameters_to_vector(grads))
+        assert found.norm() > 0
+
+
+def test_a_task_that_is_lost_leaves_the_others_theirs(rule: UpdateRule) -> None:
+    task = tiny_task(DoubleTask)
     objective, run = open_pair(rule, task)
-    run.theta = run.theta.double()
-    run.state, run.xi = rule.init_state(run.theta, task.shapes), run.xi.double()
-    run.theta[1] = torch.nan  # a task that is lost leaves the others theirs
+    run.theta[1] = torch.nan
     loss, losses = objective.window(rule, task, run, WINDOW)
     found = gradient(loss, rule)
     assert found.isfinite().all() and found.norm() > 0
@@ -227,3 +285,4 @@ def test_a_particle_that_diverges_counts_as_a_bad_one() -> None:
     assert found.tolist() == pytest.approx([math.log(1.1 / 1000.1), math.log(2.1 / 2.6)])
     found = differences(losses, task, 0.1, torch.tensor([4.0, 2.0]))  # a limit for each task
     assert found.tolist() == pytest.approx([math.log(1.1 / 4.1), 0.0])
+    assert differences(-losses, task, 0.1, math.inf).tolist() == [0, 0]

@@ -47,6 +47,7 @@ ALL = {  # every objective, with particles and a curriculum
     "objectives": OBJECTIVES,
     "window": 2,
     "curriculum": CurriculumConfig((6, 8, 12), patience=1),
+    "step_size": StepSizeConfig(together=2),
     "loss_clip": 1.5,
     "imitation_form": "cosine",
 }
@@ -55,13 +56,14 @@ import json, sys, torch
 from dataclasses import replace
 from pathlib import Path
 from geodesic.dataset import PathDataset
-from learned_opt.config import CurriculumConfig, TrainConfig
+from learned_opt.config import CurriculumConfig, StepSizeConfig, TrainConfig
 from learned_opt.training.fit import fit
 
 torch.set_num_threads(1)
 folder, paths, changes = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-if "curriculum" in changes:
-    changes["curriculum"] = CurriculumConfig(**changes["curriculum"])
+for name, kind in (("curriculum", CurriculumConfig), ("step_size", StepSizeConfig)):
+    if name in changes:
+        changes[name] = kind(**changes[name])
 config = TrainConfig(rule_config={"hidden": 3}).smoke()
 fit(replace(config, **changes), folder, PathDataset.open(paths))
 print("wandb" in sys.modules)
@@ -143,8 +145,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     left = torch.load(checkpoint, weights_only=True)
     assert 0 < left["global_step"] < CONFIG.updates
     if changes is ALL:
-        particles = [run for run in left["objectives"][0]["pes"]["runs"] if run]
-        assert any(run["xi"].norm() > 0 for run in particles)
+        for name in ("pes", "step_size"):
+            particles = [run for run in left["objectives"][0][name]["runs"] if run]
+            assert any(run["xi"].norm() > 0 for run in particles)
     assert not (tmp_path / "weights.safetensors").exists()
     output = finish(start(tmp_path, dataset, **changes))
     assert output.splitlines()[-1] == "False"  # the csv logger does not import wandb
