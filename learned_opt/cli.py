@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -51,13 +51,23 @@ def geodesics(
 
 def train(config: TrainConfig, output: Path) -> None:
     """Meta-train an update rule, after making the target paths that are missing."""
-    from learned_opt.training.fit import check, fit  # here: Lightning doubles the time of `--help`
+    # here: Lightning doubles the time of `--help`
+    from learned_opt.training.fit import WEIGHTS, check, fit
 
     _use_one_thread()
     check(config)  # what cannot work is said now, not after the data
     output = output.expanduser().absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     settings, free = asdict(config), ("accelerator", "logger")
+    if config.first is not None:
+        if process_rank()[1] > 1:
+            raise ConfigError(
+                f"first={config.first} is a stage for one process, {process_rank()[1]} were "
+                "launched; train it by itself, and name its weights as start_from"
+            )
+        if first:
+            train(first_stage(config), output / "first")
+        config = replace(config, start_from=str(output / "first" / WEIGHTS))
     with claim_output(output, settings, "train", free) if first else nullcontext():
         paths = None
         if "imitation" in config.objectives:
@@ -71,6 +81,23 @@ def train(config: TrainConfig, output: Path) -> None:
         print(
             f"{weights}\nuse them: LearnedOptimizer(model.parameters(), weights={str(weights)!r})"
         )
+
+
+def first_stage(config: TrainConfig) -> TrainConfig:
+    """The config that `first` makes of the rest.
+
+    Raises:
+        ConfigError: it has a setting that is unknown, of another type, or refused.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, "config")
+    one = {"first": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    try:
+        values = parser.parse_object({"config": asdict(config) | one | config.first})
+        stage = parser.instantiate(values).config
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"first={config.first}: {' '.join(str(error).split())}") from error
+    return stage.smoke() if config == config.smoke() else stage
 
 
 def benchmark(config: BenchmarkConfig, output: Path) -> None:
@@ -171,7 +198,10 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
-    return partial(run, **extras), config.smoke() if smoke else config, Path(output)
+    config = config.smoke() if smoke else config
+    if run is train and config.first is not None:
+        first_stage(config)  # for what it complains of
+    return partial(run, **extras), config, Path(output)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -28,6 +28,8 @@ from learned_opt.training.module import MetaTraining
 from learned_opt.training.start import origin
 from learned_opt.weights import save_rule
 
+WEIGHTS = "weights.safetensors"  # in the output folder
+
 
 def make_logger(config: TrainConfig, folder: Path) -> Logger:
     if config.logger == "csv":
@@ -159,7 +161,7 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         enable_model_summary=False,
     )
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    weights = folder / "weights.safetensors"
+    weights = folder / WEIGHTS
     if trainer.is_global_zero:
         facts = {"train": recipe(config)}
         if selection:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from learned_opt import make_rule
+from learned_opt.cli import first_stage, main, train
 from learned_opt.config import PESConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
@@ -66,3 +69,48 @@ def test_what_does_not_fit_is_refused(change: dict, words: str) -> None:
 def test_a_fresh_rule_is_that_of_the_seed() -> None:
     fresh = start(replace(CONFIG, rule="geodesic_rnn", rule_config={}, start_from=None, frozen=()))
     assert fresh.config == make_rule("geodesic_rnn").config and not fresh.head.weight.any()
+
+
+STAGES = replace(
+    CONFIG, rule="geodesic_rnn", rule_config={"hidden": 3}, start_from=None, frozen=(),
+    objectives=("direction", "step_size"),
+    first={"objectives": ["meta_loss"], "learning_rate": 0.01, "family": {"num_tasks": 3}},
+)  # fmt: skip
+
+
+def test_a_first_stage_is_trained_as_it_would_be_by_itself(tmp_path: Path) -> None:
+    train(STAGES, tmp_path / "both")
+    alone = replace(
+        STAGES, first=None, objectives=("meta_loss",), learning_rate=0.01,
+        family=FamilyConfig(num_tasks=3),
+    )  # fmt: skip
+    assert first_stage(STAGES) == alone
+    train(alone, tmp_path / "one")
+    begun = tmp_path / "one" / "weights.safetensors"
+    then = replace(STAGES, first=None, start_from=str(begun))
+    train(then, tmp_path / "two")
+    for one, other in (("both/first", "one"), ("both", "two")):
+        found, expected = (load_rule(tmp_path / n / begun.name).state_dict() for n in (one, other))
+        assert all(value.equal(expected[name]) for name, value in found.items())
+    made_by = json.loads(json.dumps(recipe(replace(then, first=STAGES.first))))
+    with safe_open(tmp_path / "both" / begun.name, "pt") as file:
+        facts = json.loads(file.metadata()["learned-opt"])["facts"]
+    assert facts["train"] == made_by
+
+
+def test_a_bad_first_stage_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"first=.*updatez"):
+        first_stage(replace(STAGES, first={"updatez": 3}))
+    with pytest.raises(ConfigError, match=r"first=.*clip=-1"):
+        first_stage(replace(STAGES, first={"clip": -1}))
+    config = tmp_path / "config.yaml"
+    config.write_text("first: {objectives: [magic]}")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(config), "--output", str(tmp_path / "out")])
+    assert "magic" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="2 were launched; train it by itself"):
+        train(replace(STAGES, devices=2, strategy="ddp"), tmp_path / "out")
