@@ -12,10 +12,8 @@ from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Batch, Task, seed_of
-from learned_opt.training.replay import start_replay
+from learned_opt.training.replay import TINY, start_replay, sum_by_tensor
 from learned_opt.training.runs import OpenRun, RunObjective
-
-TINY = 1e-30  # squared norm of an update that has no direction
 
 
 class MetaLoss(RunObjective):
@@ -100,7 +98,8 @@ def meta_loss(
             replay.see(observation)
             update, run.state = rule.advance(observation, run.state)
             run.theta = run.theta + update
-            updates.append(update)
+            if not sizes:
+                updates.append(update)
         losses, grads = torch.stack(losses[1:]), torch.stack(grads[1:])
         mean = losses.clamp(max=limit).mean(0)
         grads = torch.where((losses < limit).unsqueeze(-1), grads, 0)
@@ -114,7 +113,7 @@ def meta_loss(
 
 def _across(u: Tensor, y: Tensor, state: State) -> Tensor:
     """y without its part along u, in each tensor: y − (⟨u, y⟩ / |u|²) u."""
-    along = torch.stack([x.sum(-1) for x in (u * y).split(state.layout.sizes, -1)], -1)
+    along = sum_by_tensor(u * y, state.layout).view(*u.shape[:-1], -1)
     share = along / state.layout.squared_norms(u).clamp(min=TINY)
     return y - state.layout.expand(share) * u
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -32,6 +33,20 @@ class AntitheticRuns(RunObjective):
         run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
         return run
 
+    @abstractmethod
+    def estimate(
+        self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """ĝ, (weights,), of the next `steps` updates, and mean losses of all tasks."""
+
+    def window(
+        self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        estimate, losses = self.estimate(rule, task, run, steps)
+        weights = nn.utils.parameters_to_vector(trainable(rule))
+        value = losses.nanmean().nan_to_num()
+        return value + estimate @ (weights - weights.detach()), losses  # its gradient is ĝ
+
 
 class PES(AntitheticRuns):
     """Antithetic PES (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835, algorithm 2).
@@ -53,16 +68,13 @@ class PES(AntitheticRuns):
     def pairs(self) -> int:
         return self.config.pes.particles
 
-    def window(
+    def estimate(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
         config = self.config
-        estimate, losses = pes_gradient(
+        return pes_gradient(
             rule, task, run, steps, config.pes.sigma, config.loss_floor, self.limit(task)
         )
-        weights = nn.utils.parameters_to_vector(trainable(rule))
-        value = losses.nanmean().nan_to_num()
-        return value + estimate @ (weights - weights.detach()), losses  # its gradient is ĝ
 
 
 def pes_gradient(
@@ -97,9 +109,8 @@ def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor)
     losses = torch.where(losses.isfinite(), losses, torch.inf)
     clipped = losses.clamp(max=DIVERGED * task.chance).clamp(max=limit)
     plus, minus = (clipped.mean(0).flatten() + floor).log().chunk(2)
-    return torch.where(
-        (plus - minus).isfinite(), plus - minus, 0
-    )  # logs of negative losses are not
+    found = plus - minus
+    return torch.where(found.isfinite(), found, 0)  # negative losses have no logarithm
 
 
 @torch.no_grad()

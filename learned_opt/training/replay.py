@@ -23,6 +23,8 @@ from torch import Tensor
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, merge_tasks
 from learned_opt.tasks.base import generator
 
+TINY = 1e-30  # squared norm of an update that has no direction
+
 
 class Replay(ABC):
     """The updates of one rollout; `see` each observation, then ask."""
@@ -56,7 +58,7 @@ def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object)
 
 
 def sum_by_tensor(x: Tensor, layout: Layout) -> Tensor:
-    """(tasks, d) -> (tasks · tensors,)"""
+    """(*tasks, d) -> (tasks · tensors,)"""
     return torch.stack([part.sum(-1) for part in x.split(layout.sizes, -1)], -1).flatten()
 
 

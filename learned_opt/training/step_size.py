@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Task, generator
 from learned_opt.training.pes import AntitheticRuns, differences, roll_out
-from learned_opt.training.replay import start_replay
+from learned_opt.training.replay import TINY, start_replay
 from learned_opt.training.runs import OpenRun
 from learned_opt.training.start import trainable
-
-TINY = 1e-30  # squared norm of an update that has no size to learn
 
 
 class StepSize(AntitheticRuns):
@@ -44,19 +42,16 @@ class StepSize(AntitheticRuns):
     name = "step_size"
     pairs = 1
 
-    def window(
+    def estimate(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
-        config, weights = self.config, trainable(rule)
+        config = self.config
         if run.state.step // config.window % config.step_size.together == 0:
             reunite(run)
-        estimate, losses = step_size_gradient(
+        return step_size_gradient(
             rule, task, run, steps, config.step_size.sigma, config.loss_floor, self.limit(task),
             config.coordinates,
         )  # fmt: skip
-        now = nn.utils.parameters_to_vector(weights)
-        value = losses.nanmean().nan_to_num()
-        return value + estimate @ (now - now.detach()), losses
 
 
 def step_size_gradient(
