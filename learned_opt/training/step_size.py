@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from learned_opt.config import StepSizeConfig
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Task, generator
 from learned_opt.training.pes import AntitheticRuns, differences, roll_out
@@ -19,8 +20,8 @@ class StepSize(AntitheticRuns):
     """How long steps are, by what becomes of the run; where they point is not touched.
 
     Each of N tasks is a pair of particles, whose updates of tensor i are e^{±σ ε_i} u_i, with
-    ε_i ~ N(0, 1) drawn anew in every window. ξ is the sum, over windows since the pair was last
-    together, of
+    ε_i = √c z + √(1 − c) z_i, z and z_i ~ N(0, 1) drawn anew in every window: one factor for the
+    network and one for each tensor. ξ is the sum, over windows since the pair was last together, of
 
         Σ_i ε_i ∂ log|u_i| / ∂w,    the mean over the window's steps and both particles;
 
@@ -32,8 +33,11 @@ class StepSize(AntitheticRuns):
     Williams 1992, with antithetic pairs). To first order in σ it is the gradient, through the sizes
     of steps, of these L: exactly where ∂ log|u_i| / ∂w is the same at all of a window's steps, and
     with what the rule observes, and what it remembers at the window's start, taken as given. What
-    changes sizes within a window but not their mean it does not see. For rules without gains per
-    tensor, of which only some coordinates are replayed, small tensors make it noisy.
+    changes sizes within a window but not their mean it does not see. With c = `common` above 0 it
+    is the gradient, through log |u_i|, times the covariance of ε, (1 − c) I + c 1 1ᵀ: downhill all
+    the same, first in what all tensors want, which is told from the noise the soonest. For rules
+    without gains per tensor, of which only some coordinates are replayed, small tensors make it
+    noisy.
 
     Every `together` windows the second particle goes on from where the first is: differences of
     runs that have long gone apart are noise.
@@ -49,7 +53,7 @@ class StepSize(AntitheticRuns):
         if run.state.step // config.window % config.step_size.together == 0:
             reunite(run)
         return step_size_gradient(
-            rule, task, run, steps, config.step_size.sigma, config.loss_floor, self.limit(task),
+            rule, task, run, steps, config.step_size, config.loss_floor, self.limit(task),
             config.coordinates,
         )  # fmt: skip
 
@@ -59,7 +63,7 @@ def step_size_gradient(
     task: Task,
     run: OpenRun,
     steps: int,
-    sigma: float,
+    config: StepSizeConfig,
     floor: float,
     limit: float | Tensor,
     coordinates: int,
@@ -72,8 +76,10 @@ def step_size_gradient(
         coordinates: how many to learn from, where the rule does not allow for all.
     """
     n, layout = len(run.xi), run.state.layout
+    sigma, common = config.sigma, config.common
     rng = generator("step sizes", *run.key, run.state.step)
-    epsilon = torch.randn(n, len(layout.shapes), generator=rng).to(run.theta)
+    own, whole = (torch.randn(n, k, generator=rng) for k in (len(layout.shapes), 1))
+    epsilon = (common**0.5 * whole + (1 - common) ** 0.5 * own).to(run.theta)
     both = torch.cat([epsilon, epsilon])
     factors = layout.expand((sigma * torch.cat([epsilon, -epsilon])).exp())
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)

@@ -176,7 +176,9 @@ def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_
         _, run = open_pair(rule, task, key)
         windows = range(HORIZON // WINDOW)
         parts = [
-            step_size_gradient(rule, task, run, WINDOW, 0.01, FLOOR, math.inf, ALL)[0]
+            step_size_gradient(rule, task, run, WINDOW, StepSizeConfig(0.01), FLOOR, math.inf, ALL)[
+                0
+            ]
             for _ in windows
         ]
         found.append(torch.stack(parts).sum(0)[0])
@@ -190,7 +192,7 @@ def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> 
     rule, task, sigma = Momentum(), Quadratics(), 0.3
     _, run = open_pair(rule, task)
     start = run.theta.clone()
-    step_size_gradient(rule, task, run, 1, sigma, FLOOR, math.inf, ALL)
+    step_size_gradient(rule, task, run, 1, StepSizeConfig(sigma), FLOOR, math.inf, ALL)
     plus, minus = (run.theta - start).chunk(2)
     plain = -0.15 * task.loss_and_grad(start[: len(plus)], ())[1]
     torch.testing.assert_close(plus * minus, plain.square())
@@ -201,19 +203,23 @@ def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> 
     assert ((moments - torch.tensor([1.0, 1.0, 0.0])).abs() < 0.35).all()  # 5 standard errors
 
 
-def test_tensors_have_an_estimate_each() -> None:
+@pytest.mark.parametrize("common", [0.0, 0.5])
+def test_tensors_have_an_estimate_each(common: float) -> None:
     """Weights that scale one tensor's steps each: against finite differences."""
     rule, task, h = PerTensor(), Quadratics(), 1e-5
+    config = StepSizeConfig(0.01, common=common)
     w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
     expected = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
     expected = torch.tensor(expected, dtype=torch.float64) / (2 * h)
+    covariance = (1 - common) * eye + common  # of ε, in log w
+    expected = covariance @ (w * expected) / w
     with torch.no_grad():
         rule.w.copy_(w)
     found = []
     for key in range(12):
         _, run = open_pair(rule, task, key)
         parts = [
-            step_size_gradient(rule, task, run, WINDOW, 0.01, FLOOR, math.inf, ALL)[0]
+            step_size_gradient(rule, task, run, WINDOW, config, FLOOR, math.inf, ALL)[0]
             for _ in range(HORIZON // WINDOW)
         ]
         found.append(torch.stack(parts).sum(0))
@@ -229,14 +235,14 @@ def test_pairs_start_from_one_point_again() -> None:
     never = deepcopy(run)
     for _ in range(2):
         objective.window(rule, task, run, WINDOW)
-        step_size_gradient(rule, task, never, WINDOW, 0.2, 0.003, math.inf, ALL)
+        step_size_gradient(rule, task, never, WINDOW, StepSizeConfig(), 0.003, math.inf, ALL)
     torch.testing.assert_close((run.theta, run.xi), (never.theta, never.xi))
     other, first = deepcopy(run), run.theta[: task.num_tasks].clone()
     reunite(other)
     assert not run.theta[task.num_tasks :].equal(first)
     assert other.theta[task.num_tasks :].equal(first) and not other.xi.any()
     objective.window(rule, task, run, WINDOW)
-    step_size_gradient(rule, task, other, WINDOW, 0.2, 0.003, math.inf, ALL)
+    step_size_gradient(rule, task, other, WINDOW, StepSizeConfig(), 0.003, math.inf, ALL)
     torch.testing.assert_close((run.theta, run.xi), (other.theta, other.xi))
 
 
@@ -245,9 +251,11 @@ def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -
     task, sigma, steps = tiny_task(DoubleTask), 0.2, 3
     config = TrainConfig(objectives=("step_size",))
     run = StepSize(config, rule).open(("test",), 9, task, rule)
-    step_size_gradient(rule, task, run, 2, sigma, 0.1, math.inf, ALL)  # states are carried on
+    step_size_gradient(
+        rule, task, run, 2, StepSizeConfig(sigma), 0.1, math.inf, ALL
+    )  # states are carried on
     before, old = deepcopy(run), run.xi.clone()
-    step_size_gradient(rule, task, run, steps, sigma, 0.1, math.inf, ALL)
+    step_size_gradient(rule, task, run, steps, StepSizeConfig(sigma), 0.1, math.inf, ALL)
     rng = generator("step sizes", *before.key, before.state.step)
     epsilon = torch.randn(2, len(task.shapes), generator=rng).double()
     theta, state, total = before.theta, before.state, [0.0, 0.0]
