@@ -2,7 +2,7 @@
 
 All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
 each is given three to five minutes of one core, from three training seeds; the step sizes of the
-outer loop are those of configs/train/default.yaml, for none tuned. Paths are of pairs that are T =
+outer loop are those of configs/train/mlps.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
 are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
 was tuned for each (results/validation).
@@ -110,7 +110,7 @@ class Adam:
 
 
 def config_of(name: str, seed: int, work: Path) -> TrainConfig:
-    arm, config = ARMS[name], parse(TrainConfig, "configs/train/default.yaml")
+    arm, config = ARMS[name], parse(TrainConfig, "configs/train/mlps.yaml")
     targets = replace(config.geodesics.targets, level="sgd_profile", path=arm.path or "geodesic")
     change = dict(arm.change)
     if "rule" in change:

@@ -1,11 +1,11 @@
 """Do rules trained on digits work elsewhere? What does each objective contribute?
 
-Trains the arms below on the same families, each for the same number of inner steps and from
-three seeds, and runs them, untuned, on the validation tasks. Tuned baselines on the same tasks
-come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
+Trains the arms below and runs them, untuned, on the validation tasks: the shipped recipe, its first
+stage, and what differs from that in one thing, for the same number of inner steps. Tuned baselines
+on the same tasks come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
 
-    python experiments/generalization.py train --arm both --seed 0
-    python experiments/generalization.py evaluate --arm both --seed 0
+    python experiments/generalization.py train --arm shipped --seed 0
+    python experiments/generalization.py evaluate --arm shipped --seed 0
     python experiments/generalization.py long
 
 `train` leaves weights under --work, with the data set that all arms share; `evaluate` writes
@@ -29,6 +29,8 @@ from jsonargparse import ArgumentParser
 from rows import save
 
 from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.cli import first_stage
+from learned_opt.cli import train as fit
 from learned_opt.config import TrainConfig
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.data import load_images
@@ -45,24 +47,29 @@ SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm changes in configs/train/default.yaml; None of it for `both`."""
+    """What an arm changes in a config of configs/train/."""
 
     text: str
+    config: str = "mlps"
     objectives: tuple[str, ...] = ()
     rule: str = "geodesic_rnn"
     rule_config: dict = field(default_factory=dict)
     family: dict = field(default_factory=dict)
-    updates: int | None = None  # None is as many as make the inner steps of `both`
+    updates: int | None = None  # None is as many as make the inner steps of the config
 
 
 # Rules whose step costs dozens of times more: fewer tasks at a time, and no inputs of 3,072.
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
-    "both": Arm("geodesic_rnn, imitation and meta-loss"),
-    "meta_loss": Arm("geodesic_rnn, meta-loss alone", ("meta_loss",)),
-    "imitation": Arm("geodesic_rnn, imitation alone", ("imitation",)),
+    "shipped": Arm("the shipped recipe", "default"),
+    "mlps": Arm("geodesic_rnn, imitation and meta-loss, MLPs"),
+    "meta_loss": Arm("geodesic_rnn, meta-loss alone, MLPs", objectives=("meta_loss",)),
+    "imitation": Arm("geodesic_rnn, imitation alone, MLPs", objectives=("imitation",)),
     "l2l": Arm(
-        "coordinatewise_lstm, meta-loss (L2L)", ("meta_loss",), "coordinatewise_lstm", {}, SMALL
+        "coordinatewise_lstm, meta-loss (L2L), MLPs",
+        objectives=("meta_loss",),
+        rule="coordinatewise_lstm",
+        family=SMALL,
     ),
     # One LSTM for each tensor against one for each coordinate, briefly, as the latter is slow.
     "light": Arm("LSTM(32) per tensor, 300 updates", family=SMALL, updates=300),
@@ -87,6 +94,7 @@ def parse(config_class: type, path: str):
 
 
 def inner_steps(config: TrainConfig) -> int:
+    """Of all updates, those of the first stage too."""
     targets, window = config.geodesics.targets, config.window
     cost = {
         "imitation": targets.updates * targets.pairs_per_run,
@@ -97,11 +105,13 @@ def inner_steps(config: TrainConfig) -> int:
         "step_size": 2 * window,
     }
     cycle = len(config.objectives)
-    return sum(cost[config.objectives[i % cycle]] for i in range(config.updates))
+    before = inner_steps(first_stage(config)) if config.first else 0
+    return before + sum(cost[config.objectives[i % cycle]] for i in range(config.updates))
 
 
 def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
-    arm, config = ARMS[name], parse(TrainConfig, "configs/train/default.yaml")
+    arm = ARMS[name]
+    config = parse(TrainConfig, f"configs/train/{arm.config}.yaml")
     config = replace(config, seed=seed, dataset=str(dataset))
     changed = replace(
         config,
@@ -115,9 +125,7 @@ def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
 
 
 def train(name: str, seed: int, work: Path) -> None:
-    from learned_opt.cli import train as run
-
-    run(arm_config(name, seed, work / "geodesics"), work / f"{name}-{seed}")
+    fit(arm_config(name, seed, work / "geodesics"), work / f"{name}-{seed}")
 
 
 def rollout(
@@ -207,7 +215,7 @@ def long(weights: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["train", "evaluate", "long"])
-    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="both")
+    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="shipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "generalization")
     parser.add_argument("--weights", type=Path, help="of `long`; by default the shipped ones")

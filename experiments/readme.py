@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "validation.png"
 ARMS = {  # files of results/generalization: what README calls them
-    "both": "**shipped recipe**",
+    "shipped": "**shipped recipe**",
+    "mlps": "its first stage",
     "meta_loss": "meta-loss alone",
     "imitation": "imitation alone",
     "l2l": "L2L LSTM",
@@ -42,7 +43,8 @@ SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = {"both": "#D55E00", "meta_loss": "#0072B2", "imitation": "#009E73", "l2l": "#CC79A7"}
+COLOURS = {"shipped": "#D55E00", "mlps": "#E69F00", "meta_loss": "#0072B2", "imitation": "#009E73",
+           "l2l": "#CC79A7"}  # fmt: skip
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
 
@@ -153,7 +155,7 @@ def picture(cells: Cells) -> None:
     axes[0].set_yticks(range(len(cells)), [f"{task}, {steps} steps" for task, steps in cells])
     axes[0].invert_yaxis()
     figure.supxlabel("relative to tuned Adam, less is better", fontsize="medium")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5,
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6,
                   frameon=False)  # fmt: skip
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from learned_opt import LearnedOptimizer, load_rule, make_rule, save_rule
-from learned_opt.cli import parse
+from learned_opt.cli import first_stage, parse
 from learned_opt.errors import WeightsError
 from learned_opt.tasks.data import load_images
 from learned_opt.training.fit import recipe
 from learned_opt.weights import DEFAULT, MAX_HEADER, digest
 
-TRAIN = Path(__file__).parents[2] / "configs" / "train" / "default.yaml"
+TRAIN = Path(__file__).parents[2] / "configs" / "train"
 RULES = [
     ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
     ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}),
@@ -236,5 +237,13 @@ def test_the_shipped_weights_are_those_of_the_default_config(tmp_path: Path) -> 
     recorded = tmp_path / "recorded.yaml"
     recorded.write_text(json.dumps(facts))
     _, then, _ = parse(["train", "--config", str(recorded), "--output", "unused"])
-    _, config, _ = parse(["train", "--config", str(TRAIN), "--output", "unused"])
+    _, config, _ = parse(["train", "--config", str(TRAIN / "default.yaml"), "--output", "unused"])
     assert recipe(then) == recipe(config)
+
+
+def test_the_first_stage_of_the_default_config_is_that_of_mlps() -> None:
+    """Figures of the first stage by itself are of weights that mlps.yaml makes."""
+    configs = (["train", "--config", str(TRAIN / f"{name}.yaml")] for name in ("default", "mlps"))
+    default, mlps = (parse([*config, "--output", "unused"])[1] for config in configs)
+    stage = replace(first_stage(default), seed=mlps.seed, step_size=mlps.step_size)  # no part of it
+    assert recipe(stage) == recipe(mlps)
