@@ -27,10 +27,18 @@ def folders(results: Path) -> list[Path]:
 
 
 def benchmark(results: Path) -> str:
-    """Each suite whose results are there, over all its tasks."""
+    """All held-out tasks, then each suite whose results are there, over all its tasks."""
     found = folders(results)
-    tables = [f"**{path.name}**\n\n{overview_of(path, OVERVIEW)}" for path in found]
-    return "\n\n".join([*tables, *map(meaning_of, found[:1])])
+    held_out, chances = "held-out", [name for name in OVERVIEW if name.startswith("P(")]
+    parts = [
+        "**All tasks that are held out**, of all suites",
+        overview_of(found, OVERVIEW, held_out),
+        "The same, beside Adam whose learning rate is tuned too and falls to zero as a cosine:",
+        overview_of(found, chances, held_out, "Adam cosine"),
+    ]
+    for path in found:
+        parts += [f"**{path.name}**", overview_of([path], OVERVIEW)]
+    return "\n\n".join([*parts, *map(meaning_of, found[:1])])
 
 
 def task_by_task(results: Path) -> str:

@@ -58,17 +58,30 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def overview_of(folder: Path, columns: Sequence[str]) -> str:
-    """Markdown of the table over all tasks, from benchmark.json, results.csv and scores.csv.
+def overview_of(
+    folders: Sequence[Path],
+    columns: Sequence[str],
+    family: str = "",
+    baseline: str | None = None,
+) -> str:
+    """Markdown of the table over all tasks of some benchmarks with the same entrants and seeds,
+    from their benchmark.json, results.csv and scores.csv.
 
-    columns: the headings to keep, besides the optimizer's.
+    Args:
+        columns: the headings to keep, besides the optimizer's.
+        family: tasks whose family begins so.
+        baseline: whose runs the chances are relative to; by default the benchmarks'.
     """
-    facts = json.loads((folder / "benchmark.json").read_text())
-    files = read_scores(folder / "scores.csv"), read_rows(folder / "results.csv")
-    table = overview([more | row for more, row in zip(*files, strict=True)], facts["baseline"])
+    rows: list[Row] = []
+    for folder in folders:
+        facts = json.loads((folder / "benchmark.json").read_text())
+        wanted = {t["label"] for t in facts["tasks"] if t["family"].startswith(family)}
+        files = read_scores(folder / "scores.csv"), read_rows(folder / "results.csv")
+        rows += [more | row for more, row in zip(*files, strict=True) if row["task"] in wanted]
+    table = overview(rows, baseline or facts["baseline"])
     kept = [0, *map(table.headings.index, columns)]
-    headings, *rows = ([row[i] for i in kept] for row in (table.headings, *table.rows))
-    return _escape(markdown(Table(headings, rows)))
+    headings, *lines = ([row[i] for i in kept] for row in (table.headings, *table.rows))
+    return _escape(markdown(Table(headings, lines)))
 
 
 def meaning_of(folder: Path) -> str:

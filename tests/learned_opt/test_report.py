@@ -163,11 +163,17 @@ def test_the_readmes_table_needs_only_the_committed_files(folder: Path, tmp_path
     for name in ("benchmark.json", "results.csv", "scores.csv"):
         shutil.copy(folder / name, tmp_path)
     columns = ["speed-up, steps", "diverged"]
-    heading, _, *lines = overview_of(tmp_path, columns).splitlines()
+    heading, _, *lines = overview_of([tmp_path], columns).splitlines()
     assert cells_of(heading) == ["optimizer", *columns] and len(lines) == len(ENTRANTS)
     report = (folder / "report.md").read_text()
     for name, *cells in map(cells_of, lines):
         assert cells == [row_of(report, name)[column] for column in columns]
+    held_out = report[report.index("**held-out data**") :]
+    _, _, *lines = overview_of([tmp_path], columns, "held-out").splitlines()
+    for name, *cells in map(cells_of, lines):
+        assert cells == [row_of(held_out, name)[column] for column in columns]
+    _, _, *lines = overview_of([tmp_path], ["P(lower mean loss)"], baseline="SGD").splitlines()
+    assert dict(map(cells_of, lines))["SGD"].startswith("0.50")
 
 
 def test_the_page_needs_nothing_but_a_browser(page: str) -> None:
