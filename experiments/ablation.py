@@ -29,7 +29,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generalization import inner_steps, parse, rollout, tuned_step, validation_tasks
+from generalization import (
+    Adam,
+    inner_steps,
+    parse,
+    rollout,
+    tuned_rates,
+    tuned_step,
+    validation_tasks,
+)
 from rows import markdown, read, save
 
 from geodesic.dataset import PathDataset
@@ -43,7 +51,6 @@ from learned_opt.benchmark.stats import (
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.geodesics import make_geodesics
 from learned_opt.rules import UpdateRule, make_rule
-from learned_opt.training.torch_imitation import Teacher
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,19 +103,6 @@ ARMS = {
 UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
 
 
-class Adam:
-    """torch.optim.Adam, to be run as rules are."""
-
-    def __init__(self, lr: float) -> None:
-        self.config = TeacherConfig("Adam", lr)
-
-    def init_state(self, theta: torch.Tensor, shapes: object) -> Teacher:
-        return Teacher(self.config, theta)
-
-    def update(self, grad, theta, state, in_place=False):
-        return state.step(theta, grad) - theta, state
-
-
 def config_of(name: str, seed: int, work: Path) -> TrainConfig:
     arm, config = ARMS[name], parse(TrainConfig, "configs/train/mlps.yaml")
     targets = replace(config.geodesics.targets, level="sgd_profile", path=arm.path or "geodesic")
@@ -127,15 +121,10 @@ def config_of(name: str, seed: int, work: Path) -> TrainConfig:
 
 def adam() -> None:
     """Tuned Adam, from the same inits and with the same minibatches as the rules."""
-    tuned = {
-        row["task"]: float(row["lr"])
-        for row in read(RESULTS / "validation" / "tuning.csv")
-        if row["entrant"] == "Adam (tuned)" and row["chosen"] == "True"
-    }
-    rows = []
+    tuned, rows = tuned_rates(), []
     for label, (task, marks) in validation_tasks().items():
         for mark in marks:
-            lr = tuned[f"{label} {mark}"]
+            lr = tuned[label, mark]
             found, losses = rollout(task, Adam(lr), [mark])
             targets = smooth(losses)[:, -1]
             steps = steps_to_target(losses, targets)

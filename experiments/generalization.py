@@ -7,10 +7,11 @@ on the same tasks come from `learned-opt benchmark --config configs/benchmark/va
     python experiments/generalization.py train --arm shipped --seed 0
     python experiments/generalization.py evaluate --arm shipped --seed 0
     python experiments/generalization.py long
+    python experiments/generalization.py long_adam
 
 `train` leaves weights under --work, with the data set that all arms share; `evaluate` writes
 results/generalization/<arm>-<seed>.csv, a row per task and run; `long` runs the shipped weights
-for 10,000 steps. experiments/readme.py makes the table and the picture of them.
+for 10,000 steps, `long_adam` Adam. experiments/readme.py makes the table and the picture of them.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from rows import save
+from rows import read, save
 
 from learned_opt.benchmark import BenchmarkConfig
 from learned_opt.cli import first_stage
 from learned_opt.cli import train as fit
-from learned_opt.config import TrainConfig
+from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask
+from learned_opt.training.torch_imitation import Teacher
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
 FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
 LONG_RUNS, LONG = 3, [1000, 5000, 10000]
+SHARES = (1, 0.3, 0.1)  # of the rate that is best for short runs, which Adam has in long ones
 RUNS = 5  # inits and minibatch streams of every task, side by side
 SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
 
@@ -91,6 +94,28 @@ def parse(config_class: type, path: str):
     parser.add_class_arguments(config_class, "config")
     values = yaml.safe_load((ROOT / path).read_text())
     return parser.instantiate(parser.parse_object({"config": values})).config
+
+
+class Adam:
+    """torch.optim.Adam, to be run as rules are."""
+
+    def __init__(self, lr: float) -> None:
+        self.config = TeacherConfig("Adam", lr)
+
+    def init_state(self, theta: torch.Tensor, shapes: object) -> Teacher:
+        return Teacher(self.config, theta)
+
+    def update(self, grad, theta, state, in_place=False):
+        return state.step(theta, grad) - theta, state
+
+
+def tuned_rates() -> dict[tuple[str, int], float]:
+    """(task, steps) -> the learning rate of the tuned Adam."""
+    return {
+        (row["task"].rsplit(" ", 1)[0], int(row["steps"])): float(row["lr"])
+        for row in read(RESULTS.parent / "validation" / "tuning.csv")
+        if row["entrant"] == "Adam (tuned)" and row["chosen"] == "True"
+    }
 
 
 def inner_steps(config: TrainConfig) -> int:
@@ -205,16 +230,23 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: Collection = ()) -> list
 
 
 def long(weights: Path | None) -> None:
-    rule = load_rule(weights)
-    rows = []
+    rule, rows = load_rule(weights), []
     for label, (task, _) in validation_tasks(LONG_RUNS).items():
         rows += [{"task": label} | row for row in rollout(task, rule, LONG)[0]]
         save(RESULTS, "long", rows, weights=digest(rule.name, rule.config, rule.state_dict()))
 
 
+def long_adam() -> None:
+    tuned, rows = tuned_rates(), []
+    for label, (task, marks) in validation_tasks(LONG_RUNS).items():
+        for lr in (share * tuned[label, max(marks)] for share in SHARES):
+            rows += [{"task": label, "lr": lr} | row for row in rollout(task, Adam(lr), LONG)[0]]
+        save(RESULTS, "long_adam", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["train", "evaluate", "long"])
+    parser.add_argument("command", choices=["train", "evaluate", "long", "long_adam"])
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="shipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "generalization")
@@ -223,8 +255,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.command in ("train", "evaluate"):
         {"train": train, "evaluate": evaluate}[args.command](args.arm, args.seed, args.work)
-    else:
+    elif args.command == "long":
         long(args.weights)
+    else:
+        long_adam()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 from collections import defaultdict
 
 import torch
-from ablation import Adam
+from generalization import Adam
 from torch import Tensor
 
 from learned_opt.run import run_rule

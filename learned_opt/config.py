@@ -123,13 +123,17 @@ class StepSizeConfig:
         together: windows after which the two particles of a pair start from one point again; a
             step is judged by so many windows, or as few as one, if it is made late in them.
         common: share of its variance that all tensors of a network have in common.
+        pace: each run's steps are all made e^U(low, high) times as long.
     """
 
     sigma: float = 0.2
     together: int = 10
     common: float = 0.0
+    pace: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
+        if self.pace[0] > self.pace[1]:
+            raise ConfigError(f"step_size.pace is {self.pace}; give the lower bound first")
         if not 0 <= self.common < 1:
             raise ConfigError(f"step_size.common is {self.common}; use 0 or more, and less than 1")
         if self.sigma <= 0 or self.together < 1:

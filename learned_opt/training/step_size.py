@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learned_opt.config import StepSizeConfig
 from learned_opt.rules import Observation, State, UpdateRule
-from learned_opt.tasks.base import Task, generator
+from learned_opt.tasks.base import Task, generator, uniform
 from learned_opt.training.pes import AntitheticRuns, differences, roll_out
 from learned_opt.training.replay import TINY, start_replay
 from learned_opt.training.runs import OpenRun
@@ -19,9 +19,11 @@ from learned_opt.training.start import trainable
 class StepSize(AntitheticRuns):
     """How long steps are, by what becomes of the run; where they point is not touched.
 
-    Each of N tasks is a pair of particles, whose updates of tensor i are e^{±σ ε_i} u_i, with
+    Each of N tasks is a pair of particles, whose updates of tensor i are e^{p ± σ ε_i} u_i, with
     ε_i = √c z + √(1 − c) z_i, z and z_i ~ N(0, 1) drawn anew in every window: one factor for the
-    network and one for each tensor. ξ is the sum, over windows since the pair was last together, of
+    network and one for each tensor. p ~ U(`pace`) is one number for all of a run: with steps too
+    long or too short on every task, the rule learns to notice that and to make up for it. ξ is the
+    sum, over windows since the pair was last together, of
 
         Σ_i ε_i ∂ log|u_i| / ∂w,    the mean over the window's steps and both particles;
 
@@ -81,7 +83,8 @@ def step_size_gradient(
     own, whole = (torch.randn(n, k, generator=rng) for k in (len(layout.shapes), 1))
     epsilon = (common**0.5 * whole + (1 - common) ** 0.5 * own).to(run.theta)
     both = torch.cat([epsilon, epsilon])
-    factors = layout.expand((sigma * torch.cat([epsilon, -epsilon])).exp())
+    pace = uniform(generator("pace", *run.key), *config.pace, (n, 1)).to(run.theta).repeat(2, 1)
+    factors = layout.expand((pace + sigma * torch.cat([epsilon, -epsilon])).exp())
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
     directions: list[Tensor] = []  # of ε_i log|u_i| in u: ⟨u, these⟩ has its gradient
 

@@ -189,12 +189,14 @@ def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_
 
 
 def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> None:
-    rule, task, sigma = Momentum(), Quadratics(), 0.3
+    rule, task, sigma, pace = Momentum(), Quadratics(), 0.3, 0.5
     _, run = open_pair(rule, task)
     start = run.theta.clone()
-    step_size_gradient(rule, task, run, 1, StepSizeConfig(sigma), FLOOR, math.inf, ALL)
+    step_size_gradient(
+        rule, task, run, 1, StepSizeConfig(sigma, pace=(pace, pace)), FLOOR, math.inf, ALL
+    )
     plus, minus = (run.theta - start).chunk(2)
-    plain = -0.15 * task.loss_and_grad(start[: len(plus)], ())[1]
+    plain = -0.15 * math.exp(pace) * task.loss_and_grad(start[: len(plus)], ())[1]
     torch.testing.assert_close(plus * minus, plain.square())
     sizes = (plus / plain).log() / sigma  # ε of each tensor
     torch.testing.assert_close(sizes[:, 1], sizes[:, 2])
