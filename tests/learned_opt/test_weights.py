@@ -233,7 +233,7 @@ def test_the_shipped_weights_are_those_of_the_default_config(tmp_path: Path) -> 
     """Settings that are newer than the weights have defaults that change nothing."""
     with safe_open(DEFAULT, "pt") as file:
         facts = json.loads(file.metadata()["learned-opt"])["facts"]["train"]
-    facts.setdefault("select", "last")  # there was no other choice
+    facts["start_from"] = None  # what the first stage made, by its checksum
     recorded = tmp_path / "recorded.yaml"
     recorded.write_text(json.dumps(facts))
     _, then, _ = parse(["train", "--config", str(recorded), "--output", "unused"])
