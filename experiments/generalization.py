@@ -111,11 +111,13 @@ class Adam:
 
 def tuned_rates() -> dict[tuple[str, int], float]:
     """(task, steps) -> the learning rate of the tuned Adam."""
-    return {
-        (row["task"].rsplit(" ", 1)[0], int(row["steps"])): float(row["lr"])
+    chosen = {
+        row["task"]: float(row["lr"])
         for row in read(RESULTS.parent / "validation" / "tuning.csv")
         if row["entrant"] == "Adam (tuned)" and row["chosen"] == "True"
     }
+    labels = {label: label.rsplit(" ", 1) for label in chosen}
+    return {(labels[label][0], int(labels[label][1])): lr for label, lr in chosen.items()}
 
 
 def inner_steps(config: TrainConfig) -> int:

@@ -110,13 +110,19 @@ def long_runs() -> str:
         {key: np.array(runs) for key, runs in grouped(name, *columns).items()}
         for name, columns in (("long", ()), ("long_adam", ("lr",)))
     )
+
+    def show(runs: np.ndarray) -> tuple[str, str]:
+        return f"{runs[:, 0].mean():.2g}", f"{runs[:, 1].max():.2g}"
+
     lines = []
     for key, mine in learned.items():
-        other = min((r for k, r in adam.items() if k[:2] == key), key=lambda r: r[:, 0].mean())
-        lower = probability_of_improvement(-mine[:, :1].T, -other[:, :1].T)
         bad = np.sum(~np.isfinite(mine[:, 0]))
-        figures = (*(f"{runs[:, 0].mean():.2g}" for runs in (mine, other)), f"{lower:.2f}",
-                   *(f"{runs[:, 1].max():.2g}" for runs in (mine, other)))  # fmt: skip
+        loss, rise, lower, adams_loss, adams_rise = *show(mine), "–", "–", "–"
+        if rates := [runs for k, runs in adam.items() if k[:2] == key]:
+            other = min(rates, key=lambda runs: runs[:, 0].mean())
+            lower = f"{probability_of_improvement(-mine[:, :1].T, -other[:, :1].T):.2f}"
+            adams_loss, adams_rise = show(other)
+        figures = loss, adams_loss, lower, rise, adams_rise
         lines.append([*key, *figures, f"{bad} of {len(mine)}"])
     return (
         "Long runs of the shipped weights, far past the longest they were trained on, beside Adam "
