@@ -175,7 +175,7 @@ def picture(cells: Cells) -> None:
     axes[0].set_yticks(range(len(cells)), [f"{task}, {steps} steps" for task, steps in cells])
     axes[0].invert_yaxis()
     figure.supxlabel("relative to tuned Adam, less is better", fontsize="medium")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6,
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   frameon=False)  # fmt: skip
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
