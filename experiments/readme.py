@@ -116,13 +116,12 @@ def long_runs() -> str:
 
     lines = []
     for key, mine in learned.items():
+        rates = (runs for k, runs in adam.items() if k[:2] == key)
+        other = min(rates, key=lambda runs: runs[:, 0].mean())
+        lower = probability_of_improvement(-mine[:, :1].T, -other[:, :1].T)
         bad = np.sum(~np.isfinite(mine[:, 0]))
-        loss, rise, lower, adams_loss, adams_rise = *show(mine), "–", "–", "–"
-        if rates := [runs for k, runs in adam.items() if k[:2] == key]:
-            other = min(rates, key=lambda runs: runs[:, 0].mean())
-            lower = f"{probability_of_improvement(-mine[:, :1].T, -other[:, :1].T):.2f}"
-            adams_loss, adams_rise = show(other)
-        figures = loss, adams_loss, lower, rise, adams_rise
+        (loss, rise), (adams_loss, adams_rise) = show(mine), show(other)
+        figures = loss, adams_loss, f"{lower:.2f}", rise, adams_rise
         lines.append([*key, *figures, f"{bad} of {len(mine)}"])
     return (
         "Long runs of the shipped weights, far past the longest they were trained on, beside Adam "
