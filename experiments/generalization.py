@@ -116,8 +116,8 @@ def tuned_rates() -> dict[tuple[str, int], float]:
         for row in read(RESULTS.parent / "validation" / "tuning.csv")
         if row["entrant"] == "Adam (tuned)" and row["chosen"] == "True"
     }
-    labels = {label: label.rsplit(" ", 1) for label in chosen}
-    return {(labels[label][0], int(labels[label][1])): lr for label, lr in chosen.items()}
+    names = (label.rsplit(" ", 1) for label in chosen)
+    return {(task, int(steps)): chosen[f"{task} {steps}"] for task, steps in names}
 
 
 def inner_steps(config: TrainConfig) -> int:

@@ -74,6 +74,7 @@ def step_size_gradient(
 
     Args:
         run: theta (2 · tasks, d), the particles of +ε first; xi (tasks, weights).
+        config: its sigma, common and pace are those of StepSize.
         limit: losses count as at most this, a number or (*tasks,).
         coordinates: how many to learn from, where the rule does not allow for all.
     """
