@@ -46,7 +46,7 @@ class Block:
         self.parts = [local(p.detach()) for p in params]
         shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, self.parts)]
         chunk = CHUNK if params[0].device.type == "cpu" else None
-        self.layout = Layout(*shapes, _reduction(params[0]), chunk)
+        self.layout = Layout(*shapes, _reduction(params[0]), chunk, *self._exchange())
         theta = _flatten(self.parts)
         fresh = rule.init_state(theta, self.layout.shapes)
         steps = theta.new_zeros(len(params))
@@ -61,6 +61,27 @@ class Block:
                     local(views[name]).copy_(local(torch.as_tensor(value)))
         self.entries = [value for views in self.states for value in views.values()]
 
+    def _exchange(self) -> tuple[Callable[[Tensor, int], Tensor] | None, ...]:
+        """Layout.gather and Layout.scatter."""
+        if not hasattr(self.params[0], "placements"):
+            return None, None
+        from torch.distributed.tensor import DTensor, Replicate
+
+        def gather(x: Tensor, i: int) -> Tensor:
+            part = x.reshape(-1, x.shape[-1]).mT.reshape(*self.parts[i].shape, -1)
+            whole = _shard_like(self.params[i], part.contiguous()).full_tensor()
+            return whole.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
+
+        def scatter(x: Tensor, i: int) -> Tensor:
+            p = self.params[i]
+            whole = x.reshape(-1, x.shape[-1]).mT.reshape(*p.shape, -1)
+            mesh, copies = p.device_mesh, [Replicate()] * p.device_mesh.ndim
+            whole = DTensor.from_local(whole, mesh, copies, run_check=False)
+            part = whole.redistribute(placements=p.placements).to_local()
+            return part.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
+
+        return gather, scatter
+
     def _views(self, i: int) -> dict[str, Tensor]:
         p, part = self.params[i], self.parts[i]
         views = {"step": self.state.step[i], "skipped": self.skipped[i]}
@@ -68,7 +89,8 @@ class Block:
         for name, flat in self.state.coordinate.items():
             view = flat[:, start : start + part.numel()].reshape(len(flat), *part.shape)
             views[name] = _shard_like(p, view.movedim(0, -1))
-        return views | {name: flat[:, i] for name, flat in self.state.tensor.items()}
+        views |= {name: flat[:, i] for name, flat in self.state.tensor.items()}
+        return views | (self.state.matrix[i] if self.state.matrix else {})
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether nobody has put other tensors into an optimizer's state since."""
@@ -110,25 +132,34 @@ def guarded_update(
     # on other devices Python would have to wait for the answer
     if on_cpu and layout.reduce(torch.dot(grads, grads)[None]).isfinite():
         update, new = rule.update(grads, theta, state, in_place=True)
-        _move_on(state, new, lambda old, now, _: now)
+        _move_on(state, new)
         return update
     finite = layout.squared_norms(grads).isfinite()
     here = layout.expand(finite)
     update, new = rule.update(torch.where(here, grads, 0), theta, state)
-    _move_on(state, new, lambda old, now, per: torch.where(finite if per else here, now, old))
+    _move_on(state, new, finite, here)
     skipped += ~finite
     return torch.where(here, update, 0)
 
 
-def _move_on(state: State, new: State, choose: Callable[[Tensor, Tensor, bool], Tensor]) -> None:
-    """Overwrites a state; `choose(old, new, whether it is per tensor)` says with what."""
-    state.step.copy_(choose(state.step, new.step, True))
-    for olds, news, per in (
-        (state.coordinate, new.coordinate, False), (state.tensor, new.tensor, True)
+def _move_on(
+    state: State, new: State, finite: Tensor | None = None, here: Tensor | None = None
+) -> None:
+    """Overwrites a state. Where `finite`, (tensors,), of coordinates `here`, (d,), is False it
+    stays as it is."""
+    moves = [(state.step, new.step, finite)]
+    for olds, news, where in (
+        (state.coordinate, new.coordinate, here), (state.tensor, new.tensor, finite)
     ):  # fmt: skip
-        for name, old in olds.items():
-            if (now := choose(old, news[name], per)) is not old:
-                old.copy_(now)
+        moves += [(old, news[name], where) for name, old in olds.items()]
+    for i, (olds, news) in enumerate(zip(state.matrix, new.matrix, strict=True)):
+        where = None if finite is None else finite[i]
+        moves += [(old, news[name], where) for name, old in olds.items()]
+    for old, now, where in moves:
+        if where is not None:
+            now = torch.where(where, now, old)
+        if now is not old:
+            old.copy_(now)
 
 
 def partition(params: Iterable[Tensor]) -> list[list[Tensor]]:

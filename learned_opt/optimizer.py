@@ -41,7 +41,7 @@ class LearnedOptimizer(Optimizer):
         maximize: ascend instead of descend.
         compile: the rule's update by `torch.compile`. Needs a C++ compiler, and at the first steps
             time. On a CPU some seconds, whatever the tensors, as only `kernels` of the rule are
-            compiled; on an accelerator, where the update is one graph, the more the more sizes of
+            compiled; on an accelerator, where the whole update is, the more the more sizes of
             tensors there are, and not if sharded.
         revision: commit of a repository on the Hub, needed there.
 
@@ -98,7 +98,9 @@ class LearnedOptimizer(Optimizer):
         self._rules: dict[torch.device, UpdateRule] = {}
         self._guarded = guarded_update
         if self.compile:
-            self._guarded = torch.compile(guarded_update, fullgraph=True, dynamic=False)
+            self._guarded = torch.compile(
+                guarded_update, fullgraph=self.rule.one_graph, dynamic=False
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from learned_opt.rules.basis import Basis
 
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
 SMALL = 1 << 12  # coordinates of tensors of several sizes that are worked on together
@@ -39,12 +42,16 @@ class Layout:
         local: of the parts of them that are here, where they are sharded over processes.
         reduction: adds sums over these parts, (*, tensors, *), to those of the other processes.
         chunk: coordinates to work on at a time; None: all.
+        gather: x (*, coordinates here) of a tensor, and its number -> (*, all its coordinates).
+        scatter: the inverse.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     local: tuple[tuple[int, ...], ...] | None = None
     reduction: Callable[[Tensor], Tensor] | None = None
     chunk: int | None = CHUNK
+    gather: Callable[[Tensor, int], Tensor] | None = None
+    scatter: Callable[[Tensor, int], Tensor] | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -189,26 +196,42 @@ class State:
         step: updates made so far; (tensors,) where the tensors differ in it.
         coordinate: name -> (*tasks, features, d).
         tensor: name -> (*tasks, features, tensors).
+        matrix: of each tensor, name -> (*tasks, n, n), see basis.py.
     """
 
     layout: Layout
     step: int | Tensor
     coordinate: dict[str, Tensor]
     tensor: dict[str, Tensor]
+    matrix: tuple[dict[str, Tensor], ...] = ()
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> State:
+        """`f` of all but the step."""
+
+        def each(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: f(x) for name, x in entries.items()}
+
+        return State(
+            self.layout, self.step, each(self.coordinate), each(self.tensor),
+            tuple(map(each, self.matrix)),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Observation:
     """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), and which
     tensor each coordinate belongs to: a Layout; for picked coordinates an index (n,); None for
-    `pieces`, whose tensors have equal shares."""
+    `pieces`, whose tensors have equal shares. `basis` is that of `coordinate`, None for its own."""
 
     coordinate: Tensor
     tensor: Tensor
     layout: Layout | Tensor | None
+    basis: Basis | None = None
 
     def pick(self, index: Tensor) -> Observation:
         """The coordinates `index` (n,) of the flattened (*tasks, d), tasks merged."""
+        if self.basis is not None:
+            raise ValueError("single coordinates in an eigenbasis are none of the parameters'")
         d, tensors = self.coordinate.shape[-1], self.tensor.shape[-1]
         task, where = index // d, index % d
         return Observation(
@@ -263,6 +286,9 @@ class UpdateRule(nn.Module, ABC):
     # True if `respond` also takes weights with the leading dimensions of its observation, a set of
     # them for each task; else vmap makes it so, at a price.
     weights_per_task: bool = False
+    # False if a step in Python looks at numbers: an accelerator then waits, and a compiler makes
+    # several graphs of it.
+    one_graph: bool = True
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, join, register
+from learned_opt.rules.basis import follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
@@ -17,9 +18,11 @@ RATES = tuple((beta,) for beta in (*BETAS, BETA_V))
 EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
 CLIP = 1.5  # a tensor's gradient counts at most so many times its usual RMS: outliers make no spike
 VANISHED = 1e-3  # r is at least this share of its peak: gradients that vanish are not blown up
+VECTOR_SIZE = 0.1  # usual RMS of biases and gains
+LARGEST = 4.0  # size that steps are relative to, in units of the usual one
 MIN_SIZE = 0.03  # least size of a tensor, for biases that start at zero; of wide matrices less
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
-MAX_STEP = 1.0  # no tensor moves by more than this share of its size in one update
+MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
 WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix's width
 DIRECTIONS = 1 + len(BETAS)
@@ -28,24 +31,27 @@ DIRECTIONS = 1 + len(BETAS)
 LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
     (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
 )  # fmt: skip
-FEATURES = 2 * DIRECTIONS
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
-MIXING = FEATURES + 2  # RMS of each feature, 1 / RMS of the gradients, size with its decay
+MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
 
 @register
 class GeodesicRNN(UpdateRule):
-    """u = −a ρ Σ_k (c_k m̂_k/r + d_k m̂_k/r̄): no gradient, no update.
+    """u = −a ρ Σ_k c_k m̂_k/r: no gradient, no update.
 
     m̂_k: the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected averages
-    at β = .5, .9, .99; r = √v̂ at β = .99, r̄ its RMS over the tensor: c mixes as Adam does, d as
-    SGD with momentum does, free of the loss's scale; r is at least a thousandth of its peak.
-    ρ is the tensor's size: RMS(θ), but at least 0.03 or, for a matrix of more than 370 inputs, the
-    RMS 1/√(3 fan_in) of its default init. An LSTM emits c, d and o, a = 0.1 e^o, softly limited to
-    move no tensor by more than its size; its output layer starts at zero, with a bias that makes
-    the rule Adam (β = .9, .99) with a relative step of 10 %. From step t = decay_after on, a is
-    multiplied by decay_after / t: Σ a diverges and Σ a² does not (Robbins & Monro 1951), so that a
-    run comes to rest. Steps relative to a tensor that gradient noise makes grow would not.
+    at β = .5, .9, .99; r = √v̂ at β = .99, at least a thousandth of the peak of r̄, its RMS over the
+    tensor. ρ is the tensor's size: RMS(θ), but from once to four times the usual one, for matrices
+    the RMS 1/√(3 fan_in) of torch's default init and for vectors 0.1: steps relative to the RMS of
+    embeddings, which start at N(0, 1), and of gains, which start at 1, would be too long. An LSTM
+    emits c and o, a = 0.1 e^o, softly limited to move no tensor by more than ρ; its output layer
+    starts at zero, with a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
+    From step t = decay_after on, a is multiplied by decay_after / t: Σ a diverges and Σ a² does not
+    (Robbins & Monro 1951), so that a run comes to rest. Steps relative to a tensor that gradient
+    noise makes grow would not.
+
+    With a `basis`, all this is done in the eigenbases of the gradients of matrices (basis.py): the
+    untrained rule is SOAP (Vyas et al. 2024) with relative steps.
 
     Args:
         hidden: LSTM units.
@@ -54,27 +60,37 @@ class GeodesicRNN(UpdateRule):
             size, shape and growth, and the time; u is then odd in the gradients. "coordinate":
             one for each coordinate, which sees its own m̂_k/r besides.
         decay_after: steps; about as many as the longest runs that the rule is trained on.
+        basis: most rows, or columns, for which a matrix is turned on that side; 0: none is. Only
+            with per="tensor".
 
-    State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit.
+    State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit; with a basis
+    8 for each number of the squares of the sides that are turned.
     """
 
     name = "geodesic_rnn"
     kernels = ("_tensor_features", "gains")
 
-    def __init__(self, hidden: int = 32, per: str = "tensor", decay_after: int = 1000) -> None:
+    def __init__(
+        self, hidden: int = 32, per: str = "tensor", decay_after: int = 1000, basis: int = 0
+    ) -> None:
         super().__init__()
         if per not in ("tensor", "coordinate") or min(hidden, decay_after) < 1:
             raise ConfigError(
                 f"per is {per!r}, hidden {hidden} and decay_after {decay_after}; use 'tensor' or "
                 "'coordinate', and at least 1"
             )
+        if basis < 0 or (basis and per == "coordinate"):
+            raise ConfigError(f"basis is {basis}; use at least 0, and 0 for per='coordinate'")
         self.hidden_per = per
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
+        self.basis, self.one_graph = basis, not basis
+        if basis:
+            self._config["basis"] = basis
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
-        self.head = nn.Linear(hidden, FEATURES + 1)
+        self.head = nn.Linear(hidden, DIRECTIONS + 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
@@ -95,7 +111,8 @@ class GeodesicRNN(UpdateRule):
         }
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
         where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden, units)
-        return State(layout, 0, coordinate, tensor)
+        matrix = start(params, layout, self.basis) if self.basis else ()
+        return State(layout, 0, coordinate, tensor, matrix)
 
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
@@ -104,14 +121,18 @@ class GeodesicRNN(UpdateRule):
         rows, counts = state.coordinate["averages"], layout.numbers(math.prod, grads)
         if not in_place:
             rows = rows.clone()
+        basis, matrix = None, state.matrix
+        if self.basis:
+            basis, matrix = follow(grads, rows, state, self.basis)
+            grads = basis.turn(grads)
         step = _as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
         # the weight with which an average is its own bias-corrected one
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
         share = self._clip(grads, state, counts)
         floor = (VANISHED * state.tensor["peak_gradient"].squeeze(-2)).clamp(min=EPS)
-        sums = grads.new_zeros(*lead, tensors, DIRECTIONS**2 + DIRECTIONS + 2)
-        gram, squares = sums.split([DIRECTIONS**2, DIRECTIONS + 2], -1)  # squares of g, m̂, r and θ
+        sums = grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
+        gram, squares = sums.split([DIRECTIONS**2, 3], -1)  # squares of g, r and θ
         gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
         moved = []
         for chunk in layout.chunks:
@@ -122,14 +143,13 @@ class GeodesicRNN(UpdateRule):
                 *map(chunk.parts, (normal, row, chunk.of(params))), strict=True
             ):
                 gram[..., own, :, :].add_(_gram(directions))
-                squares[..., :-1, own].add_(torch.linalg.vecdot(new, new))
+                ends = new[..., ::DIRECTIONS, :, :]  # g and r
+                squares[..., :-1, own].add_(torch.linalg.vecdot(ends, ends))
                 squares[..., -1, own].add_(torch.linalg.vecdot(theta, theta))
             moved.append(row.flatten(-2))
         if torch.compiler.is_compiling():
             rows = rows.copy_(join(moved))
-        moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split(
-            [DIRECTIONS**2, DIRECTIONS + 2], -1
-        )
+        moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
             moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
@@ -138,9 +158,9 @@ class GeodesicRNN(UpdateRule):
         )  # fmt: skip
         kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
         return (
-            Observation(rows, tensor, layout),
+            Observation(rows, tensor, layout, basis),
             State(layout, state.step + 1, state.coordinate | {"averages": rows},
-                  state.tensor | kept),
+                  state.tensor | kept, matrix),
         )  # fmt: skip
 
     @staticmethod
@@ -157,19 +177,19 @@ class GeodesicRNN(UpdateRule):
         scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
-        (*tasks, tensors, 4, 4) of m̂_k/r, the RMS (*tasks, tensors, 6) of m̂_k, r and θ, and whether
+        (*tasks, tensors, 4, 4) of m̂_k/r, the RMS (*tasks, tensors, 3) of g, r and θ, and whether
         tensors are matrices and how wide, (tensors,), and LOGS; the next initial_rms, peak_gradient
         and gradient_rms."""
-        r_bar, rms_p = rms[..., -2] + EPS, rms[..., -1]
+        rms_g, r_bar, rms_p = rms[..., 0], rms[..., 1] + EPS, rms[..., 2]
         start = torch.where(step == 1, rms_p, initial_rms.squeeze(-2))
         peak = torch.maximum(peak_gradient.squeeze(-2), r_bar)
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
-        sgd = rms[..., :DIRECTIONS] / r_bar.unsqueeze(-1)  # RMS of m̂_k/r̄
         safe = adam + 1e-6
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
-        floor = torch.where(matrix > 0, (3 * fan_in).rsqrt(), 1).clamp(max=MIN_SIZE)
+        usual = torch.where(matrix > 0, (3 * fan_in).rsqrt(), VECTOR_SIZE)
+        floor = usual.clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
-        ratios = [r_bar / peak, size / torch.maximum(start, floor), size, sgd[..., 0] + 1e-6]
+        ratios = [r_bar / peak, size / torch.maximum(start, floor), size, rms_g / r_bar + 1e-6]
         logs = torch.cat([safe, torch.stack(ratios, -1)], -1).log()
         least, unit, shift = scales.unbind(-1)
         logs = logs.maximum(least) / unit + shift
@@ -183,7 +203,8 @@ class GeodesicRNN(UpdateRule):
             logs[..., DIRECTIONS:-1], told,
             (rms_p / size).unsqueeze(-1), logs[..., -1:],
         ]  # fmt: skip
-        mixing = [adam, sgd, torch.stack([1 / r_bar, size * rest], -1)]
+        rho = rms_p.clamp(usual, LARGEST * usual) * rest
+        mixing = [adam, torch.stack([1 / r_bar, rho], -1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
 
@@ -192,7 +213,10 @@ class GeodesicRNN(UpdateRule):
     ) -> tuple[Tensor, Tensor]:
         if self.hidden_per == "tensor":
             gains, hidden = self.gains(observation.tensor, hidden)
-            return self._mix(gains, observation), hidden
+            update = self._mix(gains, observation)
+            if observation.basis is not None:
+                update = observation.basis.turn_back(update)
+            return update, hidden
         row, tensor, layout = observation.coordinate, observation.tensor, observation.layout
         if in_place:  # tensors side by side, (*, tensors, features, units)
             n = tensor.shape[-1]
@@ -207,16 +231,15 @@ class GeodesicRNN(UpdateRule):
         return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the `features` of each tensor, (*tasks, 8, tensors), and the next
+        """What multiplies the `features` of each tensor, (*tasks, 4, tensors), and the next
         recurrent state; from `Observation.tensor`."""
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
         mixture, scale = _mixture(self._head(h), tensor)
-        adam, sgd = (scale * mixture).chunk(2, dim=-2)
-        return torch.cat([adam, sgd * tensor[..., -2:-1, :]], -2), hidden
+        return scale * mixture, hidden
 
     def features(self, observation: Observation) -> Tensor:
-        """m̂_k/r and m̂_k, (*tasks, 8, d)."""
-        return _features(observation.coordinate)
+        """m̂_k/r, (*tasks, 4, d)."""
+        return _normal(observation.coordinate)
 
     def _head(self, h: Tensor) -> Tensor:
         return per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
@@ -224,28 +247,27 @@ class GeodesicRNN(UpdateRule):
     @staticmethod
     def _own(row: Tensor, tensor: Tensor) -> Tensor:
         """m̂_k/r and log(r/r̄)/3, (*, 5, units): what a coordinate sees of itself."""
-        r = row[..., -1:, :]
-        return torch.cat([row[..., :-1, :] / r, (r * tensor[..., -2:-1, :]).log() / 3], -2)
+        noise = (row[..., -1:, :] * tensor[..., -2:-1, :]).log() / 3
+        return torch.cat([_normal(row), noise], -2)
 
     @staticmethod
     def _coordinate_update(out: Tensor, row: Tensor, tensor: Tensor) -> Tensor:
-        """(*, units), from what the head says of each coordinate, (*, 9, units)."""
+        """(*, units), from what the head says of each coordinate, (*, 5, units)."""
         mixture, scale = _mixture(out, tensor)
-        sums = (mixture.unflatten(-2, (2, DIRECTIONS)) * row[..., None, :-1, :]).sum(-2)
-        adam, sgd = sums.split(1, dim=-2)
-        return (scale * (adam / row[..., -1:, :] + sgd * tensor[..., -2:-1, :])).squeeze(-2)
+        mixed = (mixture * row[..., :-1, :]).sum(-2, keepdim=True)
+        return (scale * mixed / row[..., -1:, :]).squeeze(-2)
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Σ_k gains_k features_k, with gains (*, 8, tensors) of whole tensors."""
+        """Σ_k gains_k features_k, with gains (*, 4, tensors) of whole tensors."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
-            return (gains[..., observation.layout] * _features(rows)).sum(-2)
+            return (gains[..., observation.layout] * _normal(rows)).sum(-2)
         updates = torch.empty_like(rows[..., 0, :])
-        weights = gains.mT.unflatten(-1, (2, DIRECTIONS))  # (*, tensors, 2, 4)
+        weights = gains.mT.unsqueeze(-2)  # (*, tensors, 1, 4)
         for i, n, a, b in observation.layout.runs:
             row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)
-            adam, sgd = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).unbind(-2)
-            updates[..., a:b] = torch.addcdiv(sgd, adam, row[..., -1, :]).flatten(-2)
+            mixed = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).squeeze(-2)
+            updates[..., a:b] = (mixed / row[..., -1, :]).flatten(-2)
         return updates
 
 
@@ -258,7 +280,7 @@ def _fan_in(shape: tuple[int, ...]) -> int:
 
 
 def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """c and d, (*, 8, units), and −a ρ, (*, 1, units), from what the head says, (*, 9, units)."""
+    """c, (*, 4, units), and −a ρ, (*, 1, units), from what the head says, (*, 5, units)."""
     mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
     rms, size = tensor[..., -MIXING:-2, :], tensor[..., -1:, :]
     step = STEP * log_step.exp()
@@ -308,7 +330,6 @@ def _matmul(weights: Tensor, rows: Tensor) -> Tensor:
     return sum(w * row for w, row in terms)
 
 
-def _features(rows: Tensor) -> Tensor:
-    """Rows [m̂_k, r] (*, 5, n) -> [m̂_k/r, m̂_k] (*, 8, n)."""
-    m, r = rows[..., :-1, :], rows[..., -1:, :]
-    return torch.cat([m / r, m], -2)
+def _normal(rows: Tensor) -> Tensor:
+    """Rows [m̂_k, r] (*, 5, n) -> m̂_k/r (*, 4, n)."""
+    return rows[..., :-1, :] / rows[..., -1:, :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -152,7 +151,7 @@ def unrolled_loss(
     losses = torch.stack(losses[1:])
     mean = torch.where(alive, losses.clamp(max=limit).mean(0), 0)
     run.theta = torch.where(alive[:, None], theta.detach(), torch.nan)
-    run.state = _detach(state)
+    run.state = state.map(Tensor.detach)
     raw = torch.where(alive, losses.detach().mean(0), torch.nan)
     return (mean / (mean.detach() + floor)).mean(), raw
 
@@ -180,14 +179,6 @@ def _look(
     if not still.equal(alive):
         return _look(rule, task, theta, batch, state, still, first_order)
     return theta, loss, observation, seen, alive
-
-
-def _detach(state: State) -> State:
-    kinds = {
-        kind: {name: value.detach() for name, value in getattr(state, kind).items()}
-        for kind in ("coordinate", "tensor")
-    }
-    return replace(state, **kinds)
 
 
 def differentiable(rule: UpdateRule) -> bool:

@@ -128,6 +128,8 @@ class TensorReplay(Replay):
     def _products(self, observation: Observation, y: Tensor | None = None) -> Tensor:
         """⟨f_k, y⟩, (features, 1, tasks · tensors); without y ⟨f_j, f_k⟩ in place of it."""
         sizes = observation.layout.sizes
+        if y is not None and observation.basis is not None:
+            y = observation.basis.turn(y)
         features = self.rule.features(observation).split(sizes, -1)
         others = features if y is None else y.unsqueeze(-2).split(sizes, -1)
         products = [f @ o.mT for f, o in zip(features, others, strict=True)]

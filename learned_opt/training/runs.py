@@ -18,6 +18,7 @@ from learned_opt.training.base import Objective
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
 
+KINDS = ("coordinate", "tensor", "matrix")  # of what a State holds
 LOST = 3.0  # a run ends when all its losses are so many times that of chance, or θ overflows
 
 
@@ -101,22 +102,18 @@ class RunObjective(Objective):
 
 def pack(run: OpenRun) -> dict:
     """Tensors and plain values of a run."""
+    state = run.state.map(Tensor.cpu)
     packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta.cpu()}
-    packed |= {"layout": asdict(run.state.layout), "step": run.state.step}
+    packed |= {"layout": asdict(state.layout), "step": state.step}
     packed["xi"] = run.xi if run.xi is None else run.xi.cpu()
-    for kind in ("coordinate", "tensor"):
-        packed[kind] = {name: value.cpu() for name, value in getattr(run.state, kind).items()}
-    return packed
+    return packed | {kind: getattr(state, kind) for kind in KINDS}
 
 
 def unpack(packed: dict, device: torch.device) -> OpenRun:
     """The run of `pack`."""
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
-    coordinate, tensor = (
-        {name: value.to(device) for name, value in packed[kind].items()}
-        for kind in ("coordinate", "tensor")
-    )
-    state = State(layout, packed["step"], coordinate, tensor)
+    state = State(layout, packed["step"], *(packed[kind] for kind in KINDS))
+    state = state.map(lambda x: x.to(device))
     xi = packed["xi"] if packed["xi"] is None else packed["xi"].to(device)
     theta = packed["theta"].to(device)
     return OpenRun(tuple(packed["key"]), packed["horizon"], theta, state, xi)

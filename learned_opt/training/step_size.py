@@ -115,9 +115,5 @@ def reunite(run: OpenRun) -> None:
     def twice(x: Tensor) -> Tensor:
         return x[: len(run.xi)].repeat(2, *[1] * (x.dim() - 1))
 
-    kinds = {
-        kind: {name: twice(x) for name, x in getattr(run.state, kind).items()}
-        for kind in ("coordinate", "tensor")
-    }
     run.theta, run.xi = twice(run.theta), torch.zeros_like(run.xi)
-    run.state = replace(run.state, **kinds)
+    run.state = run.state.map(twice)

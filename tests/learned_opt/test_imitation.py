@@ -69,13 +69,13 @@ def test_imitation_off_policy_is_regression_onto_the_path_s_steps(
 ) -> None:
     task, key, lengths = tiny_task(), ("test", 1), torch.tensor([5, 3])
     points = paths(task, 5)
-    every, state = torch.arange(points[:, 0].numel()), rule.init_state(points[:, 0], task.shapes)
-    hidden, losses, sizes = rule.pick_hidden(state, every), [], []
+    state = rule.init_state(points[:, 0], task.shapes)
+    hidden, losses, sizes = rule.hidden(state), [], []
     for t in range(5):
         _, grad = task.loss_and_grad(points[:, t], task.batch(seed_of(*key), t))
         with torch.no_grad():
             observation, state = rule.observe(grad, points[:, t], state)
-        update, hidden = rule.respond(observation.pick(every), hidden)
+        update, hidden = rule.respond(observation, hidden)
         step = points[:, t + 1] - points[:, t]
         for i in (lengths > t).nonzero().flatten():
             made, wanted = task.unflatten(update.view_as(step)[i]), task.unflatten(step[i])

@@ -11,6 +11,10 @@ import torch
 from learned_opt import LearnedOptimizer, UpdateRule
 from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
 
+one_graph = pytest.mark.parametrize(
+    "rule", [name for name in RULES if name != "basis"], indirect=True
+)
+
 
 @pytest.fixture(params=RULES)
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
@@ -18,7 +22,7 @@ def rule(request: pytest.FixtureRequest) -> UpdateRule:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("rule", ["tensor"], indirect=True)
+@pytest.mark.parametrize("rule", ["tensor", "basis"], indirect=True)
 def test_compiled_it_does_the_same(rule: UpdateRule) -> None:
     params, others = ([torch.ones(6, 5, requires_grad=True) for _ in range(2)] for _ in range(2))
     optimizer = LearnedOptimizer(params, weights=rule, compile=True)
@@ -34,6 +38,7 @@ def test_compiled_it_does_the_same(rule: UpdateRule) -> None:
     torch.testing.assert_close(kept, expected)
 
 
+@one_graph
 def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
     """After a first one in Python; a graph break is an error here."""
     params, others = ([torch.ones(6, 5), torch.ones(6)] for _ in range(2))
@@ -51,6 +56,7 @@ def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@one_graph
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_nothing_waits_for_it(rule: UpdateRule, compiled: bool) -> None:
     params = [p.detach().cuda().requires_grad_() for p in parameters()]

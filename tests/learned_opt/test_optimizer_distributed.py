@@ -21,6 +21,7 @@ from learned_opt import LearnedOptimizer, UpdateRule, make_rule
 
 RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
+    "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "rnnprop": ("rnnprop", {"hidden": 4}),

@@ -13,10 +13,14 @@ from learned_opt.rules import State, UpdateRule, make_rule
 from learned_opt.rules.base import CHUNK, SMALL
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import MAX_STEP, MIN_SIZE, STEP
+from tests.learned_opt.conftest import RULES
 
 SHAPES = ((6, 5), (6,), ())
 D = 37
 per_tensor = pytest.mark.parametrize("rule", ["tensor"], indirect=True)
+coordinates_alone = pytest.mark.parametrize(
+    "rule", [name for name in RULES if name != "basis"], indirect=True
+)
 ours = pytest.mark.parametrize("rule", ["tensor", "coordinate"], indirect=True)
 
 
@@ -51,6 +55,7 @@ def test_tensors_together_equal_each_tensor_alone(rule: UpdateRule) -> None:
         torch.testing.assert_close(together[i], run(rule, g, p, (shapes[i],)))
 
 
+@coordinates_alone
 def test_which_chunk_a_coordinate_is_in_does_not_matter(rule: UpdateRule) -> None:
     shape = (2, CHUNK + 77)
     d = math.prod(shape)
@@ -61,7 +66,8 @@ def test_which_chunk_a_coordinate_is_in_does_not_matter(rule: UpdateRule) -> Non
 
 
 def everything(state: State) -> list[Tensor]:
-    return [*state.coordinate.values(), *state.tensor.values()]
+    kinds = (state.coordinate, state.tensor, *state.matrix)
+    return [x for entries in kinds for x in entries.values()]
 
 
 def test_out_of_place_alters_nothing_and_in_place_gives_the_same(rule: UpdateRule) -> None:
@@ -79,6 +85,7 @@ def test_out_of_place_alters_nothing_and_in_place_gives_the_same(rule: UpdateRul
     assert all(map(torch.equal, everything(after), everything(same_state)))
 
 
+@coordinates_alone
 def test_replay_of_some_coordinates_gives_their_updates(rule: UpdateRule) -> None:
     grads, params = numbers(4, 3, D), numbers(3, D, seed=1)
     index = torch.randperm(3 * D, generator=torch.Generator().manual_seed(0))[:20]

@@ -1,0 +1,175 @@
+"""Eigenbases of the gradients of matrices, for rules to work in.
+
+Of a matrix' gradients G (n, k), L = E[G Gᵀ] and R = E[Gᵀ G], averaged over past steps, have the
+orthonormal eigenvectors Q_L and Q_R. The coordinates of Q_Lᵀ G Q_R are nearly uncorrelated, and to
+divide each of them by its √v̂, as Adam does, amounts to Shampoo's preconditioner (Gupta et al. 2018,
+arXiv 1802.09568). To run Adam there is SOAP (Vyas et al. 2024, arXiv 2409.11321).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from learned_opt.rules.base import Layout, State
+
+BETA = 0.95  # of L and R
+EVERY = 10  # steps from one basis to the next; before, there are new ones at steps 1, 2, 4 and 8
+JITTER = 1e-3  # at most added to the diagonals of L and R, in units of their mean
+SIDES = ("rows", "columns")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor as a matrix; of convolutions all but the outputs are columns.
+
+    Attributes:
+        index: the tensor's number.
+        where: its coordinates that are here.
+        shape: rows and columns.
+        sides: those of SIDES that are turned.
+    """
+
+    index: int
+    where: slice
+    shape: tuple[int, int]
+    sides: tuple[str, ...]
+
+
+def matrices(layout: Layout, limit: int) -> tuple[Matrix, ...]:
+    """The tensors of which a side has 2 to `limit` rows or columns."""
+    return _matrices(layout.shapes, layout.sizes, limit)
+
+
+@lru_cache(maxsize=256)
+def _matrices(shapes: tuple, sizes: tuple[int, ...], limit: int) -> tuple[Matrix, ...]:
+    found, start = [], 0
+    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        if len(shape) > 1 and math.prod(shape):
+            sides = shape[0], math.prod(shape[1:])
+            turned = tuple(s for s, n in zip(SIDES, sides, strict=True) if 2 <= n <= limit)
+            if turned:
+                found.append(Matrix(index, slice(start, start + size), sides, turned))
+        start += size
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Q_L and Q_R of the matrices of a layout.
+
+    Attributes:
+        q: of each matrix, side -> (*tasks, n, n).
+    """
+
+    layout: Layout
+    matrices: tuple[Matrix, ...]
+    q: tuple[dict[str, Tensor], ...]
+
+    def turn(self, x: Tensor) -> Tensor:
+        """x (*tasks, d) or (*tasks, features, d) in the eigenbases: Q_Lᵀ X Q_R."""
+        return self._apply(x, self.q)
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """The inverse: Q_L X Q_Rᵀ."""
+        return self._apply(x, [{side: q.mT for side, q in qs.items()} for qs in self.q])
+
+    def _apply(self, x: Tensor, factors: list[dict[str, Tensor]]) -> Tensor:
+        turned = x.clone()
+        for matrix, factor in zip(self.matrices, factors, strict=True):
+            whole = _whole(x[..., matrix.where], matrix, self.layout)
+            turned[..., matrix.where] = _own(_sandwich(whole, factor), matrix, self.layout)
+        return turned
+
+
+def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor], ...]:
+    """`State.matrix` before the first gradient: the coordinates' own basis."""
+    entries: tuple[dict[str, Tensor], ...] = tuple({} for _ in layout.shapes)
+    for matrix in matrices(layout, limit):
+        for side, n in zip(SIDES, matrix.shape, strict=True):
+            if side in matrix.sides:
+                eye = torch.eye(n, dtype=params.dtype, device=params.device)
+                eye = eye.expand(*params.shape[:-1], n, n)
+                entries[matrix.index][f"covariance_{side}"] = torch.zeros_like(eye)
+                entries[matrix.index][f"basis_{side}"] = eye.clone()
+    return entries
+
+
+def follow(
+    grads: Tensor, rows: Tensor, state: State, limit: int
+) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
+    """The basis for the next gradient, and the `State.matrix` to keep.
+
+    Args:
+        grads: (*tasks, d).
+        rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages and
+            r = √v̂. Averages are taken over to a new basis, in place. So is v, of which the
+            variances of the coordinates are known: the new ones', if those are uncorrelated.
+        state: before it.
+    """
+    layout, kept, bases = state.layout, list(state.matrix), []
+    found = matrices(layout, limit)
+    steps = state.step.tolist() if isinstance(state.step, Tensor) else [state.step]
+    for matrix in found:
+        t = int(steps[matrix.index % len(steps)]) + 1
+        entries = dict(kept[matrix.index])
+        g = _whole(grads[..., matrix.where], matrix, layout)
+        old = {side: entries[f"basis_{side}"] for side in matrix.sides}
+        for side in matrix.sides:
+            product = g @ g.mT if side == "rows" else g.mT @ g
+            weight = (1 - BETA) / (1 - BETA**t)
+            entries[f"covariance_{side}"] = entries[f"covariance_{side}"].lerp(product, weight)
+        if t % EVERY == 0 or (t < EVERY and t & (t - 1) == 0):
+            for side in matrix.sides:
+                entries[f"basis_{side}"] = _eigenvectors(entries[f"covariance_{side}"])
+            moves = {side: q.mT @ entries[f"basis_{side}"] for side, q in old.items()}
+            part = rows[..., matrix.where]
+            momenta = _whole(part[..., 1:-1, :], matrix, layout)
+            part[..., 1:-1, :] = _own(_sandwich(momenta, moves), matrix, layout)
+            squares = {side: move.square() for side, move in moves.items()}
+            v = _whole(part[..., -1:, :].square(), matrix, layout)
+            v = _sandwich(v, squares).clamp(min=0)
+            part[..., -1:, :] = _own(v.sqrt(), matrix, layout)
+        kept[matrix.index] = entries
+        bases.append({side: entries[f"basis_{side}"] for side in matrix.sides})
+    return Basis(layout, found, tuple(bases)), tuple(kept)
+
+
+def _whole(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
+    """(*, coordinates here) -> (*, rows, columns)."""
+    if layout.gather is not None:
+        x = layout.gather(x, matrix.index)
+    return x.unflatten(-1, matrix.shape)
+
+
+def _own(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
+    """The inverse of `_whole`."""
+    x = x.flatten(-2)
+    return x if layout.gather is None else layout.scatter(x, matrix.index)
+
+
+def _sandwich(x: Tensor, factors: dict[str, Tensor]) -> Tensor:
+    """rowsᵀ X columns; factors (*tasks, n, n), X (*tasks, n, k) or (*tasks, features, n, k)."""
+    for side, factor in factors.items():
+        if x.dim() > factor.dim():
+            factor = factor.unsqueeze(-3)
+        x = factor.mT @ x if side == "rows" else x @ factor
+    return x
+
+
+def _eigenvectors(covariance: Tensor) -> Tensor:
+    """(*, n, n); of one that is not finite, as of a lost task, those of the unit matrix.
+
+    Where there were no gradients all directions are as good: a small, rising diagonal makes the
+    coordinates' own the ones, in place of what rounding would.
+    """
+    n = covariance.shape[-1]
+    rising = torch.arange(1, n + 1, dtype=covariance.dtype, device=covariance.device) / n
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    scaled = covariance / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    good = scaled.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.linalg.eigh(torch.where(good, scaled, 0) + JITTER * rising.diag())[1]
