@@ -75,7 +75,12 @@ ARMS = {
         family=SMALL,
     ),
     # One LSTM for each tensor against one for each coordinate, briefly, as the latter is slow.
-    "light": Arm("LSTM(32) per tensor, 300 updates", family=SMALL, updates=300),
+    "light": Arm(
+        "LSTM(32) per tensor, 300 updates",
+        rule_config={"hidden": 32, "per": "tensor"},
+        family=SMALL,
+        updates=300,
+    ),
     "full": Arm(
         "LSTM(16) per coordinate, 300 updates",
         rule_config={"hidden": 16, "per": "coordinate"},

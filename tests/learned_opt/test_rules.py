@@ -12,7 +12,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules import State, UpdateRule, make_rule
 from learned_opt.rules.base import CHUNK, SMALL
 from learned_opt.rules.cell import LSTMCell
-from learned_opt.rules.geodesic_rnn import MAX_STEP, MIN_SIZE, STEP
+from learned_opt.rules.geodesic_rnn import LARGEST, MAX_STEP, STEP, VECTOR_SIZE
 from tests.learned_opt.conftest import RULES
 
 SHAPES = ((6, 5), (6,), ())
@@ -137,14 +137,21 @@ def test_the_update_is_odd_in_the_gradient(rule: UpdateRule) -> None:
         torch.testing.assert_close(opposite, -update)
 
 
+def size_of(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """RMS(p), from once to LARGEST times the usual: 1/√(3 fan_in), that of U(±1/√fan_in)."""
+    usual = (3 * math.prod(shape[1:])) ** -0.5 if len(shape) > 1 else VECTOR_SIZE
+    return p.square().mean().sqrt().clamp(usual, LARGEST * usual)
+
+
 @per_tensor
-def test_no_tensor_moves_by_more_than_its_size(rule: UpdateRule) -> None:
+@pytest.mark.parametrize("scale", [0.01, 0.5, 100])
+def test_no_tensor_moves_by_more_than_its_size(rule: UpdateRule, scale: float) -> None:
     rule.head.bias.data[-1] = 10.0  # asks for the largest step there is
-    params = numbers(D, seed=1)
+    params, sizes = scale * numbers(D, seed=1), [math.prod(shape) for shape in SHAPES]
     for update in run(rule, numbers(3, D), params):
-        for u, p in zip(update.split([30, 6, 1]), params.split([30, 6, 1]), strict=True):
-            share = u.square().mean().sqrt() / p.square().mean().sqrt().clamp(min=MIN_SIZE)
-            assert 0.5 * MAX_STEP < share <= MAX_STEP * (1 + 1e-9)
+        for u, p, shape in zip(update.split(sizes), params.split(sizes), SHAPES, strict=True):
+            share = u.square().mean().sqrt() / size_of(p, shape)
+            assert 0.3 * MAX_STEP < share <= MAX_STEP * (1 + 1e-9)
         params = params + update
 
 
@@ -163,7 +170,7 @@ def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
         for p, g in zip(reference, grad.split([30, 6]), strict=True):
             p.grad = g.view_as(p).clone()
         adam.step()
-        sizes = (matrix.square().mean().sqrt(), MIN_SIZE)  # the bias starts at zero
+        sizes = [size_of(p, p.shape) for p in (matrix, bias)]
         for u, p, old, rho in zip(update.split([30, 6]), reference, before, sizes, strict=True):
             a = (old - p.detach()).flatten()
             limit = 1 + STEP * a.square().mean().sqrt() / MAX_STEP
