@@ -46,8 +46,9 @@ class LearnedOptimizer(Optimizer):
         revision: commit of a repository on the Hub, needed there.
 
     State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
-    shape (*p.shape, features); per tensor a few small vectors. The shipped rule keeps 20 bytes per
-    parameter (Adam: 8).
+    shape (*p.shape, features); per tensor a few small vectors and, of the shipped rule's matrices,
+    two square ones for each side of up to 256. That rule keeps 20 bytes per parameter (Adam: 8),
+    and 8 for each number in the squares of these sides.
 
     Raises:
         WeightsError: the weights cannot be used.
