@@ -36,6 +36,7 @@ from generalization import (
     rollout,
     tuned_rates,
     tuned_step,
+    untrained,
     validation_tasks,
 )
 from rows import markdown, read, save
@@ -50,7 +51,7 @@ from learned_opt.benchmark.stats import (
 )
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.geodesics import make_geodesics
-from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.rules import UpdateRule
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +173,7 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> li
 
 def run(name: str, seed: int, work: Path) -> None:
     if name == "initial":
-        return save(RESULTS / "ablation", "initial-0", measure(make_rule("geodesic_rnn")))
+        return save(RESULTS / "ablation", "initial-0", measure(untrained()))
     if name == "scaled":
         rows, choice = tuned_step(measure)
         return save(RESULTS / "ablation", "scaled-0", rows, **choice)

@@ -204,7 +204,7 @@ def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:
 
 def evaluate(name: str, seed: int, work: Path) -> None:
     if name == "initial":
-        return save(RESULTS, "initial-0", measure(make_rule("geodesic_rnn")))
+        return save(RESULTS, "initial-0", measure(untrained()))
     if name == "scaled":
         rows, choice = tuned_step(measure)
         return save(RESULTS, "scaled-0", rows, **choice)
@@ -219,9 +219,15 @@ def evaluate(name: str, seed: int, work: Path) -> None:
     return save(RESULTS, f"{name}-{seed}", rows, **facts)
 
 
+def untrained() -> UpdateRule:
+    """The rule of the arms, at its initial weights."""
+    config = parse(TrainConfig, "configs/train/mlps.yaml")
+    return make_rule(config.rule, **config.rule_config)
+
+
 def tuned_step(measure: Callable[[UpdateRule, float], list[dict]]) -> tuple[list[dict], dict]:
     """Rows of the untrained rule with the best step of SCALES, by its mean losses; the choice."""
-    tried = {s: measure(make_rule("geodesic_rnn"), s) for s in SCALES}
+    tried = {s: measure(untrained(), s) for s in SCALES}
     score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
     best = min(score, key=score.get)
     return tried[best], {"scale": best, "mean_log_mean_loss": score}

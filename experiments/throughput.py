@@ -43,6 +43,9 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     BASELINE: lambda params: Adam(params, foreach=True),
     FUSED: lambda params: Adam(params, fused=True),
     "geodesic_rnn": lambda params: LearnedOptimizer(params, weights=make_rule("geodesic_rnn")),
+    "geodesic_rnn in eigenbases": lambda params: LearnedOptimizer(
+        params, weights=make_rule("geodesic_rnn", basis=256)
+    ),
     "geodesic_rnn compiled": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn"), compile=True
     ),

@@ -68,7 +68,8 @@ class Block:
         from torch.distributed.tensor import DTensor, Replicate
 
         def gather(x: Tensor, i: int) -> Tensor:
-            part = x.reshape(-1, x.shape[-1]).mT.reshape(*self.parts[i].shape, -1)
+            lead = x.shape[:-1].numel()  # -1 would mean nothing of a part without coordinates
+            part = x.reshape(lead, x.shape[-1]).mT.reshape(*self.parts[i].shape, lead)
             whole = _shard_like(self.params[i], part.contiguous()).full_tensor()
             return whole.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
 
@@ -78,7 +79,7 @@ class Block:
             mesh, copies = p.device_mesh, [Replicate()] * p.device_mesh.ndim
             whole = DTensor.from_local(whole, mesh, copies, run_check=False)
             part = whole.redistribute(placements=p.placements).to_local()
-            return part.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
+            return part.flatten(0, -2).mT.reshape(*x.shape[:-1], self.parts[i].numel())
 
         return gather, scatter
 

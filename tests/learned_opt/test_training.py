@@ -43,8 +43,9 @@ CHANGES = {
     "validation_draws": 1,
 }
 CONFIG = replace(TrainConfig(rule_config={"hidden": 3}).smoke(), **CHANGES)
-ALL = {  # every objective, with particles and a curriculum
+ALL = {  # every objective, with particles and a curriculum, of a rule with matrices in its state
     "objectives": OBJECTIVES,
+    "rule_config": {"hidden": 3, "basis": 32},
     "window": 2,
     "curriculum": CurriculumConfig((6, 8, 12), patience=1),
     "step_size": StepSizeConfig(together=2),

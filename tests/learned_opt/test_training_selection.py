@@ -112,9 +112,10 @@ def test_inner_steps_are_counted_by_task_and_particle(
     assert "train/inner_steps/s" in log.read_text().splitlines()[0]
 
 
-def test_bfloat16_trains_weights_in_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("basis", [0, 32])
+def test_bfloat16_trains_weights_in_float32(tmp_path: Path, basis: int) -> None:
     config = replace(CONFIG, objectives=("meta_loss", "pes"), updates=10, precision="bf16-mixed")
-    config = replace(config, select="last")
+    config = replace(config, select="last", rule_config=CONFIG.rule_config | {"basis": basis})
     rule = load_rule(fit(config, tmp_path / "bf16", None))
     exact = load_rule(fit(replace(config, precision="32-true"), tmp_path / "32", None))
     for name, value in rule.state_dict().items():
