@@ -17,26 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt import LearnedOptimizer
+from tests.learned_opt.drop_in import RULES, noisy_rule
 
-RULES = {
-    "tensor": ("geodesic_rnn", {"hidden": 5}),
-    "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
-    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
-    "lstm": ("coordinatewise_lstm", {"hidden": 4}),
-    "rnnprop": ("rnnprop", {"hidden": 4}),
-    "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
-}
 STEPS = 4
-
-
-def rule_of(kind: str) -> UpdateRule:
-    torch.manual_seed(0)
-    name, config = RULES[kind]
-    rule = make_rule(name, **config)
-    for p in rule.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return rule
 
 
 def make_model() -> nn.Sequential:
@@ -71,7 +55,7 @@ def whole(model: nn.Module) -> list[Tensor]:
 
 def reference(kind: str) -> list[Tensor]:
     model = make_model()
-    optimizer = LearnedOptimizer(model.parameters(), weights=rule_of(kind), weight_decay=0.1)
+    optimizer = LearnedOptimizer(model.parameters(), weights=noisy_rule(kind), weight_decay=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step).mean().backward()
@@ -89,7 +73,7 @@ def shard(model: nn.Module) -> nn.Module:
 def ddp(kind: str, folder: Path) -> None:
     model = make_model()
     wrapped = DistributedDataParallel(model)
-    optimizer = LearnedOptimizer(wrapped.parameters(), weights=rule_of(kind), weight_decay=0.1)
+    optimizer = LearnedOptimizer(wrapped.parameters(), weights=noisy_rule(kind), weight_decay=0.1)
     train(wrapped, optimizer, range(STEPS))
     assert_same(kind, whole(model), reference(kind))
     mine = torch.cat([p.flatten() for p in whole(model)])
@@ -100,7 +84,7 @@ def ddp(kind: str, folder: Path) -> None:
 
 def fsdp(kind: str, folder: Path) -> None:
     model = shard(make_model())
-    optimizer = LearnedOptimizer(model.parameters(), weights=rule_of(kind), weight_decay=0.1)
+    optimizer = LearnedOptimizer(model.parameters(), weights=noisy_rule(kind), weight_decay=0.1)
     train(model, optimizer, range(STEPS))
     assert_same(kind, whole(model), reference(kind))
     for p in model.parameters():
@@ -129,7 +113,7 @@ def fsdp_of_few_rows(kind: str, folder: Path) -> None:
         sharded.weight.data.copy_(start)
         weights = [start.clone().requires_grad_(), shard(sharded).weight]
         for weight in weights:
-            optimizer = LearnedOptimizer([weight], weights=rule_of(kind))
+            optimizer = LearnedOptimizer([weight], weights=noisy_rule(kind))
             for step in range(3):
                 optimizer.zero_grad()
                 (weight * (step + 1.0)).square().sum().backward()
@@ -140,14 +124,14 @@ def fsdp_of_few_rows(kind: str, folder: Path) -> None:
 def checkpoint(kind: str, folder: Path) -> None:
     """Saved sharded, loaded by a fresh optimizer: DCP makes its state by a step with lr 0."""
     saved = shard(make_model())
-    optimizer = LearnedOptimizer(saved.parameters(), weights=rule_of(kind), weight_decay=0.1)
+    optimizer = LearnedOptimizer(saved.parameters(), weights=noisy_rule(kind), weight_decay=0.1)
     train(saved, optimizer, range(2))
     model_state, optimizer_state = get_state_dict(saved, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     torch.manual_seed(5)
     other = shard(nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1)))
     before = whole(other)
-    fresh = LearnedOptimizer(other.parameters(), weights=rule_of(kind), weight_decay=0.1)
+    fresh = LearnedOptimizer(other.parameters(), weights=noisy_rule(kind), weight_decay=0.1)
     model_state, optimizer_state = get_state_dict(other, fresh)
     assert all(map(torch.equal, whole(other), before))
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
