@@ -12,13 +12,14 @@ from learned_opt.outputs import provenance, write_atomic
 
 def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
     """Writes name.csv and name.json: versions, hardware, commit and `facts`."""
+    facts = provenance() | facts  # before what is written makes the tree another than the commit's
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.csv", text.getvalue().encode())
-    write_atomic(folder / f"{name}.json", json.dumps(provenance() | facts, indent=2).encode())
+    write_atomic(folder / f"{name}.json", json.dumps(facts, indent=2).encode())
 
 
 def read(path: Path) -> list[dict[str, str]]:
