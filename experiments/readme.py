@@ -35,8 +35,8 @@ PICTURE = ROOT / "docs" / "validation.png"
 ARMS = {  # files of results/generalization: what README calls them
     "shipped": "**shipped recipe**",
     "mlps": "its first stage",
-    "meta_loss": "meta-loss alone",
-    "imitation": "imitation alone",
+    "meta_loss": "meta-loss alone, earlier rule",
+    "imitation": "imitation alone, earlier rule",
     "l2l": "L2L LSTM",
     "initial": "untrained rule",
     "scaled": "untrained, step tuned",
