@@ -166,7 +166,9 @@ def picture(cells: Cells) -> None:
             axis.plot(ratio, i, "|", color="0.4", ms=14, mew=2, label=label)
         axis.axvline(1, color="0.2", lw=1)
         axis.set(xscale="log", title=title)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_xlim()
+        few = high > 100 * low  # labels of three a decade would touch
+        axis.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", color="0.9")
