@@ -155,6 +155,8 @@ def command(tmp_path: Path, config: BenchmarkConfig, *launcher: str) -> subproce
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell that runs the tests in the background ignores it, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
