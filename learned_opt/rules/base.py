@@ -196,7 +196,7 @@ class State:
         step: updates made so far; (tensors,) where the tensors differ in it.
         coordinate: name -> (*tasks, features, d).
         tensor: name -> (*tasks, features, tensors).
-        matrix: of each tensor, name -> (*tasks, n, n), see basis.py; rules make new ones, `in_place` too.
+        matrix: of each tensor, name -> (*tasks, n, n), see basis.py; always new ones.
     """
 
     layout: Layout
