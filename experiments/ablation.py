@@ -1,7 +1,7 @@
 """What do geodesics contribute? Every part of the recipe by itself, on equal terms.
 
 All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
-each is given three to five minutes of one core, from three training seeds; the step sizes of the
+each is given about ten minutes of one core, from three training seeds; the step sizes of the
 outer loop are those of configs/train/mlps.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
 are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
@@ -67,7 +67,7 @@ PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm trains, and for how many updates: three to five minutes of one core (Xeon).
+    """What an arm trains, and for how many updates: about ten minutes of one core (EPYC).
 
     path: of the targets; None of arms without imitation of paths.
     change: settings of TrainConfig.
@@ -83,23 +83,23 @@ IMITATION, META = ("imitation",), ("meta_loss",)
 BOTH = ("imitation", "meta_loss", "meta_loss")
 ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
 ARMS = {
-    "adam_teacher": Arm("imitation of Adam, four of its steps each", 240, None, {
+    "adam_teacher": Arm("imitation of Adam, four of its steps each", 480, None, {
         "objectives": ("torch_imitation",), "teacher": ADAM}),
-    "adam_meta": Arm("Adam's steps and meta-loss", 540, None, {
+    "adam_meta": Arm("Adam's steps and meta-loss", 1020, None, {
         "objectives": ("torch_imitation", "meta_loss", "meta_loss"), "teacher": ADAM}),
-    "trajectory": Arm("imitation of SGD's own way", 360, "trajectory", {"objectives": IMITATION}),
-    "chord": Arm("imitation of chords", 360, "chord", {"objectives": IMITATION}),
-    "geodesic_off": Arm("imitation of geodesics, off policy", 480, "geodesic", {
+    "trajectory": Arm("imitation of SGD's own way", 780, "trajectory", {"objectives": IMITATION}),
+    "chord": Arm("imitation of chords", 780, "chord", {"objectives": IMITATION}),
+    "geodesic_off": Arm("imitation of geodesics, off policy", 840, "geodesic", {
         "objectives": IMITATION, "teacher_share": (1.0, 1.0)}),
-    "geodesic": Arm("imitation of geodesics", 360, "geodesic", {"objectives": IMITATION}),
-    "trajectory_meta": Arm("SGD's own way and meta-loss", 540, "trajectory", {"objectives": BOTH}),
-    "chord_meta": Arm("chords and meta-loss", 540, "chord", {"objectives": BOTH}),
-    "geodesic_meta": Arm("geodesics and meta-loss", 540, "geodesic", {"objectives": BOTH}),
-    "meta": Arm("meta-loss", 540, None, {"objectives": META}),
-    "pes": Arm("meta-loss by PES", 540, None, {"objectives": ("pes",)}),
-    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 120, "geodesic", {
+    "geodesic": Arm("imitation of geodesics", 780, "geodesic", {"objectives": IMITATION}),
+    "trajectory_meta": Arm("SGD's own way and meta-loss", 1260, "trajectory", {"objectives": BOTH}),
+    "chord_meta": Arm("chords and meta-loss", 1260, "chord", {"objectives": BOTH}),
+    "geodesic_meta": Arm("geodesics and meta-loss", 1260, "geodesic", {"objectives": BOTH}),
+    "meta": Arm("meta-loss", 1560, None, {"objectives": META}),
+    "pes": Arm("meta-loss by PES", 1560, None, {"objectives": ("pes",)}),
+    "lstm_geodesic": Arm("L2L's LSTM, imitation of geodesics", 360, "geodesic", {
         "objectives": IMITATION} | LSTM),
-    "lstm_meta": Arm("L2L's LSTM, meta-loss", 420, None, {"objectives": META} | LSTM),
+    "lstm_meta": Arm("L2L's LSTM, meta-loss", 2280, None, {"objectives": META} | LSTM),
 }  # fmt: skip
 UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
 
