@@ -204,8 +204,6 @@ class TrainConfig:
         horizon: least and most steps of a run, log-uniform.
         curriculum: lengths of runs in place of `horizon`, and of the validation runs.
         open_runs: runs under way at once, so that long ones do not crowd out others.
-        foresight: how far `direction` looks beyond its windows, as a share of the steps of the run
-            so far; see training/meta_loss.py.
         loss_floor: tasks weigh 1 / (mean loss of the window + loss_floor).
         loss_clip: losses of runs count as at most so many times that of chance; null is no clip.
         first_order: whether backprop takes what the rule sees as given; if not, second
@@ -253,7 +251,6 @@ class TrainConfig:
     horizon: tuple[int, int] = (20, 800)
     curriculum: CurriculumConfig | None = None
     open_runs: int = 5
-    foresight: float = 0.0
     loss_floor: float = 0.003
     loss_clip: float | None = None
     first_order: bool = True
@@ -284,8 +281,6 @@ class TrainConfig:
                 f"learning_rate={self.learning_rate}, clip={self.clip} and "
                 f"loss_floor={self.loss_floor} must be positive"
             )
-        if self.foresight < 0:
-            raise ConfigError(f"foresight is {self.foresight}; use 0 for none, or e.g. 1")
         if not all(0 <= share <= 1 for share in self.teacher_share):
             raise ConfigError(f"teacher_share is {self.teacher_share}; use two shares in [0, 1]")
         if self.updates % self.epoch_length:

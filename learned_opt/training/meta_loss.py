@@ -25,14 +25,13 @@ class MetaLoss(RunObjective):
         config = self.config
         return meta_loss(
             rule, task, run, steps, config.coordinates, config.loss_floor, self.limit(task),
-            self.sizes, 0.0 if self.sizes else config.foresight,
+            self.sizes,
         )  # fmt: skip
 
 
 class Direction(MetaLoss):
     """`meta_loss` but for its say in how long steps are, which short windows judge badly: they
     shrink steps too soon, as what a step spoils by noise shows at once and what it gains does not.
-    For the same reason they mix too little of long averages, against which helps `foresight`.
     """
 
     name = "direction"
@@ -68,7 +67,6 @@ def meta_loss(
     floor: float,
     limit: float | Tensor = math.inf,
     sizes: bool = True,
-    foresight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The loss Σ_t F(θ_t) of the rule's next `steps` updates; moves `run` on.
 
@@ -81,9 +79,6 @@ def meta_loss(
         limit: losses count as at most this, a number or (tasks,), and have no gradient above it.
         sizes: if not, of Σ_{t>s} g_t only what is orthogonal to u_s counts, tensor by tensor: the
             gradient then has nothing to say of |u_s|; in expectation, where coordinates are drawn.
-        foresight: the mean of the g_t of the window's second half counts `foresight` times the
-            steps of the run so far, for updates of the first half, as if the run went on for so
-            long with gradients of that mean.
 
     Returns:
         the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
@@ -108,8 +103,6 @@ def meta_loss(
         mean = losses.clamp(max=limit).mean(0)
         grads = torch.where((losses < limit).unsqueeze(-1), grads, 0)
         future = grads.flip(0).cumsum(0).flip(0)  # Σ_{t>s} g_t
-        early = steps // 2
-        future[:early] += foresight * run.state.step * grads[early:].mean(0)
         if not sizes:
             future = _across(torch.stack(updates), future, run.state)
         good = mean.isfinite() & future.isfinite().all(0).all(-1)

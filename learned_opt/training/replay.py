@@ -45,6 +45,11 @@ class Replay(ABC):
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
         """|u_s − y_s|² over each tensor, (steps, tasks · tensors)."""
 
+    @abstractmethod
+    def lengths(self, u: Sequence[Tensor]) -> Tensor:
+        """Numbers with the gradient of log ℓ_s, (steps, tasks · tensors), ℓ_s how long the updates
+        u_s (tasks, d) are on each tensor."""
+
 
 def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object) -> Replay:
     """The replay that suits `rule`, of a rollout that goes on from `state`.
@@ -69,7 +74,7 @@ def _finite(x: Tensor) -> Tensor:
 
 class SampledReplay(Replay):
     def __init__(self, rule: UpdateRule, state: State, coordinates: int, *key: object) -> None:
-        self.rule, layout = rule, state.layout
+        self.rule, self.layout = rule, (layout := state.layout)
         d, tensors = sum(layout.sizes), len(layout.sizes)
         tasks = rule.hidden(state).shape[0]
         draw = torch.randperm(tasks * d, generator=generator("coordinates", *key))
@@ -106,6 +111,13 @@ class SampledReplay(Replay):
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
         y = torch.stack([v.flatten()[self.index] for v in y])
         return self._per_tensor((self._updates() - y).square())
+
+    def lengths(self, u: Sequence[Tensor]) -> Tensor:
+        layout, along = self.layout, []
+        for update in u:
+            squares = layout.squared_norms(update).clamp(min=TINY)
+            along.append((update / layout.expand(squares)).nan_to_num(0.0, 0.0, 0.0))
+        return self.inner(along)
 
 
 class TensorReplay(Replay):
@@ -152,3 +164,9 @@ class TensorReplay(Replay):
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
         own, cross, squares = self.moments(y)
         return (own - 2 * cross + squares).clamp(min=0)
+
+    def lengths(self, u: Sequence[Tensor]) -> Tensor:
+        """Of log|c_s|, c the gains: see StepSize."""
+        gains = self._gains()
+        kept = gains.detach()
+        return (kept * gains).sum(1) / kept.square().sum(1).clamp(min=TINY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from learned_opt.config import StepSizeConfig
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Task, generator, uniform
 from learned_opt.training.pes import AntitheticRuns, differences, roll_out
-from learned_opt.training.replay import TINY, start_replay
+from learned_opt.training.replay import start_replay
 from learned_opt.training.runs import OpenRun
 from learned_opt.training.start import trainable
 
@@ -25,18 +23,22 @@ class StepSize(AntitheticRuns):
     long or too short on every task, the rule learns to notice that and to make up for it. ξ is the
     sum, over windows since the pair was last together, of
 
-        Σ_i ε_i ∂ log|u_i| / ∂w,    the mean over the window's steps and both particles;
+        Σ_i ε_i ∂ log ℓ_i / ∂w,    the mean over the window's steps and both particles;
 
         ĝ = 1 / (2 σ N) Σ_pairs ξ (L⁺ − L⁻),    L = log(mean loss of the window + loss_floor).
+
+    ℓ_i is |c_i| for rules with gains c_i per tensor, u_i = Σ_k c_ik f_ik, else |u_i|. Both grow as
+    steps do that keep their direction. Of what turns them |u_i| grows the most with the noisiest
+    f_k, which is no reason to have more of it; steps along ∂ log|c_i| / ∂c_i scale c_i and no more.
 
     As in PES (pes.py) a window's losses count for all steps since the pair was last together, but
     what is perturbed are as many numbers as there are tensors and not the thousands of
     meta-parameters, whose noise the estimate would have; the chain rule does the rest (REINFORCE,
     Williams 1992, with antithetic pairs). To first order in σ it is the gradient, through the sizes
-    of steps, of these L: exactly where ∂ log|u_i| / ∂w is the same at all of a window's steps, and
+    of steps, of these L: exactly where ∂ log ℓ_i / ∂w is the same at all of a window's steps, and
     with what the rule observes, and what it remembers at the window's start, taken as given. What
     changes sizes within a window but not their mean it does not see. With c = `common` above 0 it
-    is the gradient, through log |u_i|, times the covariance of ε, (1 − c) I + c 1 1ᵀ: downhill all
+    is the gradient, through log ℓ_i, times the covariance of ε, (1 − c) I + c 1 1ᵀ: downhill all
     the same, first in what all tensors want, which is told from the noise the soonest. For rules
     without gains per tensor, of which only some coordinates are replayed, small tensors make it
     noisy.
@@ -87,17 +89,17 @@ def step_size_gradient(
     pace = uniform(generator("pace", *run.key), *config.pace, (n, 1)).to(run.theta).repeat(2, 1)
     factors = layout.expand((pace + sigma * torch.cat([epsilon, -epsilon])).exp())
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
-    directions: list[Tensor] = []  # of ε_i log|u_i| in u: ⟨u, these⟩ has its gradient
+    updates: list[Tensor] = []
 
     def advance(seen: Observation, state: State) -> tuple[Tensor, State]:
-        replay.see(replace(seen, coordinate=seen.coordinate.clone()))  # the next is in its place
+        replay.see(seen)  # SampledReplay copies; of gains alone, lengths need no coordinates
         update, state = rule.advance(seen, state)
-        shares = layout.expand(both / layout.squared_norms(update).clamp(min=TINY))
-        directions.append((shares * update).nan_to_num(0.0, 0.0, 0.0))
+        updates.append(update)
         return factors * update, state
 
     losses = roll_out(rule, advance, task, run, steps)
-    sizes = replay.inner(directions).view(steps, 2, n, -1).sum(-1).mean((0, 1))
+    lengths = (replay.lengths(updates).view(steps, 2 * n, -1) * both).sum(-1)
+    sizes = lengths.view(steps, 2, n).mean((0, 1))
     weights, eye = trainable(rule), torch.eye(n, dtype=sizes.dtype, device=sizes.device)
     grads = torch.autograd.grad(sizes, weights, eye, is_grads_batched=True, allow_unused=True)
     rows = [

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from learned_opt.config import OBJECTIVES, RUN_OBJECTIVES, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, make_rule
-from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.mlp import MLPTask
 from learned_opt.training import objectives
 from learned_opt.training.meta_loss import meta_loss, unrolled_loss
@@ -70,32 +69,6 @@ def test_the_direction_alone_has_no_say_in_the_size(per: str) -> None:
     whole, direction = found[True], found[False]
     assert direction[-1].abs() < 0.01 * whole[-1].abs()
     assert direction[:-1].norm() > 0.005 * whole[:-1].norm()
-
-
-def test_with_foresight_gradients_go_on_as_in_the_second_half() -> None:
-    """A window that is longer by gradients which are all the mean of those in its second half."""
-    torch.manual_seed(0)
-    rule, task = make_rule("geodesic_rnn", hidden=3).double(), tiny_task()
-    rule.head.weight.data.normal_(0, 0.1)
-    theta, updates, losses, grads = task.init(0).double(), [], [], []
-    state = rule.init_state(theta, task.shapes)
-    for step in range(5):
-        loss, grad = task.loss_and_grad(theta, task.batch(seed_of("test", 0), step))
-        losses.append(loss)
-        grads.append(grad)
-        if step < 4:
-            with torch.no_grad():
-                seen, state = rule.observe(grad, theta, state)
-            update, state = rule.advance(seen, state)
-            updates.append(update)
-            theta = theta + update.detach()
-    later = [(grads[3] + grads[4]) / 2] * 8  # the run so far has four steps, foresight is 2
-    ahead = [grads[1:] + later, grads[2:] + later, grads[3:], grads[4:]]
-    mean = torch.stack(losses[1:]).mean(0) + 0.01
-    form = sum(u @ (sum(g) / mean[:, None]).mT for u, g in zip(updates, ahead, strict=True))
-    expected = gradient(form.diagonal().mean() / 4, rule)
-    found, _ = meta_loss(rule, task, open_run(rule, task), 4, ALL, 0.01, foresight=2.0)
-    torch.testing.assert_close(gradient(found, rule), expected)
 
 
 def test_clipped_losses_have_no_gradient() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
-from learned_opt.rules import Layout, Observation, State, UpdateRule
+from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
 from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
 from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
@@ -249,7 +249,8 @@ def test_pairs_start_from_one_point_again() -> None:
 
 
 def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -> None:
-    """ξ against autograd of the mean of Σ_i ε_i log|u_i|, ε from what the first steps are."""
+    """ξ against autograd of the mean of Σ_i ε_i log|u_i|, ε from what the first steps are; of rules
+    with gains per tensor it is that of these."""
     task, sigma, steps = tiny_task(DoubleTask), 0.2, 3
     config = TrainConfig(objectives=("step_size",))
     run = StepSize(config, rule).open(("test",), 9, task, rule)
@@ -265,9 +266,14 @@ def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -
     for _ in range(steps):
         batch = task.batch(seed_of(*before.key), state.step)
         grad = task.loss_and_grad(theta.view(2, 2, -1), batch)[1].flatten(0, -2)
-        update, state = rule.advance(*rule.observe(grad, theta, state))
+        seen, state = rule.observe(grad, theta, state)
+        if rule.gains_per_tensor:
+            lengths = rule.gains(seen.tensor, rule.hidden(state))[0].norm(dim=-2).unbind(-1)
+        update, state = rule.advance(seen, state)
         theta = theta + factors * update.detach()
-        sizes = [part.square().sum(-1).log() / 2 for part in update.split(state.layout.sizes, -1)]
+        if not rule.gains_per_tensor:
+            lengths = [part.norm(dim=-1) for part in update.split(state.layout.sizes, -1)]
+        sizes = [length.log() for length in lengths]
         for i, value in enumerate((torch.stack(sizes, -1).view(2, 2, -1) * epsilon).sum((0, 2))):
             total[i] = total[i] + value / (2 * steps)
     torch.testing.assert_close(run.theta, theta)
@@ -275,6 +281,19 @@ def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -
         grads = torch.autograd.grad(expected, list(rule.parameters()), retain_graph=True)
         torch.testing.assert_close(found, nn.utils.parameters_to_vector(grads))
         assert found.norm() > 0
+
+
+def test_longer_steps_point_where_they_did() -> None:
+    """Of a mixture that is a constant, c, what step sizes teach is a multiple of c."""
+    rule, task = make_rule("geodesic_rnn", hidden=3).double(), tiny_task(DoubleTask)
+    mixture = torch.tensor([0.1, -0.3, 1.0, 0.5])
+    rule.head.bias.data[:-1] = mixture
+    rule.head.bias.data[-1] = -4.0  # far below the bound on steps, which sees the whole mixture
+    run = StepSize(TrainConfig(objectives=("step_size",)), rule).open(("test",), 9, task, rule)
+    step_size_gradient(rule, task, run, 5, StepSizeConfig(), 0.1, math.inf, ALL)
+    learned = run.xi[:, -5:-1].float()  # of the head's bias, the last of the weights
+    cosine = torch.cosine_similarity(learned, mixture.expand_as(learned), dim=-1)
+    assert (cosine.abs() > 0.999).all()
 
 
 def test_a_task_that_is_lost_leaves_the_others_theirs(rule: UpdateRule) -> None:
