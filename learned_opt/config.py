@@ -124,14 +124,19 @@ class StepSizeConfig:
             step is judged by so many windows, or as few as one, if it is made late in them.
         common: share of its variance that all tensors of a network have in common.
         pace: each run's steps are all made e^U(low, high) times as long.
+        mixture: standard deviation of what is added to the gains of all tensors, in units of their
+            norm; 0: what steps are mixed of is left alone. For rules with gains per tensor.
     """
 
     sigma: float = 0.2
     together: int = 10
     common: float = 0.0
     pace: tuple[float, float] = (0.0, 0.0)
+    mixture: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.mixture < 0:
+            raise ConfigError(f"step_size.mixture is {self.mixture}; use 0 for none, or e.g. 0.2")
         if self.pace[0] > self.pace[1]:
             raise ConfigError(f"step_size.pace is {self.pace}; give the lower bound first")
         if not 0 <= self.common < 1:

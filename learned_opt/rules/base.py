@@ -280,8 +280,9 @@ class UpdateRule(nn.Module, ABC):
 
     name: ClassVar[str]
     hidden_per: str  # "coordinate" or "tensor": to what a recurrent state belongs
-    # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)` and
-    # `features(observation)` f without meta-parameters: training is then far cheaper.
+    # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)`,
+    # `features(observation)` f without meta-parameters and the sum from `mix(gains, observation)`:
+    # training is then far cheaper.
     gains_per_tensor: bool = False
     # True if `respond` also takes weights with the leading dimensions of its observation, a set of
     # them for each task; else vmap makes it so, at a price.

@@ -217,10 +217,7 @@ class GeodesicRNN(UpdateRule):
     ) -> tuple[Tensor, Tensor]:
         if self.hidden_per == "tensor":
             gains, hidden = self.gains(observation.tensor, hidden)
-            update = self._mix(gains, observation)
-            if observation.basis is not None:
-                update = observation.basis.turn_back(update)
-            return update, hidden
+            return self.mix(gains, observation), hidden
         row, tensor, layout = observation.coordinate, observation.tensor, observation.layout
         if in_place:  # tensors side by side, (*, tensors, features, units)
             n = tensor.shape[-1]
@@ -244,6 +241,10 @@ class GeodesicRNN(UpdateRule):
     def features(self, observation: Observation) -> Tensor:
         """m̂_k/r, (*tasks, 4, d)."""
         return _normal(observation.coordinate)
+
+    def mix(self, gains: Tensor, observation: Observation) -> Tensor:
+        update = self._mix(gains, observation)
+        return update if observation.basis is None else observation.basis.turn_back(update)
 
     def _head(self, h: Tensor) -> Tensor:
         return per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)

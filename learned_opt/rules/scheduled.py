@@ -159,6 +159,9 @@ class Scheduled(UpdateRule):
     def features(self, observation: Observation) -> Tensor:
         return self.base.features(observation)
 
+    def mix(self, gains: Tensor, observation: Observation) -> Tensor:
+        return self.base.mix(gains, observation)
+
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         own = 2 * self.cell.hidden
         return hidden[..., :-own, :], hidden[..., -own:, :]

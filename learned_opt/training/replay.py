@@ -167,6 +167,10 @@ class TensorReplay(Replay):
 
     def lengths(self, u: Sequence[Tensor]) -> Tensor:
         """Of log|c_s|, c the gains: see StepSize."""
+        shares = self.shares()
+        return (shares.detach() * shares).sum(1)
+
+    def shares(self) -> Tensor:
+        """c_s / |c_s|, with |c_s| taken as given, (steps, features, tasks · tensors)."""
         gains = self._gains()
-        kept = gains.detach()
-        return (kept * gains).sum(1) / kept.square().sum(1).clamp(min=TINY)
+        return gains / gains.detach().norm(dim=1, keepdim=True).clamp(min=TINY)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from learned_opt.config import StepSizeConfig
+from learned_opt.config import StepSizeConfig, TrainConfig
+from learned_opt.errors import ConfigError
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Task, generator, uniform
 from learned_opt.training.pes import AntitheticRuns, differences, roll_out
@@ -15,7 +18,7 @@ from learned_opt.training.start import trainable
 
 
 class StepSize(AntitheticRuns):
-    """How long steps are, by what becomes of the run; where they point is not touched.
+    """How long steps are, and with `mixture` what of, by what becomes of the run.
 
     Each of N tasks is a pair of particles, whose updates of tensor i are e^{p ± σ ε_i} u_i, with
     ε_i = √c z + √(1 − c) z_i, z and z_i ~ N(0, 1) drawn anew in every window: one factor for the
@@ -43,12 +46,28 @@ class StepSize(AntitheticRuns):
     without gains per tensor, of which only some coordinates are replayed, small tensors make it
     noisy.
 
+    With `mixture` = μ above 0 the gains themselves are perturbed too, c_i ± μ |c_i| η with η ~
+    N(0, I) anew in every window, the same for all tensors of a network, and ξ has besides
+
+        σ / μ Σ_ik η_k ∂c_ik / ∂w / |c_i|:
+
+    what steps are mixed of is then judged by runs as well, with all that later steps make of it,
+    which replay (`direction`) takes as given.
+
     Every `together` windows the second particle goes on from where the first is: differences of
     runs that have long gone apart are noise.
     """
 
     name = "step_size"
     pairs = 1
+
+    def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
+        super().__init__(config, rule)
+        if config.step_size.mixture and not rule.gains_per_tensor:
+            raise ConfigError(
+                f"step_size.mixture is {config.step_size.mixture}, but rule {config.rule!r} has no "
+                "gains per tensor; use 0, or geodesic_rnn with per: tensor"
+            )
 
     def estimate(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
@@ -76,7 +95,7 @@ def step_size_gradient(
 
     Args:
         run: theta (2 · tasks, d), the particles of +ε first; xi (tasks, weights).
-        config: its sigma, common and pace are those of StepSize.
+        config: its sigma, common, pace and mixture are those of StepSize.
         limit: losses count as at most this, a number or (*tasks,).
         coordinates: how many to learn from, where the rule does not allow for all.
     """
@@ -90,16 +109,29 @@ def step_size_gradient(
     factors = layout.expand((pace + sigma * torch.cat([epsilon, -epsilon])).exp())
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
     updates: list[Tensor] = []
+    eta = torch.empty(0)
 
     def advance(seen: Observation, state: State) -> tuple[Tensor, State]:
-        replay.see(seen)  # SampledReplay copies; of gains alone, lengths need no coordinates
-        update, state = rule.advance(seen, state)
-        updates.append(update)
-        return factors * update, state
+        nonlocal eta
+        replay.see(seen)  # SampledReplay copies; what is of gains alone needs no coordinates
+        if not config.mixture:
+            update, state = rule.advance(seen, state)
+            updates.append(update)
+            return factors * update, state
+        gains, hidden = rule.gains(seen.tensor, rule.hidden(state))
+        if not len(eta):
+            eta = torch.randn(n, gains.shape[-2], 1, generator=rng).to(gains)
+        size = gains.norm(dim=-2, keepdim=True)
+        gains = gains + config.mixture * size * torch.cat([eta, -eta])
+        kept = getattr(state, rule.hidden_per) | {"hidden": hidden}
+        return factors * rule.mix(gains, seen), replace(state, **{rule.hidden_per: kept})
 
     losses = roll_out(rule, advance, task, run, steps)
-    lengths = (replay.lengths(updates).view(steps, 2 * n, -1) * both).sum(-1)
-    sizes = lengths.view(steps, 2, n).mean((0, 1))
+    sizes = (replay.lengths(updates).view(steps, 2 * n, -1) * both).sum(-1)
+    if config.mixture:
+        shares = replay.shares().view(steps, -1, 2 * n, len(layout.shapes)).transpose(1, 2)
+        sizes = sizes + sigma / config.mixture * (shares * torch.cat([eta, eta])).sum((-2, -1))
+    sizes = sizes.view(steps, 2, n).mean((0, 1))
     weights, eye = trainable(rule), torch.eye(n, dtype=sizes.dtype, device=sizes.device)
     grads = torch.autograd.grad(sizes, weights, eye, is_grads_batched=True, allow_unused=True)
     rows = [

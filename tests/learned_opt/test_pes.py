@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
+from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
 from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
@@ -229,6 +230,69 @@ def test_tensors_have_an_estimate_each(common: float) -> None:
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - expected).abs() < 4 * error).all()
     assert (error < 0.1 * expected.abs()).all()
+
+
+class Mixed(Momentum):
+    """u = −(w₁ + w₂ D) g, with a fixed diagonal D."""
+
+    gains_per_tensor = True
+    diagonal = torch.tensor([0.5, -0.2, 0.3], dtype=torch.float64)
+
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
+        return -(self.w[0] + self.w[1] * self.diagonal) * observation.coordinate[..., 0, :], hidden
+
+    def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return -self.w[:, None].expand(*tensor.shape[:-2], 2, tensor.shape[-1]), hidden
+
+    def features(self, observation: Observation) -> Tensor:
+        g = observation.coordinate
+        return torch.cat([g, self.diagonal * g], -2)
+
+    def mix(self, gains: Tensor, observation: Observation) -> Tensor:
+        return (observation.layout.expand(gains) * self.features(observation)).sum(-2)
+
+
+def test_mixtures_have_the_gradient_of_the_whole_run() -> None:
+    """G, against finite differences: once for each of two tensors by what is common to both, and
+    its part along w by how long steps are."""
+    rule, task, h = Mixed(), Quadratics(), 1e-5
+    config = StepSizeConfig(0.01, mixture=0.01)
+    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
+    whole = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
+    whole = torch.tensor(whole, dtype=torch.float64) / (2 * h)
+    expected = 2 * whole + (whole @ w) / w.square().sum() * w
+    with torch.no_grad():
+        rule.w.copy_(w)
+    found = []
+    for key in range(20):
+        _, run = open_pair(rule, task, key)
+        parts = [
+            step_size_gradient(rule, task, run, WINDOW, config, FLOOR, math.inf, ALL)[0]
+            for _ in range(HORIZON // WINDOW)
+        ]
+        found.append(torch.stack(parts).sum(0))
+    found = torch.stack(found)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert error.norm() < 0.1 * expected.norm()
+
+
+def test_only_gains_per_tensor_are_mixed() -> None:
+    config = TrainConfig(objectives=("step_size",), step_size=StepSizeConfig(mixture=0.2))
+    with pytest.raises(ConfigError, match=r"mixture is 0\.2.*gains per tensor"):
+        StepSize(config, make_rule("rnnprop"))
+    with pytest.raises(ConfigError, match=r"mixture is -1"):
+        StepSizeConfig(mixture=-1)
+
+
+def test_gains_mix_to_the_update(rule: UpdateRule) -> None:
+    if rule.gains_per_tensor:
+        task = tiny_task(DoubleTask)
+        theta = task.init(0).double()
+        _, grad = task.loss_and_grad(theta, task.fixed_batch())
+        seen, state = rule.observe(grad, theta, rule.init_state(theta, task.shapes))
+        gains, _ = rule.gains(seen.tensor, rule.hidden(state))
+        torch.testing.assert_close(rule.mix(gains, seen), rule.advance(seen, state)[0])
 
 
 def test_pairs_start_from_one_point_again() -> None:
