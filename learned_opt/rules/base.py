@@ -327,6 +327,10 @@ class UpdateRule(nn.Module, ABC):
     def hidden(self, state: State) -> Tensor:
         return getattr(state, self.hidden_per)["hidden"]
 
+    def with_hidden(self, state: State, hidden: Tensor) -> State:
+        entries = getattr(state, self.hidden_per) | {"hidden": hidden}
+        return replace(state, **{self.hidden_per: entries})
+
     def pick_hidden(self, state: State, index: Tensor) -> Tensor:
         """The recurrent state that goes with `Observation.pick(index)`."""
         hidden = self.hidden(state)
@@ -344,8 +348,7 @@ class UpdateRule(nn.Module, ABC):
             updates = torch.empty_like(observation.coordinate[..., 0, :])
             for where, piece in observation.pieces():
                 updates[..., where], _ = self.respond(piece, hidden[..., where], in_place=True)
-        entries = getattr(state, self.hidden_per) | {"hidden": hidden}
-        return updates, replace(state, **{self.hidden_per: entries})
+        return updates, self.with_hidden(state, hidden)
 
     @torch.no_grad()
     def update(

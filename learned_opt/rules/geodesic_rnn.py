@@ -243,6 +243,8 @@ class GeodesicRNN(UpdateRule):
         return _normal(observation.coordinate)
 
     def mix(self, gains: Tensor, observation: Observation) -> Tensor:
+        """Σ_k gains_k features_k, (*tasks, d), in the coordinates of θ; gains (*tasks, 4,
+        tensors)."""
         update = self._mix(gains, observation)
         return update if observation.basis is None else observation.basis.turn_back(update)
 

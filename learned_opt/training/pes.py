@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +161,6 @@ def perturbed(rule: UpdateRule, weights: Tensor) -> Advance:
 
         seen = (observation.coordinate, observation.tensor, rule.hidden(state))
         update, hidden = torch.func.vmap(one)(own, *seen)
-        entries = getattr(state, rule.hidden_per) | {"hidden": hidden}
-        return update, replace(state, **{rule.hidden_per: entries})
+        return update, rule.with_hidden(state, hidden)
 
     return advance

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def _finite(x: Tensor) -> Tensor:
 
 class SampledReplay(Replay):
     def __init__(self, rule: UpdateRule, state: State, coordinates: int, *key: object) -> None:
-        self.rule, self.layout = rule, (layout := state.layout)
+        self.rule, self.layout = rule, state.layout
+        layout = self.layout
         d, tensors = sum(layout.sizes), len(layout.sizes)
         tasks = rule.hidden(state).shape[0]
         draw = torch.randperm(tasks * d, generator=generator("coordinates", *key))
@@ -167,10 +169,11 @@ class TensorReplay(Replay):
 
     def lengths(self, u: Sequence[Tensor]) -> Tensor:
         """Of log|c_s|, c the gains: see StepSize."""
-        shares = self.shares()
-        return (shares.detach() * shares).sum(1)
+        return (self.shares.detach() * self.shares).sum(1)
 
+    @cached_property
     def shares(self) -> Tensor:
-        """c_s / |c_s|, with |c_s| taken as given, (steps, features, tasks · tensors)."""
+        """c_s / |c_s|, with |c_s| taken as given, (steps, features, tasks · tensors), of all that
+        was seen."""
         gains = self._gains()
         return gains / gains.detach().norm(dim=1, keepdim=True).clamp(min=TINY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -123,13 +121,12 @@ def step_size_gradient(
             eta = torch.randn(n, gains.shape[-2], 1, generator=rng).to(gains)
         size = gains.norm(dim=-2, keepdim=True)
         gains = gains + config.mixture * size * torch.cat([eta, -eta])
-        kept = getattr(state, rule.hidden_per) | {"hidden": hidden}
-        return factors * rule.mix(gains, seen), replace(state, **{rule.hidden_per: kept})
+        return factors * rule.mix(gains, seen), rule.with_hidden(state, hidden)
 
     losses = roll_out(rule, advance, task, run, steps)
     sizes = (replay.lengths(updates).view(steps, 2 * n, -1) * both).sum(-1)
     if config.mixture:
-        shares = replay.shares().view(steps, -1, 2 * n, len(layout.shapes)).transpose(1, 2)
+        shares = replay.shares.view(steps, -1, 2 * n, len(layout.shapes)).transpose(1, 2)
         sizes = sizes + sigma / config.mixture * (shares * torch.cat([eta, eta])).sum((-2, -1))
     sizes = sizes.view(steps, 2, n).mean((0, 1))
     weights, eye = trainable(rule), torch.eye(n, dtype=sizes.dtype, device=sizes.device)

@@ -78,6 +78,15 @@ def run_objective(rule: UpdateRule, w: Tensor) -> float:
     return float((torch.cat(losses).view(-1, WINDOW).mean(-1) + FLOOR).log().sum())
 
 
+def whole_gradient(rule: UpdateRule, h: float = 1e-5) -> Tensor:
+    """Of `run_objective` in the rule's w, (2,), by finite differences."""
+    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
+    found = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
+    with torch.no_grad():
+        rule.w.copy_(w)
+    return torch.tensor(found, dtype=torch.float64) / (2 * h)
+
+
 def estimates(persistent: bool, sigma: float = 0.01, runs: int = 60, pairs: int = 40) -> Tensor:
     """ĝ summed over the windows of each of many runs, (runs, 2)."""
     rule, task = Momentum(), Quadratic()
@@ -94,10 +103,7 @@ def estimates(persistent: bool, sigma: float = 0.01, runs: int = 60, pairs: int 
 
 
 def test_the_estimate_is_the_gradient_of_the_whole_run() -> None:
-    rule, h = Momentum(), 1e-5
-    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
-    differences = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
-    expected = torch.tensor(differences, dtype=torch.float64) / (2 * h)
+    expected = whole_gradient(Momentum())
     found = estimates(persistent=True)
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - expected).abs() < 4 * error).all()
@@ -165,25 +171,24 @@ def open_pair(rule: UpdateRule, task: Task, key: int = 0, together: int = 10) ->
     return objective, objective.open(("test", key), HORIZON, task, rule)
 
 
+def step_size_estimates(rule: UpdateRule, config: StepSizeConfig, runs: int) -> Tensor:
+    """ĝ summed over the windows of each of many runs, (runs, 2)."""
+    task, found = Quadratics(), []
+    for key in range(runs):
+        _, run = open_pair(rule, task, key)
+        parts = [
+            step_size_gradient(rule, task, run, WINDOW, config, FLOOR, math.inf, ALL)[0]
+            for _ in range(HORIZON // WINDOW)
+        ]
+        found.append(torch.stack(parts).sum(0))
+    return torch.stack(found)
+
+
 def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_run() -> None:
     """All that w₁ does is to multiply steps."""
-    rule, task, h = Momentum(), Quadratics(), 1e-5
-    w, step = rule.w.detach().clone(), torch.tensor([1e-5, 0], dtype=torch.float64)
-    expected = (run_objective(rule, w + step) - run_objective(rule, w - step)) / (2 * h)
-    with torch.no_grad():
-        rule.w.copy_(w)
-    found = []
-    for key in range(10):
-        _, run = open_pair(rule, task, key)
-        windows = range(HORIZON // WINDOW)
-        parts = [
-            step_size_gradient(rule, task, run, WINDOW, StepSizeConfig(0.01), FLOOR, math.inf, ALL)[
-                0
-            ]
-            for _ in windows
-        ]
-        found.append(torch.stack(parts).sum(0)[0])
-    found = torch.stack(found)
+    rule = Momentum()
+    expected = whole_gradient(rule)[0]
+    found = step_size_estimates(rule, StepSizeConfig(0.01), 10)[:, 0]
     error = found.std() / len(found) ** 0.5
     assert (found.mean() - expected).abs() < 4 * error
     assert error < 0.05 * abs(expected)
@@ -209,24 +214,10 @@ def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> 
 @pytest.mark.parametrize("common", [0.0, 0.5])
 def test_tensors_have_an_estimate_each(common: float) -> None:
     """Weights that scale one tensor's steps each: against finite differences."""
-    rule, task, h = PerTensor(), Quadratics(), 1e-5
-    config = StepSizeConfig(0.01, common=common)
-    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
-    expected = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
-    expected = torch.tensor(expected, dtype=torch.float64) / (2 * h)
-    covariance = (1 - common) * eye + common  # of ε, in log w
-    expected = covariance @ (w * expected) / w
-    with torch.no_grad():
-        rule.w.copy_(w)
-    found = []
-    for key in range(12):
-        _, run = open_pair(rule, task, key)
-        parts = [
-            step_size_gradient(rule, task, run, WINDOW, config, FLOOR, math.inf, ALL)[0]
-            for _ in range(HORIZON // WINDOW)
-        ]
-        found.append(torch.stack(parts).sum(0))
-    found = torch.stack(found)
+    rule, w = PerTensor(), PerTensor().w.detach()
+    covariance = (1 - common) * torch.eye(2, dtype=torch.float64) + common  # of ε, in log w
+    expected = covariance @ (w * whole_gradient(rule)) / w
+    found = step_size_estimates(rule, StepSizeConfig(0.01, common=common), 12)
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - expected).abs() < 4 * error).all()
     assert (error < 0.1 * expected.abs()).all()
@@ -255,23 +246,10 @@ class Mixed(Momentum):
 def test_mixtures_have_the_gradient_of_the_whole_run() -> None:
     """G, against finite differences: once for each of two tensors by what is common to both, and
     its part along w by how long steps are."""
-    rule, task, h = Mixed(), Quadratics(), 1e-5
-    config = StepSizeConfig(0.01, mixture=0.01)
-    w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
-    whole = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
-    whole = torch.tensor(whole, dtype=torch.float64) / (2 * h)
+    rule, w = Mixed(), Mixed().w.detach()
+    whole = whole_gradient(rule)
     expected = 2 * whole + (whole @ w) / w.square().sum() * w
-    with torch.no_grad():
-        rule.w.copy_(w)
-    found = []
-    for key in range(20):
-        _, run = open_pair(rule, task, key)
-        parts = [
-            step_size_gradient(rule, task, run, WINDOW, config, FLOOR, math.inf, ALL)[0]
-            for _ in range(HORIZON // WINDOW)
-        ]
-        found.append(torch.stack(parts).sum(0))
-    found = torch.stack(found)
+    found = step_size_estimates(rule, StepSizeConfig(0.01, mixture=0.01), 20)
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - expected).abs() < 4 * error).all()
     assert error.norm() < 0.1 * expected.norm()
