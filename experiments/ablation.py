@@ -11,10 +11,12 @@ was tuned for each (results/validation).
     python experiments/ablation.py paths --arm geodesic        # an arm's data set, for all seeds
     python experiments/ablation.py run --arm geodesic --seed 0 # trains and evaluates
     python experiments/ablation.py run --arm initial
+    python experiments/ablation.py held_out --arm geodesic --seed 0  # once, when all is run
     python experiments/ablation.py table                       # of all that was run
 
-Each writes results/ablation/<arm>-<seed>.csv, a row per task and run; weights and data sets stay
-under --work.
+`run` writes results/ablation/<arm>-<seed>.csv, a row per task and run, and `held_out` the same for
+the held-out tasks of the benchmark's suites, beside the tuned Adam of results/benchmark, to
+results/ablation/held_out; weights and data sets stay under --work.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_tables import folders
 from generalization import (
     Adam,
     inner_steps,
@@ -51,7 +54,10 @@ from learned_opt.benchmark.stats import (
 )
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.geodesics import make_geodesics
+from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.rules import UpdateRule
+from learned_opt.run import run_optimizer
+from learned_opt.tasks.kinds import TaskConfig, make_task
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +68,7 @@ SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
 RESAMPLES = 2000
+HELD_OUT_RUNS = 2  # of each held-out task
 PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
 
@@ -194,6 +201,42 @@ def run(name: str, seed: int, work: Path) -> None:
     return save(RESULTS / "ablation", f"{name}-{seed}", rows, **facts)
 
 
+def held_out(name: str, seed: int, work: Path) -> None:
+    """The speed-up on the held-out tasks of the suites, to the final loss of the tuned Adam."""
+    scale, rows = 1.0, []
+    if name in UNTRAINED:
+        rule = untrained()
+        if name == "scaled":
+            scale = json.loads((RESULTS / "ablation" / "scaled-0.json").read_text())["scale"]
+    else:
+        rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
+    for folder in folders(RESULTS):
+        adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
+        for entry in json.loads((folder / "benchmark.json").read_text())["config"]["tasks"]:
+            if not entry["family"].startswith("held-out"):
+                continue
+            config = entry["task"] | {"hidden": tuple(entry["task"]["hidden"])}
+            task = make_task(TaskConfig(**config))
+            for adam in [row for row in adams if row["task"] == entry["label"]][:HELD_OUT_RUNS]:
+                run = run_optimizer(
+                    task,
+                    lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
+                    int(adam["seed"]),
+                    entry["steps"],
+                )
+                steps = steps_to_target(run.losses, float(adam["target_loss"]))
+                rows.append({
+                    "task": entry["label"],
+                    "steps": entry["steps"],
+                    "run": adam["seed"],
+                    "final_train_loss": run.evaluation["train_loss"],
+                    "steps_to_target": float(steps),
+                    "speed_up": float(times_less(float(adam["steps_to_target"]), steps)),
+                })  # fmt: skip
+    weights = digest(rule.name, rule.config, rule.state_dict())
+    save(RESULTS / "ablation" / "held_out", f"{name}-{seed}", rows, scale=scale, weights=weights)
+
+
 def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
     """statistic(scores), and its 95 % bootstrap interval: training seeds are drawn anew, then the
     runs of each; scores (seeds, tasks, runs)."""
@@ -213,9 +256,8 @@ def geometric_mean(x: np.ndarray) -> np.ndarray:
     return np.exp(np.log(x).mean((-2, -1)))
 
 
-def load() -> dict[str, list[list[dict[str, str]]]]:
+def load(folder: Path) -> dict[str, list[list[dict[str, str]]]]:
     """Arm -> rows of each training seed."""
-    folder = RESULTS / "ablation"
     names = {name: sorted(folder.glob(f"{name}-[0-9].csv")) for name in (*UNTRAINED, *ARMS)}
     return {name: [read(path) for path in paths] for name, paths in names.items() if paths}
 
@@ -228,15 +270,22 @@ def column(seeds: list[list[dict[str, str]]], name: str, tasks: list[tuple]) -> 
     ])  # fmt: skip
 
 
+def tasks_of(seeds: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((r["task"], r["steps"]) for r in seeds[0]))
+
+
+def speed_up(seeds: list[list[dict[str, str]]]) -> str:
+    return interval(iqm, column(seeds, "speed_up", tasks_of(seeds)))
+
+
 def table() -> str:
     """A row for each arm that was run; LSTMs on the tasks that they can afford."""
-    base = read(RESULTS / "ablation" / "adam.csv")
-    lines = []
-    for name, seeds in load().items():
-        tasks = list(dict.fromkeys((r["task"], r["steps"]) for r in seeds[0]))
-        speed, mean, final, rise = (
-            column(seeds, key, tasks)
-            for key in ("speed_up", "mean_loss", "final_train_loss", "largest_rise")
+    folder = RESULTS / "ablation"
+    base, away, lines = read(folder / "adam.csv"), load(folder / "held_out"), []
+    for name, seeds in load(folder).items():
+        tasks = tasks_of(seeds)
+        mean, final, rise = (
+            column(seeds, key, tasks) for key in ("mean_loss", "final_train_loss", "largest_rise")
         )
         adams = [column([base], key, tasks) for key in ("mean_loss", "final_train_loss")]
         chances = [
@@ -247,14 +296,14 @@ def table() -> str:
             interval(geometric_mean, own / other)
             for own, other in zip((mean, final), adams, strict=True)
         ]
-        path = RESULTS / "ablation"
-        facts = [json.loads(f.read_text()) for f in sorted(path.glob(f"{name}-[0-9].json"))]
+        facts = [json.loads(f.read_text()) for f in sorted(folder.glob(f"{name}-[0-9].json"))]
         minutes = [f["training_core_seconds"] / 60 for f in facts if "updates" in f]
         lines.append({
             "arm": UNTRAINED.get(name) or ARMS[name].text,
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
-            "speed-up, steps": interval(iqm, speed),
+            "speed-up, steps": speed_up(seeds),
+            "the same, held out": speed_up(away[name]) if name in away else "–",
             "mean loss / Adam's": times[0],
             "final loss / Adam's": times[1],
             "P(lower mean loss)": chances[0],
@@ -284,7 +333,7 @@ def paths_table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["adam", "paths", "run", "table"])
+    parser.add_argument("command", choices=["adam", "paths", "run", "held_out", "table"])
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="geodesic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
@@ -298,6 +347,8 @@ def main() -> None:
         paths(PathDataset.open(config.dataset), ARMS[args.arm].path)
     elif args.command == "table":
         print(table())
+    elif args.command == "held_out":
+        held_out(args.arm, args.seed, args.work)
     else:
         run(args.arm, args.seed, args.work)
 
