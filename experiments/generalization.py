@@ -42,6 +42,7 @@ from learned_opt.weights import digest, load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
 FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
+EVERY = 100  # steps between losses on all training data, and of a mean of minibatch losses
 LONG_RUNS, LONG = 3, [1000, 5000, 10000]
 SHARES = (1, 0.3, 0.1)  # of the rate that is best for short runs, which Adam has in long ones
 RUNS = 5  # inits and minibatch streams of every task, side by side
@@ -132,7 +133,6 @@ def inner_steps(config: TrainConfig) -> int:
         "imitation": targets.updates * targets.pairs_per_run,
         "torch_imitation": config.teacher.length,
         "meta_loss": window,
-        "direction": window,
         "pes": 2 * config.pes.particles * window,
         "step_size": 2 * window,
     }
@@ -164,20 +164,26 @@ def rollout(
     task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.0
 ) -> tuple[list[dict], np.ndarray]:
     """A row for each run and each number of steps in `marks`, from one run to the last of them;
-    and the minibatch losses, (runs, steps)."""
+    and the minibatch losses, (runs, steps).
+
+    `largest_rise` is that of the loss on all training data. Means of minibatch losses rise even
+    where nothing moves: few hard examples are all that is left of a small loss.
+    """
     theta = task.init(0)
     state = rule.init_state(theta, task.shapes)
-    losses, rows = [], []
+    losses, whole, rows = [], [], []
     for step in range(1, max(marks) + 1):
         loss, grad = task.loss_and_grad(theta, task.batch(0, step))
         losses.append(loss)
         update, state = rule.update(grad, theta, state, in_place=True)
         theta = theta + scale * update
-        if step in marks:
+        if step % EVERY == 0 or step in marks:
             found = task.evaluate(theta)
-            mean, curve = torch.stack(losses).mean(0), torch.stack(losses)
-            smooth = curve.unfold(0, min(100, step), min(100, step)).mean(-1) + FLOOR
-            rise = (smooth / smooth.cummin(0).values).max(0).values
+            whole.append(found["train_loss"])
+        if step in marks:
+            curve, window = torch.stack(losses), min(EVERY, step)
+            mean, smooth = curve.mean(0), curve.unfold(0, window, window).mean(-1)
+            rise, rise_smooth = largest_rise(torch.stack(whole)), largest_rise(smooth)
             for run in range(len(theta)):
                 rows.append({
                     "steps": step,
@@ -186,8 +192,15 @@ def rollout(
                     "mean_loss": float(mean[run]),
                     "test_accuracy": float(found["test_accuracy"][run]),
                     "largest_rise": float(rise[run]),
+                    "largest_rise_minibatches": float(rise_smooth[run]),
                 })  # fmt: skip
     return rows, torch.stack(losses, 1).double().numpy()
+
+
+def largest_rise(losses: torch.Tensor) -> torch.Tensor:
+    """Above its running minimum, as a factor, of (times, runs)."""
+    losses = losses + FLOOR
+    return (losses / losses.cummin(0).values).max(0).values
 
 
 def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:

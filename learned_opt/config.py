@@ -14,7 +14,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 
 # Of the rule's own runs, window by window.
-RUN_OBJECTIVES = ("meta_loss", "direction", "backprop", "pes", "step_size")
+RUN_OBJECTIVES = ("meta_loss", "backprop", "pes", "step_size")
 OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
 # Element-wise ones: for them many tasks' parameters in one tensor are as good as apart.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
@@ -186,9 +186,8 @@ class TrainConfig:
         frozen: beginnings of the names of meta-parameters that stay as they are, such as ["base."].
         objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"
             of a torch optimizer; and the loss of the rule's own runs, "meta_loss" by replay,
-            "backprop" through the unroll, "pes" by evolution strategies; or apart, where steps
-            point by "direction", by replay, and how long they are by "step_size", by evolution
-            strategies.
+            "backprop" through the unroll, "pes" by evolution strategies on the meta-parameters and
+            "step_size" on how long steps are and what they are mixed of.
         updates: meta-updates in all.
         epoch_length: meta-updates between validations and checkpoints.
         learning_rate: of Adam; falls linearly to 5 %.

@@ -17,7 +17,7 @@ from learned_opt.rules import UpdateRule, make_rule
 
 FORMAT, VERSION = "learned-opt", 1
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
-DEFAULT_SHA256 = "75cd6cafce7946a951434e4dd3c5a7f50d509bf8fc9cd6318d6aabe044ae79de"
+DEFAULT_SHA256 = "38cdfacc10895fa3099bcc8e3ff4050bf88116d91abc7cd5a68d510409eb9706"
 MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
 HUB, HUB_FILE = "hf://", "weights.safetensors"
 

@@ -11,31 +11,20 @@ from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Batch, Task, seed_of
-from learned_opt.training.replay import TINY, start_replay, sum_by_tensor
+from learned_opt.training.replay import start_replay
 from learned_opt.training.runs import OpenRun, RunObjective
 
 
 class MetaLoss(RunObjective):
     name = "meta_loss"
-    sizes = True
 
     def window(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         return meta_loss(
-            rule, task, run, steps, config.coordinates, config.loss_floor, self.limit(task),
-            self.sizes,
-        )  # fmt: skip
-
-
-class Direction(MetaLoss):
-    """`meta_loss` but for its say in how long steps are, which short windows judge badly: they
-    shrink steps too soon, as what a step spoils by noise shows at once and what it gains does not.
-    """
-
-    name = "direction"
-    sizes = False
+            rule, task, run, steps, config.coordinates, config.loss_floor, self.limit(task)
+        )
 
 
 class Backprop(RunObjective):
@@ -66,7 +55,6 @@ def meta_loss(
     coordinates: int,
     floor: float,
     limit: float | Tensor = math.inf,
-    sizes: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The loss Σ_t F(θ_t) of the rule's next `steps` updates; moves `run` on.
 
@@ -77,15 +65,13 @@ def meta_loss(
 
     Args:
         limit: losses count as at most this, a number or (tasks,), and have no gradient above it.
-        sizes: if not, of Σ_{t>s} g_t only what is orthogonal to u_s counts, tensor by tensor: the
-            gradient then has nothing to say of |u_s|; in expectation, where coordinates are drawn.
 
     Returns:
         the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
     """
     seed = seed_of(*run.key)
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
-    losses, grads, updates = [], [], []
+    losses, grads = [], []
     with torch.no_grad():
         for step in range(steps + 1):
             loss, grad = task.loss_and_grad(run.theta, task.batch(seed, run.state.step))
@@ -97,24 +83,13 @@ def meta_loss(
             replay.see(observation)
             update, run.state = rule.advance(observation, run.state)
             run.theta = run.theta + update
-            if not sizes:
-                updates.append(update)
         losses, grads = torch.stack(losses[1:]), torch.stack(grads[1:])
         mean = losses.clamp(max=limit).mean(0)
         grads = torch.where((losses < limit).unsqueeze(-1), grads, 0)
         future = grads.flip(0).cumsum(0).flip(0)  # Σ_{t>s} g_t
-        if not sizes:
-            future = _across(torch.stack(updates), future, run.state)
         good = mean.isfinite() & future.isfinite().all(0).all(-1)
         future = torch.where(good[:, None], future / (mean + floor)[:, None], 0)
     return replay.inner(list(future)).sum() / (len(mean) * steps), losses.mean(0)
-
-
-def _across(u: Tensor, y: Tensor, state: State) -> Tensor:
-    """y without its part along u, in each tensor: y − (⟨u, y⟩ / |u|²) u."""
-    along = sum_by_tensor(u * y, state.layout).view(*u.shape[:-1], -1)
-    share = along / state.layout.squared_norms(u).clamp(min=TINY)
-    return y - state.layout.expand(share) * u
 
 
 def unrolled_loss(

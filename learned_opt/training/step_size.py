@@ -50,7 +50,7 @@ class StepSize(AntitheticRuns):
         σ / μ Σ_ik η_k ∂c_ik / ∂w / |c_i|:
 
     what steps are mixed of is then judged by runs as well, with all that later steps make of it,
-    which replay (`direction`) takes as given.
+    which replay takes as given.
 
     Every `together` windows the second particle goes on from where the first is: differences of
     runs that have long gone apart are noise.

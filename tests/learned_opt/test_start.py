@@ -73,7 +73,7 @@ def test_a_fresh_rule_is_that_of_the_seed() -> None:
 
 STAGES = replace(
     CONFIG, rule="geodesic_rnn", rule_config={"hidden": 3}, start_from=None, frozen=(),
-    objectives=("direction", "step_size"),
+    objectives=("meta_loss", "step_size"),
     first={"objectives": ["meta_loss"], "learning_rate": 0.01, "family": {"num_tasks": 3}},
 )  # fmt: skip
 
