@@ -113,7 +113,7 @@ def long_runs() -> str:
     )
 
     def show(runs: np.ndarray) -> tuple[str, ...]:
-        return f"{runs[:, 0].mean():.2g}", *(f"{rise:.2g}" for rise in runs[:, 1:].max(0))
+        return f"{runs[:, 0].mean():.2g}", *(f"{rise:.3g}" for rise in runs[:, 1:].max(0))
 
     lines = []
     for key, mine in learned.items():
