@@ -303,7 +303,7 @@ def table() -> str:
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
             "speed-up, steps": speed_up(seeds),
-            "the same, held out": speed_up(away[name]) if name in away else "–",
+            **({"the same, held out": speed_up(away[name]) if name in away else "–"} if away else {}),
             "mean loss / Adam's": times[0],
             "final loss / Adam's": times[1],
             "P(lower mean loss)": chances[0],
