@@ -298,12 +298,13 @@ def table() -> str:
         ]
         facts = [json.loads(f.read_text()) for f in sorted(folder.glob(f"{name}-[0-9].json"))]
         minutes = [f["training_core_seconds"] / 60 for f in facts if "updates" in f]
+        held_out_speed_up = speed_up(away[name]) if name in away else "–"
         lines.append({
             "arm": UNTRAINED.get(name) or ARMS[name].text,
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
             "speed-up, steps": speed_up(seeds),
-            **({"the same, held out": speed_up(away[name]) if name in away else "–"} if away else {}),
+            **({"the same, held out": held_out_speed_up} if away else {}),
             "mean loss / Adam's": times[0],
             "final loss / Adam's": times[1],
             "P(lower mean loss)": chances[0],
