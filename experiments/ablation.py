@@ -45,6 +45,7 @@ from generalization import (
 from rows import markdown, read, save
 
 from geodesic.dataset import PathDataset
+from learned_opt.benchmark import BenchmarkConfig
 from learned_opt.benchmark.stats import (
     iqm,
     probability_of_improvement,
@@ -57,7 +58,7 @@ from learned_opt.geodesics import make_geodesics
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.rules import UpdateRule
 from learned_opt.run import run_optimizer
-from learned_opt.tasks.kinds import TaskConfig, make_task
+from learned_opt.tasks.kinds import make_task
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,22 +213,23 @@ def held_out(name: str, seed: int, work: Path) -> None:
         rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
     for folder in folders(RESULTS):
         adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
-        for entry in json.loads((folder / "benchmark.json").read_text())["config"]["tasks"]:
-            if not entry["family"].startswith("held-out"):
+        config = parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml")
+        data = json.loads((folder / "benchmark.json").read_text())["config"]["data"]
+        for entry in replace(config, data=data).tasks:
+            if not entry.family.startswith("held-out"):
                 continue
-            config = entry["task"] | {"hidden": tuple(entry["task"]["hidden"])}
-            task = make_task(TaskConfig(**config))
-            for adam in [row for row in adams if row["task"] == entry["label"]][:HELD_OUT_RUNS]:
+            task = make_task(entry.task)
+            for adam in [row for row in adams if row["task"] == entry.label][:HELD_OUT_RUNS]:
                 run = run_optimizer(
                     task,
                     lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
                     int(adam["seed"]),
-                    entry["steps"],
+                    entry.steps,
                 )
                 steps = steps_to_target(run.losses, float(adam["target_loss"]))
                 rows.append({
-                    "task": entry["label"],
-                    "steps": entry["steps"],
+                    "task": entry.label,
+                    "steps": entry.steps,
                     "run": adam["seed"],
                     "final_train_loss": run.evaluation["train_loss"],
                     "steps_to_target": float(steps),
