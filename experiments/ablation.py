@@ -202,7 +202,7 @@ def run(name: str, seed: int, work: Path) -> None:
     return save(RESULTS / "ablation", f"{name}-{seed}", rows, **facts)
 
 
-def held_out(name: str, seed: int, work: Path) -> None:
+def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
     """The speed-up on the held-out tasks of the suites, to the final loss of the tuned Adam."""
     scale, rows = 1.0, []
     if name in UNTRAINED:
@@ -214,12 +214,13 @@ def held_out(name: str, seed: int, work: Path) -> None:
     for folder in folders(RESULTS):
         adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
         config = parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml")
-        data = json.loads((folder / "benchmark.json").read_text())["config"]["data"]
         for entry in replace(config, data=data).tasks:
             if not entry.family.startswith("held-out"):
                 continue
-            task = make_task(entry.task)
-            for adam in [row for row in adams if row["task"] == entry.label][:HELD_OUT_RUNS]:
+            task, theirs = make_task(entry.task), [r for r in adams if r["task"] == entry.label]
+            if not theirs:
+                raise SystemExit(f"{folder} has no {entry.label!r}; give --data as it was there")
+            for adam in theirs[:HELD_OUT_RUNS]:
                 run = run_optimizer(
                     task,
                     lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="geodesic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--data", type=json.loads, default={}, help="as of learned-opt benchmark")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "adam":
@@ -351,7 +353,7 @@ def main() -> None:
     elif args.command == "table":
         print(table())
     elif args.command == "held_out":
-        held_out(args.arm, args.seed, args.work)
+        held_out(args.arm, args.seed, args.work, args.data)
     else:
         run(args.arm, args.seed, args.work)
 
