@@ -221,18 +221,18 @@ def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
             if not theirs:
                 raise SystemExit(f"{folder} has no {entry.label!r}; give --data as it was there")
             for adam in theirs[:HELD_OUT_RUNS]:
-                run = run_optimizer(
+                trained = run_optimizer(
                     task,
                     lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
                     int(adam["seed"]),
                     entry.steps,
                 )
-                steps = steps_to_target(run.losses, float(adam["target_loss"]))
+                steps = steps_to_target(trained.losses, float(adam["target_loss"]))
                 rows.append({
                     "task": entry.label,
                     "steps": entry.steps,
                     "run": adam["seed"],
-                    "final_train_loss": run.evaluation["train_loss"],
+                    "final_train_loss": trained.evaluation["train_loss"],
                     "steps_to_target": float(steps),
                     "speed_up": float(times_less(float(adam["steps_to_target"]), steps)),
                 })  # fmt: skip
