@@ -7,6 +7,7 @@ writes throughput_training.csv, a row per model and optimizer, and throughput_me
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
 import statistics
@@ -20,15 +21,25 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer
+from learned_opt.rules.basis import EVERY
 
 BATCH, VOCABULARY, CONTEXT = 64, 96, 64
 REPEATS, SAMPLE = 9, 0.05  # samples of at least so many seconds
+WARM_UP = EVERY  # steps: state is made in the first, and in eigenbases the first bases come fast
+COLUMNS = 100  # of each matrix
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adam foreach": lambda params: Adam(params, foreach=True),
     "Adam fused": lambda params: Adam(params, fused=True),
     "geodesic_rnn": LearnedOptimizer,
 }
 MEMORY = 10_000_000  # parameters: a process's other memory is small beside them
+
+
+def sample_steps(optimizer: Optimizer, seconds: float, least: float) -> int:
+    """Steps of `seconds` each that take more than `least` seconds: in eigenbases a multiple of
+    those from one basis to the next, so that samples have their share of new ones."""
+    period = EVERY if getattr(getattr(optimizer, "rule", None), "basis", 0) else 1
+    return period * (1 + math.floor(least / seconds / period))
 
 
 class CharTransformer(nn.Module):
@@ -121,7 +132,9 @@ def training(output: Path) -> list[dict]:
                 optimizers[name].step()  # noqa: B023
             return (time.perf_counter() - start) / steps
 
-        steps = {name: 1 + int(SAMPLE / min(seconds(name, 1) for _ in range(3))) for name in models}
+        for name in models:
+            seconds(name, WARM_UP)
+        steps = {n: sample_steps(o, seconds(n, 1), SAMPLE) for n, o in optimizers.items()}
         samples = [{name: seconds(name, steps[name]) for name in models} for _ in range(REPEATS)]
         for name in models:
             ratios = [sample[name] / sample["Adam foreach"] for sample in samples]
@@ -145,7 +158,8 @@ def peak_bytes(name: str, tensors: int) -> int:
     small = torch.ones(2, requires_grad=True)
     small.grad = torch.ones(2)
     OPTIMIZERS[name]([small]).step()  # loads what Python loads late
-    params = [torch.ones(MEMORY // tensors, requires_grad=True) for _ in range(tensors)]
+    shape = (MEMORY // tensors // COLUMNS, COLUMNS)
+    params = [torch.ones(shape, requires_grad=True) for _ in range(tensors)]
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = OPTIMIZERS[name](params)

@@ -19,6 +19,7 @@ needs `pip install ase`.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 import timeit
@@ -30,11 +31,14 @@ import geodesic_throughput
 import step_overhead
 import torch
 from rows import save
+from step_overhead import COLUMNS, WARM_UP, sample_steps
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer, make_rule
 from learned_opt.rules import GeodesicRNN
+from learned_opt.rules.base import Layout
+from learned_opt.rules.basis import SIDES, matrices
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import TENSOR_INPUTS
 
@@ -59,8 +63,6 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         params, weights=make_rule("coordinatewise_lstm")
     ),
 }
-COLUMNS = 100  # of each matrix
-WARM_UP = 3  # steps: state is made in the first
 SAMPLE = 0.02  # seconds that a sample takes at least, thousands of times the clock's resolution
 SLOW, LARGE = 100.0, 1_000_000  # ms at up to LARGE parameters above which larger sets are left out
 
@@ -122,7 +124,20 @@ def work(optimizer: Optimizer) -> Work:
     if isinstance(rule, GeodesicRNN):  # the averages again when their sums are known,
         moved += state["averages"].numel() + 1  # and g before, for its norm
         transcendentals += 1
+        flops += eigenbasis_flops(rule, optimizer.param_groups[0]["params"])
     return Work(flops, transcendentals, FLOAT * moved)
+
+
+def eigenbasis_flops(rule: GeodesicRNN, params: list[Tensor]) -> float:
+    """For each parameter, of covariances, the gradient turned and the update turned back; new
+    bases are made every tenth step and don't count."""
+    layout = Layout(tuple(tuple(p.shape) for p in params))
+    products = sum(
+        math.prod(m.shape) * m.shape[SIDES.index(side)]
+        for m in matrices(layout, rule.basis)
+        for side in m.sides
+    )
+    return 3 * 2 * products / sum(layout.sizes)
 
 
 def machine() -> Work:
@@ -165,7 +180,7 @@ def measure(
     parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
     for optimizer in optimizers.values():
         step_seconds(optimizer, WARM_UP)
-    steps = {name: 1 + int(SAMPLE / step_seconds(o, 1)) for name, o in optimizers.items()}
+    steps = {n: sample_steps(o, step_seconds(o, 1), SAMPLE) for n, o in optimizers.items()}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name, optimizer in optimizers.items():

@@ -71,5 +71,11 @@ def test_the_yardstick_is_torchs_adam(ablation):
     assert torch.allclose(theta, p.detach())
 
 
+def test_a_rise_is_above_the_lowest_loss_so_far(ablation):
+    losses = torch.tensor([[0.999, 0.999], [0.099, 1.999], [0.199, 0.499], [0.099, 0.749]])
+    rises = importlib.import_module("generalization").largest_rise(losses)
+    assert rises.tolist() == pytest.approx([2.0, 2.0])  # not 0.749 above 0.499, a factor of 1.5
+
+
 def numbers(text: str) -> list[float]:
     return [float(x) for x in re.findall(r"[\d.]+", text)]

@@ -162,10 +162,10 @@ class PerTensor(Momentum):
         return -w * observation.coordinate.squeeze(-2), hidden
 
 
-def open_pair(rule: UpdateRule, task: Task, key: int = 0, together: int = 10) -> tuple:
+def open_pair(rule: UpdateRule, task: Task, key: int = 0, **step_size) -> tuple:
     config = replace(
         TrainConfig(objectives=("step_size",), window=WINDOW, horizon=(HORIZON, HORIZON)),
-        step_size=StepSizeConfig(together=together),
+        step_size=StepSizeConfig(**step_size),
     )
     objective = StepSize(config, rule)
     return objective, objective.open(("test", key), HORIZON, task, rule)
@@ -259,8 +259,21 @@ def test_only_gains_per_tensor_are_mixed() -> None:
     config = TrainConfig(objectives=("step_size",), step_size=StepSizeConfig(mixture=0.2))
     with pytest.raises(ConfigError, match=r"mixture is 0\.2.*gains per tensor"):
         StepSize(config, make_rule("rnnprop"))
-    with pytest.raises(ConfigError, match=r"mixture is -1"):
-        StepSizeConfig(mixture=-1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sigma": 0.0}, r"sigma=0\.0 must be positive"),
+        ({"together": 0}, r"together=0 at least 1"),
+        ({"common": 1.0}, r"common is 1\.0; use 0 or more"),
+        ({"pace": (0.5, 0.0)}, r"pace is \(0\.5, 0\.0\); give the lower bound first"),
+        ({"mixture": -1.0}, r"mixture is -1\.0; use 0 for none"),
+    ],
+)
+def test_step_sizes_that_mean_nothing_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StepSizeConfig(**wrong)
 
 
 def test_gains_mix_to_the_update(rule: UpdateRule) -> None:
@@ -340,12 +353,13 @@ def test_longer_steps_point_where_they_did() -> None:
 
 def test_a_task_that_is_lost_leaves_the_others_theirs(rule: UpdateRule) -> None:
     task = tiny_task(DoubleTask)
-    objective, run = open_pair(rule, task)
-    run.theta[1] = torch.nan
-    loss, losses = objective.window(rule, task, run, WINDOW)
-    found = gradient(loss, rule)
-    assert found.isfinite().all() and found.norm() > 0
-    assert losses[0].isfinite() and not losses[1].isfinite()
+    for mixture in {0.0, 0.2 * rule.gains_per_tensor}:
+        objective, run = open_pair(rule, task, mixture=mixture)
+        run.theta[1] = torch.nan
+        loss, losses = objective.window(rule, task, run, WINDOW)
+        found = gradient(loss, rule)
+        assert found.isfinite().all() and found.norm() > 0
+        assert losses[0].isfinite() and not losses[1].isfinite()
 
 
 def test_a_particle_that_diverges_counts_as_a_bad_one() -> None:
