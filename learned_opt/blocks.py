@@ -43,23 +43,27 @@ class Block:
 
     def __init__(self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]]) -> None:
         self.params = params
-        self.parts = [local(p.detach()) for p in params]
-        shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, self.parts)]
+        parts = self.parts()
+        shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, parts)]
         chunk = CHUNK if params[0].device.type == "cpu" else None
         self.layout = Layout(*shapes, _reduction(params[0]), chunk, *self._exchange())
-        theta = _flatten(self.parts)
+        theta = _flatten(parts)
         fresh = rule.init_state(theta, self.layout.shapes)
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)
         self.skipped = torch.zeros_like(steps)
         _ = self.layout.runs  # made now: a compiler of `step` could not
         self.used = False
-        self.states = [self._views(i) for i in range(len(params))]
+        self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
             for name, value in entries.items():
                 if name in views:
                     local(views[name]).copy_(local(torch.as_tensor(value)))
         self.entries = [value for views in self.states for value in views.values()]
+
+    def parts(self) -> list[Tensor]:
+        """What of the parameters is here; made anew, as `p.data` may be another tensor by now."""
+        return [local(p.detach()) for p in self.params]
 
     def _exchange(self) -> tuple[Callable[[Tensor, int], Tensor] | None, ...]:
         """Layout.gather and Layout.scatter."""
@@ -69,7 +73,7 @@ class Block:
 
         def gather(x: Tensor, i: int) -> Tensor:
             lead = x.shape[:-1].numel()  # -1 would mean nothing of a part without coordinates
-            part = x.reshape(lead, x.shape[-1]).mT.reshape(*self.parts[i].shape, lead)
+            part = x.reshape(lead, x.shape[-1]).mT.reshape(*self.layout.local[i], lead)
             whole = _shard_like(self.params[i], part.contiguous()).full_tensor()
             return whole.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
 
@@ -79,22 +83,24 @@ class Block:
             mesh, copies = p.device_mesh, [Replicate()] * p.device_mesh.ndim
             whole = DTensor.from_local(whole, mesh, copies, run_check=False)
             part = whole.redistribute(placements=p.placements).to_local()
-            return part.flatten(0, -2).mT.reshape(*x.shape[:-1], self.parts[i].numel())
+            return part.flatten(0, -2).mT.reshape(*x.shape[:-1], self.layout.sizes[i])
 
         return gather, scatter
 
-    def _views(self, i: int) -> dict[str, Tensor]:
-        p, part = self.params[i], self.parts[i]
+    def _views(self, i: int, shape: torch.Size) -> dict[str, Tensor]:
         views = {"step": self.state.step[i], "skipped": self.skipped[i]}
         start = sum(self.layout.sizes[:i])
         for name, flat in self.state.coordinate.items():
-            view = flat[:, start : start + part.numel()].reshape(len(flat), *part.shape)
-            views[name] = _shard_like(p, view.movedim(0, -1))
+            view = flat[:, start : start + shape.numel()].reshape(len(flat), *shape)
+            views[name] = _shard_like(self.params[i], view.movedim(0, -1))
         views |= {name: flat[:, i] for name, flat in self.state.tensor.items()}
         return views | (self.state.matrix[i] if self.state.matrix else {})
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether nobody has put other tensors into an optimizer's state since."""
+        """Whether nobody has put other tensors into an optimizer's state since, nor parameters on
+        another device."""
+        if any(p.device != self.skipped.device for p in self.params):
+            return False
         entries = [value for p in self.params for value in states.get(p, {}).values()]
         return len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
 
@@ -103,7 +109,8 @@ class Block:
         weight_decay: float | Tensor, maximize: bool,
     ) -> None:  # fmt: skip
         """One step of these parameters."""
-        theta = _flatten(self.parts)
+        parts = self.parts()
+        theta = _flatten(parts)
         grads = _flatten([local_gradient(p) for p in self.params])
         if maximize:
             grads = -grads
@@ -116,11 +123,11 @@ class Block:
             norm, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
             share = torch.where(norm > 0, moved / norm, 0)
             shrink = (1 - lr * weight_decay * share).clamp(min=0)
-            torch._foreach_mul_(self.parts, list(shrink.unbind()))
+            torch._foreach_mul_(parts, list(shrink.unbind()))
         if isinstance(lr, Tensor):  # read on its device
             update, lr = update * lr, 1.0
-        updates = _unflatten_dense_tensors(update, self.parts)
-        torch._foreach_add_(self.parts, list(updates), alpha=lr)
+        updates = _unflatten_dense_tensors(update, parts)
+        torch._foreach_add_(parts, list(updates), alpha=lr)
 
 
 def guarded_update(

@@ -112,7 +112,7 @@ class LearnedOptimizer(Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
-                device = block.parts[0].device
+                device = block.params[0].device
                 guarded = guarded_update if device.type == "cpu" else self._guarded
                 block.update(
                     self._rule_on(device), guarded, group["lr"], group["weight_decay"],

@@ -38,6 +38,19 @@ def test_a_saved_run_goes_on_bit_for_bit(rule: UpdateRule, dtype: torch.dtype) -
     assert state and all(v.dtype == torch.float32 for v in state)
 
 
+def test_parameters_may_get_other_data(rule: UpdateRule) -> None:
+    """As `vector_to_parameters`, `module.to(…)` and some trainers do."""
+    params, twins = parameters(), parameters()
+    first, second = (LearnedOptimizer(p, weights=rule) for p in (params, twins))
+    for optimizer, its_params in ((first, params), (second, twins)):
+        run(optimizer, its_params, range(2))
+    for p, twin in zip(params, twins, strict=True):
+        p.data = p.data + 1
+        twin.data.add_(1)
+    expected = run(second, twins, range(2, 4))
+    assert all(map(torch.equal, run(first, params, range(2, 4)), expected))
+
+
 def test_loading_a_state_dict_does_not_tie_two_optimizers(rule: UpdateRule) -> None:
     params, others = parameters(), parameters()
     first, second = (LearnedOptimizer(p, weights=rule) for p in (params, others))
