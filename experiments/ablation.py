@@ -11,7 +11,8 @@ was tuned for each (results/validation).
     python experiments/ablation.py paths --arm geodesic        # an arm's data set, for all seeds
     python experiments/ablation.py run --arm geodesic --seed 0 # trains and evaluates
     python experiments/ablation.py run --arm initial
-    python experiments/ablation.py held_out --arm geodesic --seed 0  # once, when all is run
+    python experiments/ablation.py held_out --arm geodesic --seed 0 \
+        --data '{"cifar10": "cifar10_jpeg"}'                   # once, with the suites' data
     python experiments/ablation.py table                       # of all that was run
 
 `run` writes results/ablation/<arm>-<seed>.csv, a row per task and run, and `held_out` the same for
@@ -46,6 +47,7 @@ from rows import markdown, read, save
 
 from geodesic.dataset import PathDataset
 from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.benchmark.config import BenchmarkTask
 from learned_opt.benchmark.stats import (
     iqm,
     probability_of_improvement,
@@ -188,9 +190,9 @@ def run(name: str, seed: int, work: Path) -> None:
     from learned_opt.cli import train
 
     config, folder = config_of(name, seed, work), work / f"{name}-{seed}"
-    fresh, start = not (folder / "weights.safetensors").exists(), time.process_time()
+    fresh, start = not folder.exists(), time.process_time()
     train(config, folder)
-    seconds = time.process_time() - start if fresh else None
+    seconds = time.process_time() - start if fresh else None  # unknown where it was resumed
     rule = load_rule(folder / "weights.safetensors")
     rows = measure(rule, skip=LARGE if "rule" in ARMS[name].change else frozenset())
     facts = {
@@ -211,33 +213,44 @@ def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
             scale = json.loads((RESULTS / "ablation" / "scaled-0.json").read_text())["scale"]
     else:
         rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
-    for folder in folders(RESULTS):
-        adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
-        config = parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml")
-        for entry in replace(config, data=data).tasks:
-            if not entry.family.startswith("held-out"):
-                continue
-            task, theirs = make_task(entry.task), [r for r in adams if r["task"] == entry.label]
-            if not theirs:
-                raise SystemExit(f"{folder} has no {entry.label!r}; give --data as it was there")
-            for adam in theirs[:HELD_OUT_RUNS]:
-                trained = run_optimizer(
-                    task,
-                    lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
-                    int(adam["seed"]),
-                    entry.steps,
-                )
-                steps = steps_to_target(trained.losses, float(adam["target_loss"]))
-                rows.append({
-                    "task": entry.label,
-                    "steps": entry.steps,
-                    "run": adam["seed"],
-                    "final_train_loss": trained.evaluation["train_loss"],
-                    "steps_to_target": float(steps),
-                    "speed_up": float(times_less(float(adam["steps_to_target"]), steps)),
-                })  # fmt: skip
+    wanted = [
+        (entry, theirs)
+        for folder in folders(RESULTS)
+        for entry, theirs in held_out_tasks(folder, data)
+    ]
+    for entry, theirs in wanted:
+        task = make_task(entry.task)
+        for adam in theirs[:HELD_OUT_RUNS]:
+            trained = run_optimizer(
+                task,
+                lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
+                int(adam["seed"]),
+                entry.steps,
+            )
+            steps = steps_to_target(trained.losses, float(adam["target_loss"]))
+            rows.append({
+                "task": entry.label,
+                "steps": entry.steps,
+                "run": adam["seed"],
+                "final_train_loss": trained.evaluation["train_loss"],
+                "steps_to_target": float(steps),
+                "speed_up": float(times_less(float(adam["steps_to_target"]), steps)),
+            })  # fmt: skip
     weights = digest(rule.name, rule.config, rule.state_dict())
     save(RESULTS / "ablation" / "held_out", f"{name}-{seed}", rows, scale=scale, weights=weights)
+
+
+def held_out_tasks(
+    folder: Path, data: dict[str, str]
+) -> list[tuple[BenchmarkTask, list[dict[str, str]]]]:
+    """The held-out entries of a suite, and the rows of its tuned Adam for each."""
+    adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
+    config = replace(parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml"), data=data)
+    entries = [entry for entry in config.tasks if entry.family.startswith("held-out")]
+    found = [(e, [row for row in adams if row["task"] == e.label]) for e in entries]
+    if missing := [entry.label for entry, rows in found if not rows]:
+        raise SystemExit(f"{folder} has no {missing}; give --data as it was there")
+    return found
 
 
 def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
@@ -250,7 +263,8 @@ def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
         run = rng.integers(runs, size=(RESAMPLES, tasks, seeds, runs))
         resampled = values[which, np.arange(tasks)[:, None, None], run]
         drawn.append(resampled.reshape(RESAMPLES, tasks, -1))
-    low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
+    # nearest: of two runs that diverged there is no mean
+    low, high = np.percentile(statistic(*drawn), [2.5, 97.5], method="nearest")
     value = statistic(*(v.swapaxes(0, 1).reshape(v.shape[1], -1) for v in scores))
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -267,10 +281,11 @@ def load(folder: Path) -> dict[str, list[list[dict[str, str]]]]:
 
 def column(seeds: list[list[dict[str, str]]], name: str, tasks: list[tuple]) -> np.ndarray:
     """(training seeds, tasks, runs)."""
-    return np.array([
+    values = np.array([
         [[float(r[name]) for r in rows if (r["task"], r["steps"]) == task] for task in tasks]
         for rows in seeds
     ])  # fmt: skip
+    return np.where(np.isnan(values), np.inf, values)  # of runs that diverged
 
 
 def tasks_of(seeds: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
@@ -300,7 +315,7 @@ def table() -> str:
             for own, other in zip((mean, final), adams, strict=True)
         ]
         facts = [json.loads(f.read_text()) for f in sorted(folder.glob(f"{name}-[0-9].json"))]
-        minutes = [f["training_core_seconds"] / 60 for f in facts if "updates" in f]
+        minutes = [s / 60 for f in facts if (s := f.get("training_core_seconds"))]
         held_out_speed_up = speed_up(away[name]) if name in away else "–"
         lines.append({
             "arm": UNTRAINED.get(name) or ARMS[name].text,

@@ -37,8 +37,14 @@ def benchmark(results: Path) -> str:
         overview_of(found, chances, held_out, "Adam cosine"),
     ]
     for path in found:
-        parts += [f"**{path.name}**", overview_of([path], OVERVIEW)]
+        parts += [heading(path), overview_of([path], OVERVIEW)]
     return "\n\n".join([*parts, *map(meaning_of, found[:1])])
+
+
+def heading(path: Path) -> str:
+    families = [t["family"] for t in json.loads((path / "benchmark.json").read_text())["tasks"]]
+    trained = families.count("in-family")
+    return f"**{path.name}** ({trained or 'none'} of {len(families)} tasks like those trained on)"
 
 
 def task_by_task(results: Path) -> str:

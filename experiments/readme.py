@@ -7,6 +7,7 @@ python experiments/readme.py --check   # exit code 1 if a page is not up to date
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
@@ -70,11 +71,12 @@ def load() -> Cells:
 
 
 def results(cells: Cells) -> str:
+    scale = json.loads((RESULTS / "generalization" / "scaled-0.json").read_text())["scale"]
     return (
         "Final loss on all training data / mean loss over the run, mean of 5 runs. Trained rules: "
         "mean over training seeds (" + seeds_text(cells) + "), ± the standard deviation of their "
         "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
-        "tuned for the mean loss, on the very runs reported.\n\n"
+        f"tuned for the mean loss, on the very runs reported; the best factor is {scale:g}.\n\n"
         + losses(cells, {b: b for b in BASELINES} | ARMS)
         + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
         + long_runs()

@@ -51,8 +51,9 @@ _MEANING = """\
 Relative to {baseline}: interquartile means over all runs of all tasks, in brackets 95 % intervals \
 from 5000 stratified bootstrap resamples of the seeds. *Speed-up*: the steps, or seconds, in which \
 {baseline} reaches its own final loss, smoothed over a twentieth of the run, over those of the \
-optimizer with the same seed; 0 for a run that misses it. *Envelope*: steps that Adam with the \
-best learning rate at each step needs for the final loss, per step of the optimizer. *× lower*: \
+optimizer with the same seed; 0 for a run that misses it. *Envelope*, if shown: steps that Adam \
+with the best learning rate at each step needs for the final loss, per step of the optimizer. \
+*× lower*: \
 the median loss of {baseline} over the optimizer's; 0 for a run that diverged or failed. *P*: \
 probability that the loss of a run is below that of one of {baseline}, ties count half. \
 *Profile*: share of tasks on which the median steps are within τ times the fastest, mean over \

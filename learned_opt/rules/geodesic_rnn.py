@@ -59,7 +59,7 @@ class GeodesicRNN(UpdateRule):
             that is how noisy and how curved the way is, the gradient's decline, the tensor's
             size, shape and growth, and the time; u is then odd in the gradients. "coordinate":
             one for each coordinate, which sees its own m̂_k/r besides.
-        decay_after: steps; about as many as the longest runs that the rule is trained on.
+        decay_after: steps; about a third of the longest runs that the rule is trained on.
         basis: most rows, or columns, for which a matrix is turned on that side; 0: none is. Only
             with per="tensor".
 

@@ -62,3 +62,10 @@ def test_the_table_has_every_rule_and_its_state() -> None:
         optimizer.step()
         state = [s for s in optimizer.state[p].values() if s.shape[:2] == p.shape]
         assert sum(s.numel() * s.element_size() for s in state) == int(size) * p.numel()
+
+
+def test_a_scheduler_fits_the_shipped_weights() -> None:
+    (config,) = re.findall(r"`rule_config: (\{base_config.*?\}\})`", PAGE)
+    scheduler = make_rule("scheduled", **yaml.safe_load(config))
+    shipped = LearnedOptimizer([torch.ones(2, requires_grad=True)]).rule
+    assert scheduler.config["base_config"] == shipped.config

@@ -192,11 +192,12 @@ def test_a_process_killed_under_torchrun_is_restarted_from_the_last_checkpoint(
     page = (ROOT / "docs" / "scaling.md").read_text()
     command = re.search(r"^(torchrun .*?[^\\])\n", page, re.MULTILINE | re.DOTALL)[1]
     config = save(replace(CONFIG, devices=1, num_nodes=2), tmp_path / "c.yaml")
+    assert "first:" not in (ROOT / "configs/train/mlps.yaml").read_text()  # would be refused
     for old, new in {
         "\\\n": " ",
         "$HOST:29400": f"localhost:{free_port()} --local_addr localhost",  # not by its name
         "-m learned_opt.cli": script_in(tmp_path),
-        "configs/train/default.yaml": config,
+        "configs/train/mlps.yaml": config,
         "runs/seed3": str(tmp_path / "out"),
         "--seed 3": "",
         "--num_nodes 2 --devices 1 --strategy ddp": "",  # they are in the config
