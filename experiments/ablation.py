@@ -245,7 +245,9 @@ def held_out_tasks(
 ) -> list[tuple[BenchmarkTask, list[dict[str, str]]]]:
     """The held-out entries of a suite, and the rows of its tuned Adam for each."""
     adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
-    config = replace(parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml"), data=data)
+    config = parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml")
+    named = {entry.task.data for entry in config.tasks}
+    config = replace(config, data={k: v for k, v in data.items() if k in named})
     entries = [entry for entry in config.tasks if entry.family.startswith("held-out")]
     found = [(e, [row for row in adams if row["task"] == e.label]) for e in entries]
     if missing := [entry.label for entry, rows in found if not rows]:

@@ -69,7 +69,7 @@ class PathDataset:
         """
         if num_shards < 1:
             raise DatasetError(f"num_shards must be at least 1, got {num_shards}")
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -107,7 +107,7 @@ class PathDataset:
         Raises:
             DatasetError: there is none, it is unfinished, of an unknown version, or damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         manifest = _read_manifest(folder)
         if manifest["shards"] is None:
             raise DatasetError(

@@ -17,8 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from geodesic.arguments import check_pairs
 from geodesic.dataset import PathDataset
 from geodesic.solve import Geodesic, Level, find_geodesics
+
+SETTINGS = ("num_segments", "seed", "chunk_size", "max_iterations")  # of find_geodesics
 
 
 def process_rank() -> tuple[int, int]:
@@ -55,6 +58,9 @@ def find_geodesics_on_disk(
         ValueError: as `find_geodesics`, for a shard none of whose pairs can be searched.
         DatasetError: the folder holds another problem, or another process stopped.
     """
+    if unknown := sorted(settings.keys() - SETTINGS):
+        raise TypeError(f"unknown settings {unknown}; there are {SETTINGS}")
+    check_pairs(theta_a, theta_b, loss_args, shard_size=shard_size)  # before there is a folder
     pairs = len(theta_a)
     inputs = {"theta_a": theta_a, "theta_b": theta_b, "initial_path": initial_path}
     inputs |= {f"loss_args[{i}]": argument for i, argument in enumerate(loss_args)}

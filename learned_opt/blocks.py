@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
 from learned_opt.rules.base import CHUNK
@@ -57,8 +57,15 @@ class Block:
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
             for name, value in entries.items():
-                if name in views:
-                    local(views[name]).copy_(local(torch.as_tensor(value)))
+                value = torch.as_tensor(value)
+                if name not in views or views[name].shape != value.shape:
+                    kept = {key: tuple(view.shape) for key, view in views.items()}
+                    raise ValueError(
+                        f"state has {name!r} of shape {tuple(value.shape)}, but the rule keeps "
+                        f"{kept}; load the state of a LearnedOptimizer with the same rule, of "
+                        "parameters of the same shapes"
+                    )
+                local(views[name]).copy_(local(value))
         self.entries = [value for views in self.states for value in views.values()]
 
     def parts(self) -> list[Tensor]:
@@ -97,9 +104,12 @@ class Block:
         return views | (self.state.matrix[i] if self.state.matrix else {})
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether nobody has put other tensors into an optimizer's state since, nor parameters on
-        another device."""
-        if any(p.device != self.skipped.device for p in self.params):
+        """Whether nobody has put other tensors into an optimizer's state since, nor given
+        parameters another device or shape."""
+        device, shapes = self.skipped.device, self.layout.shapes
+        if any(
+            p.device != device or p.shape != s for p, s in zip(self.params, shapes, strict=True)
+        ):
             return False
         entries = [value for p in self.params for value in states.get(p, {}).values()]
         return len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
@@ -111,12 +121,13 @@ class Block:
         """One step of these parameters."""
         parts = self.parts()
         theta = _flatten(parts)
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         grads = _flatten([local_gradient(p) for p in self.params])
         if maximize:
             grads = -grads
         with torch.autocast(theta.device.type, enabled=False):
             # the first time in Python, which fills what the layout caches: compilers cannot
-            advance = guarded if self.used else guarded_update
+            advance = guarded if self.used else in_python
             update = advance(rule, grads, theta, self.state, self.skipped)
             self.used = True
         if isinstance(weight_decay, Tensor) or weight_decay:
@@ -126,28 +137,33 @@ class Block:
             torch._foreach_mul_(parts, list(shrink.unbind()))
         if isinstance(lr, Tensor):  # read on its device
             update, lr = update * lr, 1.0
-        updates = _unflatten_dense_tensors(update, parts)
-        torch._foreach_add_(parts, list(updates), alpha=lr)
+        updates = update.split(list(self.layout.sizes))
+        updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
+        torch._foreach_add_(parts, updates, alpha=lr)
 
 
 def guarded_update(
     rule: UpdateRule, grads: Tensor, theta: Tensor, state: State, skipped: Tensor
 ) -> Tensor:
-    """The rule's update, with its state moved on in place. A tensor whose gradient is not finite
-    stays as it is, state included, and is counted in `skipped`, (tensors,)."""
+    """The rule's update, with its state moved on in place. A tensor that is not finite, or whose
+    gradient is not, stays as it is, state included, and is counted in `skipped`, (tensors,)."""
     layout = state.layout
     on_cpu = theta.device.type == "cpu" and not torch.compiler.is_compiling()
     # on other devices Python would have to wait for the answer
-    if on_cpu and layout.reduce(torch.dot(grads, grads)[None]).isfinite():
+    squares = (torch.dot(x, x) for x in (grads, theta))
+    if on_cpu and layout.reduce(sum(squares)[None]).isfinite():
         update, new = rule.update(grads, theta, state, in_place=True)
         _move_on(state, new)
         return update
-    finite = layout.squared_norms(grads).isfinite()
+    finite = layout.squared_norms(grads.abs() + theta.abs()).isfinite()
     here = layout.expand(finite)
     update, new = rule.update(torch.where(here, grads, 0), theta, state)
     _move_on(state, new, finite, here)
     skipped += ~finite
     return torch.where(here, update, 0)
+
+
+in_python = torch.compiler.disable(guarded_update)
 
 
 def _move_on(

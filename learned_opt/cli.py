@@ -23,6 +23,8 @@ from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError
 from learned_opt.geodesics import describe, make_geodesics, make_problem
 from learned_opt.outputs import claim_output, write_atomic
+from learned_opt.rules import make_rule
+from learned_opt.training.start import part_like
 
 # What torchrun, Lightning and SLURM tell a process of its place in a job.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -36,9 +38,11 @@ def geodesics(
         raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
     _use_one_thread()
     output, (rank, _) = output.expanduser().absolute(), process_rank()
-    with claim_output(output, asdict(config), "geodesics") if rank == 0 else nullcontext():
+    claim = partial(claim_output, output, asdict(config), "geodesics", ("data_root",))
+    with claim() if rank == 0 else nullcontext():
         folder = output / "geodesics"
         if processes > 1:
+            make_problem(config, 0)  # what is missing is said by this process
             torch.multiprocessing.spawn(_make_share, (config, folder, processes), processes)
         elif rank:
             _make_share(0, config, folder, 1)
@@ -58,7 +62,8 @@ def train(config: TrainConfig, output: Path) -> None:
     check(config)  # what cannot work is said now, not after the data
     output = output.expanduser().absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
-    settings, free = asdict(config), ("accelerator", "logger")
+    _check_dataset(config)
+    settings, free = asdict(config), ("accelerator", "logger", "geodesics.data_root")
     if config.first is not None:
         if process_rank()[1] > 1:
             raise ConfigError(
@@ -95,6 +100,12 @@ def first_stage(config: TrainConfig) -> TrainConfig:
     try:
         values = parser.parse_object({"config": asdict(config) | one | config.first})
         stage = parser.instantiate(values).config
+        if stage.geodesics.data_root is None:
+            stage = replace(
+                stage, geodesics=replace(stage.geodesics, data_root=config.geodesics.data_root)
+            )
+        rule, before = (make_rule(c.rule, **c.rule_config) for c in (config, stage))
+        part_like(rule, before, "its rule")
     except (ArgumentError, ValueError) as error:
         raise ConfigError(f"first={config.first}: {' '.join(str(error).split())}") from error
     return stage.smoke() if config == config.smoke() else stage
@@ -110,6 +121,19 @@ COMMANDS = {
     train: TrainConfig,
     benchmark: BenchmarkConfig,
 }
+
+
+def _check_dataset(config: TrainConfig) -> None:
+    """That a folder with other things in it is not taken for that of the target paths."""
+    folder = Path(config.dataset or "").expanduser()
+    if config.dataset is None or not folder.exists() or (folder / "manifest.json").exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        inner = folder / "geodesics"
+        hint = f"{str(inner)!r}" if (inner / "manifest.json").exists() else "an empty or new one"
+        raise ConfigError(
+            f"dataset={config.dataset!r} is no folder of target paths, and not empty; use {hint}"
+        )
 
 
 def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:

@@ -181,7 +181,8 @@ class TrainConfig:
         dataset: a folder of target paths to use; by default `geodesics` in the output folder.
         start_from: weights to begin with: "shipped", or the path of a weights file, of this rule or
             of the base that it wears; null: freshly initialised.
-        first: settings of a first stage that differ from these. It is trained in `first` of the
+        first: settings of a first stage that differ from these; a part that is named, such as
+            `family`, is replaced whole. It is trained in `first` of the
             output folder, on one device, and then its weights are what training begins with.
         frozen: beginnings of the names of meta-parameters that stay as they are, such as ["base."].
         objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"

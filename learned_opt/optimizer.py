@@ -23,12 +23,12 @@ class LearnedOptimizer(Optimizer):
 
     Needs no learning rate: `optimizer = LearnedOptimizer(model.parameters())`.
 
-    A gradient that is not finite, or so large that its square is not in float32: the parameter
-    stays as it is, and so does its state; `skipped_steps()` counts.
+    A gradient that is not finite, or so large that its square is not in float32, or a parameter
+    that is so: the parameter stays as it is, and so does its state; `skipped_steps()` counts.
 
     Parameters may be of any floating type (features and state are float32), on several devices,
     and sharded by FSDP2: statistics of a tensor are summed over its shards, so a sharded run is the
-    run of the whole. ZeroRedundancyOptimizer is not supported.
+    run of the whole. The first FSDP is refused, ZeroRedundancyOptimizer not supported.
 
     Args:
         params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
@@ -52,7 +52,8 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         WeightsError: the weights cannot be used.
-        ValueError: lr or weight_decay is negative or not finite.
+        ValueError: lr or weight_decay is negative or not finite; parameters are flattened by FSDP1;
+            in `step`, a loaded state is of another optimizer, rule or shape.
         RuntimeError: in `step`, for sparse or complex gradients.
     """
 
@@ -76,7 +77,17 @@ class LearnedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        _check(self.param_groups[-1]["lr"], self.param_groups[-1]["weight_decay"])
+        group = self.param_groups[-1]
+        try:
+            _check(group["lr"], group["weight_decay"])
+            if any(getattr(p, "_fsdp_flattened", False) for p in group["params"]):
+                raise ValueError(
+                    "params are flattened by FullyShardedDataParallel, so that no process knows "
+                    "their tensors; use FSDP2, torch.distributed.fsdp.fully_shard"
+                )
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"rule": self.rule, "compile": self.compile}
@@ -99,13 +110,13 @@ class LearnedOptimizer(Optimizer):
         self._rules: dict[torch.device, UpdateRule] = {}
         self._guarded = guarded_update
         if self.compile:
-            self._guarded = torch.compile(
-                guarded_update, fullgraph=self.rule.one_graph, dynamic=False
-            )
+            self._guarded = torch.compile(guarded_update, dynamic=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; returns the closure's loss."""
+        for number in [n for n in self._blocks if n >= len(self.param_groups)]:
+            del self._blocks[number]  # of a group that was taken out
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,7 +132,8 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def skipped_steps(self) -> int:
-        """How many updates of single tensors were skipped, as their gradients were not finite.
+        """How many updates of single tensors were skipped, as they or their gradients were not
+        finite.
 
         Reading the count waits for the device; warns if there are any.
         """
@@ -129,8 +141,8 @@ class LearnedOptimizer(Optimizer):
         skipped = int(sum(count.item() for count in counts))
         if skipped:
             warnings.warn(
-                f"{skipped} updates of tensors were skipped: their gradients were not finite; "
-                "look for the first such loss, or clip gradients",
+                f"{skipped} updates of tensors were skipped: they or their gradients were not "
+                "finite; look for the first such loss, or clip gradients",
                 stacklevel=2,
             )
         return skipped
@@ -140,6 +152,9 @@ class LearnedOptimizer(Optimizer):
         members, blocks = self._blocks.get(group, ([], []))
         same = len(members) == len(params) and all(map(is_, members, params))
         if not same or not all(block.is_state_of(self.state) for block in blocks):
+            for p in {*members}.difference(params):  # a view would keep the whole old buffer
+                if p in self.state:
+                    self.state[p] = {name: x.clone() for name, x in self.state[p].items()}
             blocks = [
                 Block(members, self.rule, [self.state[p] for p in members])
                 for members in partition(params)

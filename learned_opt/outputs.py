@@ -46,7 +46,7 @@ def claim_output(
         folder: made where it does not exist.
         config: what determines the results.
         command: names the config's and the provenance's file; commands may share a folder.
-        free: top-level keys that another run may change, as they change no result.
+        free: keys that another run may change, as they change no result; dotted where nested.
 
     Raises:
         OutputError: another process is at work there, the folder holds the results of another
@@ -188,9 +188,7 @@ def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> 
         before = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OutputError(f"{path} is not readable YAML ({error}); use another --output") from error
-    kept = {k: v for k, v in yaml.safe_load(text).items() if k not in free}
-    if isinstance(before, dict):
-        before = {k: v for k, v in before.items() if k not in free}
+    before, kept = (_without(c, free) for c in (before, yaml.safe_load(text)))
     if difference := _first_difference(before, kept):
         key, old, new = difference
         old, new = ("absent" if v is _ABSENT else repr(v) for v in (old, new))
@@ -198,6 +196,13 @@ def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> 
             f"output={str(path.parent)!r} holds results of another config: {key} was {old}, now it "
             f"is {new}; use another --output, or delete the folder if its results can go"
         )
+
+
+def _without(config: Any, keys: Collection[str], prefix: str = "") -> Any:
+    if not isinstance(config, dict):
+        return config
+    named = {key: f"{prefix}{key}" for key in config}
+    return {k: _without(config[k], keys, f"{n}.") for k, n in named.items() if n not in keys}
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -216,5 +221,10 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]
 
 def _add_provenance(path: Path) -> None:
     """Appends this run: a resumed result has more than one."""
-    runs = json.loads(path.read_text()) if path.exists() else []
+    runs = []
+    if path.exists():
+        try:
+            runs = json.loads(path.read_text())
+        except ValueError:  # damaged: kept, as all that there is
+            path.replace(path.with_suffix(".damaged.json"))
     write_atomic(path, json.dumps([*runs, provenance()], indent=2).encode())

@@ -72,7 +72,7 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
         raise WeightsError(f"revision={revision!r} goes with weights='{HUB}owner/name', "
                            f"not with {weights!r}")  # fmt: skip
     else:
-        path = DEFAULT if weights is None else Path(weights)
+        path = DEFAULT if weights is None else Path(weights).expanduser()
     if not path.is_file():
         raise WeightsError(f"weights={str(path)!r} is not a file; give the path of a "
                            f".safetensors file that `learned-opt train` wrote, or "
@@ -115,7 +115,7 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
     try:
         with torch.random.fork_rng(devices=[]):
             rule = make_rule(rule_name, **config)
-        rule.load_state_dict(tensors)
+        rule.load_state_dict(tensors, assign=True)  # float32 whatever torch's default dtype
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None
     return rule.requires_grad_(False)

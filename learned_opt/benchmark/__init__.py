@@ -8,19 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import tables
 from learned_opt.benchmark.cells import FORMAT, Cell
 from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import LEARNED, NAMED, Entrant, optimizer_class
+from learned_opt.benchmark.entrants import NAMED, Entrant
 from learned_opt.benchmark.report import summary_table, write_report
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.tracking import make_tracker
 from learned_opt.benchmark.tune import settings_of, tune
 from learned_opt.benchmark.workers import Lost
-from learned_opt.errors import DataError, LearnedOptError, OutputError
+from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError
 from learned_opt.outputs import claim_output
 from learned_opt.tasks.download import download
 from learned_opt.tasks.kinds import make_task
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 # What changes no result: a folder goes on with others of these.
-FREE = ("processes", "time_limit", "logger", "download")
+FREE = ("processes", "time_limit", "logger", "download", "data_root")
 
 
 def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
@@ -47,13 +48,17 @@ def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str,
     rows are returned to each, and rank 0 writes.
 
     Raises:
-        ConfigError: an optimizer cannot be imported, or an entrant has too few settings to try.
+        ConfigError: an optimizer cannot be imported, or refuses its arguments; an entrant has too
+            few settings to try; there is no such device.
         DataError: a data set is missing; nothing has been run then.
         OutputError: `output` is in use, of another config, or of another version.
     """
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={config.device!r} cannot be used: {error}; use cpu") from error
     for entrant in config.entrants:  # what is misspelt is said now, not after the tuning
-        if entrant.optimizer != LEARNED:
-            optimizer_class(entrant.optimizer)
+        entrant.check()
         if entrant.search:
             settings_of(entrant, config.settings)
     folder, (rank, ranks) = Path(output).expanduser().absolute(), process_rank()

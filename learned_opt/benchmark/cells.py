@@ -14,6 +14,7 @@ import math
 import re
 import traceback
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -141,8 +142,8 @@ def load(cell: Cell, folder: Path) -> Record | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             record = json.loads(str(file["record"])) | {"losses": file["losses"]}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # absent or damaged
-        return None
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None  # absent or damaged
     return record if record["error"] is None else None
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from learned_opt.benchmark.entrants import DEFAULTS, Entrant, named
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.kinds import TaskConfig
+from learned_opt.tasks.kinds import KINDS, TaskConfig
 
 # Where the seeds start when a config says only how many: never in reach of each other.
 _FIRST_REPORTING, _FIRST_TUNING = 0, 1_000_000
@@ -104,6 +104,13 @@ class BenchmarkConfig:
         entrants = [named(e) if isinstance(e, str) else e for e in self.entrants]
         object.__setattr__(self, "entrants", entrants)
         object.__setattr__(self, "tasks", [self._with_data(task) for task in self.tasks])
+        used = {task.task.data for task in self.tasks}
+        for old, new in self.data.items():
+            if new not in used or new in self.data:
+                raise ConfigError(
+                    f"data has {{{old}: {new}}}, but no task reads {old!r} alone; use the names "
+                    "that the tasks have, and each only once"
+                )
         for name, names in (
             ("tasks", [t.label for t in self.tasks]),
             ("entrants", [e.name for e in self.entrants]),
@@ -128,7 +135,8 @@ class BenchmarkConfig:
 
     def _with_data(self, entry: BenchmarkTask) -> BenchmarkTask:
         """`entry` on the data that `data` has for it; a label that names the data changes too."""
-        if (data := self.data.get(entry.task.data)) is None:
+        data = self.data.get(entry.task.data)
+        if data is None or "data" in KINDS[entry.task.kind].unused:
             return entry
         label = "" if entry.label == entry.task.label else entry.label
         return replace(entry, task=replace(entry.task, data=data), label=label)
@@ -155,6 +163,7 @@ class BenchmarkConfig:
         return replace(
             self,
             tasks=[_smoke(task) for task in self.tasks[:2]],
+            data={},  # they have it
             reporting_seeds=self.reporting[:2],
             tuning_seeds=self.tuning[:1],
             settings=2,

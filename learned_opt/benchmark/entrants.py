@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from learned_opt.errors import ConfigError
+from learned_opt.errors import ConfigError, WeightsError
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.weights import DEFAULT
 
@@ -29,8 +29,9 @@ class Entrant:
         optimizer: dotted path of a torch.optim.Optimizer class, or "learned".
         kwargs: its keyword arguments, but for those that are searched.
         search: keyword arguments to tune, each with the [low, high] of a log-uniform grid of half
-            decades that grows where the best is at an end of it, or with {values: [...]} to choose
-            from. Of several the product is searched. Empty: nothing is tuned.
+            decades (…, 0.1, 0.3, 1, 3, …) that grows where the best is at an end of it, or with
+            {values: [...]} to choose from. Of several the product is searched. Empty: nothing is
+            tuned.
         schedule: of the learning rate over a run: constant, or cosine to zero.
         weights: a weights file of a learned optimizer; null is the shipped one.
     """
@@ -48,8 +49,8 @@ class Entrant:
         for key, space in self.search.items():
             if not (is_range(space) or is_choice(space)):
                 raise ConfigError(
-                    f"entrant {self.name!r} has search.{key}={space!r}; use [low, high] with "
-                    "0 < low <= high, or {values: [...]}"
+                    f"entrant {self.name!r} has search.{key}={space!r}; use [low, high], half "
+                    "decades such as 0.01, 0.03 or 0.1, with 0 < low <= high, or {values: [...]}"
                 )
         if self.weights is not None and self.optimizer != LEARNED:
             raise ConfigError(
@@ -59,11 +60,30 @@ class Entrant:
 
     @property
     def weights_hash(self) -> str | None:
-        """Of a learned entrant's file; a missing one is for the run to complain about."""
+        """Of a learned entrant's file; a missing one is for `check` to complain about."""
         if self.optimizer != LEARNED:
             return None
-        path = DEFAULT if self.weights is None else Path(self.weights)
+        path = DEFAULT if self.weights is None else Path(self.weights).expanduser()
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+
+    def check(self) -> None:
+        """Makes the optimizer, of parameters that do not matter.
+
+        Raises:
+            ConfigError: it cannot be imported, is no optimizer, or refuses its arguments; its
+                weights cannot be read.
+        """
+        spaces = self.search.items()
+        chosen = {k: s[0] if is_range(s) else choices(s)[0] for k, s in spaces}
+        try:
+            optimizer = self.make_optimizer([torch.zeros(2, 2, requires_grad=True)], chosen, 1)
+        except (TypeError, ValueError, WeightsError) as error:
+            raise ConfigError(f"entrant {self.name!r} cannot be made: {error}") from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"entrant {self.name!r} has optimizer={self.optimizer!r}, which is no "
+                "torch.optim.Optimizer; use a dotted path such as torch.optim.Adam"
+            )
 
     def make_optimizer(
         self, params: Sequence[Tensor], chosen: dict[str, Any], steps: int
@@ -87,6 +107,7 @@ def is_range(space: Any) -> bool:
         and len(space) == 2
         and all(isinstance(x, (int, float)) for x in space)
         and 0 < space[0] <= space[1] < math.inf
+        and all(abs(2 * math.log10(x) - round(2 * math.log10(x))) < 0.1 for x in space)
     )
 
 
@@ -98,6 +119,11 @@ def is_choice(space: Any) -> bool:
         and isinstance(space["values"], (list, tuple))
         and len(space["values"]) > 0
     )
+
+
+def choices(space: dict[str, Any]) -> list[Any]:
+    """The values; lists, as YAML has them for betas, as tuples."""
+    return [tuple(v) if isinstance(v, list) else v for v in space["values"]]
 
 
 def optimizer_class(path: str) -> type[torch.optim.Optimizer]:

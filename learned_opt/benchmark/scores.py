@@ -97,9 +97,11 @@ def score(results: Results) -> list[dict[str, Any]]:
 
     best_smoothed_loss     least smoothed minibatch loss (stats.smooth)
     target_loss            the baseline's smoothed loss at the end of its run of the same seed
-    steps_to_target        first step at which the smoothed loss is there; ∞ for a miss
+    steps_to_target        first step at which the smoothed loss is there; ∞ for a miss. Where the
+                           baseline diverged there is no target: all steps, ∞ for another divergence
     seconds_to_target      the same in seconds, every step taken to be as long
-    steps_speed_up         the baseline's steps over the run's, 0 for a miss (stats.times_less)
+    steps_speed_up         the baseline's steps over the run's, 0 for a miss (stats.times_less); 1
+                           where the baseline has diverged and the run has not
     seconds_speed_up       of seconds
     envelope_speed_up      against Adam with the best learning rate at each step
     final_train_loss_ratio, mean_loss_ratio, test_loss_ratio
@@ -145,6 +147,9 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 def _against(row: Row, losses: Array, reference: Row, reference_losses: Array) -> dict[str, float]:
     target = smooth(reference_losses)[-1]
     steps, reference_steps = (float(steps_to_target(x, target)) for x in (losses, reference_losses))
+    if not np.isfinite(target):
+        steps = float(len(losses)) if np.isfinite(smooth(losses)[-1]) else np.inf
+        reference_steps, reference = steps, row
     seconds, reference_seconds = (
         s * r["seconds"] / r["steps"] if s < np.inf else np.inf
         for s, r in ((steps, row), (reference_steps, reference))

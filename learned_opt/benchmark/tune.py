@@ -13,7 +13,7 @@ import torch
 
 from learned_opt.benchmark.cells import Cell, Record
 from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import Entrant, is_range
+from learned_opt.benchmark.entrants import Entrant, choices, is_range
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
 
@@ -78,7 +78,7 @@ def settings_of(entrant: Entrant, count: int) -> list[Setting]:
     Raises:
         ConfigError: the grid has fewer, so that its budget would not be that of the others.
     """
-    grids = [half_decades(*s) if is_range(s) else s["values"] for s in entrant.search.values()]
+    grids = [half_decades(*s) if is_range(s) else choices(s) for s in entrant.search.values()]
     grid = [tuple(zip(entrant.search, values, strict=True)) for values in product(*grids)]
     if len(grid) < count:
         raise ConfigError(

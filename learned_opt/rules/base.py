@@ -287,9 +287,6 @@ class UpdateRule(nn.Module, ABC):
     # True if `respond` also takes weights with the leading dimensions of its observation, a set of
     # them for each task; else vmap makes it so, at a price.
     weights_per_task: bool = False
-    # False if a step in Python looks at numbers: an accelerator then waits, and a compiler makes
-    # several graphs of it.
-    one_graph: bool = True
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
 
     @property

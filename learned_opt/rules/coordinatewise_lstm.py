@@ -21,6 +21,8 @@ PRESETS = {
 
 def lstm_layers(inputs: int, hidden: int, layers: int) -> nn.ModuleList:
     """LSTMs on top of each other; as in the code, they start by forgetting little."""
+    if min(hidden, layers) < 1:
+        raise ConfigError(f"hidden is {hidden} and layers {layers}; use at least 1 of each")
     cells = nn.ModuleList(LSTMCell(hidden if i else inputs, hidden) for i in range(layers))
     for cell in cells:
         nn.init.ones_(cell.bias.data[hidden : 2 * hidden])

@@ -85,7 +85,7 @@ class GeodesicRNN(UpdateRule):
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
-        self.basis, self.one_graph = basis, not basis
+        self.basis = basis
         if basis:
             self._config["basis"] = basis
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)

@@ -55,7 +55,8 @@ class AutoencoderTask(ModuleTask):
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        layers = choice(rng, range(max(1, family.hidden_layers[0]), family.hidden_layers[1] + 1))
+        low, high = (max(1, layers) for layers in family.hidden_layers)
+        layers = choice(rng, range(low, high + 1))
         return TaskConfig(
             kind=cls.kind,
             data=family.data,

@@ -107,7 +107,9 @@ class TaskConfig:
                 f"options={sorted(unknown)} mean nothing to kind {self.kind!r}; it has {known}"
             )
         try:
-            KINDS[self.kind].Options(**self.options)
+            own = KINDS[self.kind].Options(**self.options)
+            if any(f.type == "int" and type(getattr(own, f.name)) is not int for f in fields(own)):
+                raise TypeError("some must be whole numbers")
         except TypeError as error:  # a comparison, of text with numbers say
             raise ConfigError(
                 f"options={self.options} of kind {self.kind!r} are not of the right types ({error})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from geodesic.dataset import PathDataset
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
-from learned_opt.errors import ConfigError
+from learned_opt.errors import ConfigError, OutputError
 from learned_opt.outputs import write_atomic
 from learned_opt.training.callbacks import Pictures, Selection, Speed
 from learned_opt.training.data import UpdatesModule
@@ -124,7 +125,7 @@ def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
     place = {name: getattr(config, name) for name in place}
     try:
         return L.Trainer(**place, plugins=plugins, **settings)
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         said = ", ".join(f"{name}={value!r}" for name, value in place.items())
         raise ConfigError(f"{said} cannot work here: {error}") from error
 
@@ -140,8 +141,9 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     last = folder / "checkpoints" / "last.ckpt"
     selection = Selection(config) if config.select == "best" else None
     watching = [Speed()] + ([selection, Pictures(selection)] if selection else [])
-    if config.average is not None:  # the last, as it takes back what selection is to see
-        watching.append(EMAWeightAveraging(decay=config.average))
+    averaging = None if config.average is None else EMAWeightAveraging(decay=config.average)
+    if averaging:  # the last, as it takes back what selection is to see
+        watching.append(averaging)
     trainer = make_trainer(
         config,
         max_epochs=config.updates // config.epoch_length,
@@ -160,7 +162,13 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         inference_mode=False,
         enable_model_summary=False,
     )
+    if last.exists() and not zipfile.is_zipfile(last):
+        raise OutputError(
+            f"{last} is damaged; put a whole copy there, or delete it to train from the beginning"
+        )
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    if averaging:  # which Lightning leaves out where all updates were made before
+        averaging.on_train_end(trainer, module)
     weights = folder / WEIGHTS
     if trainer.is_global_zero:
         facts = {"train": recipe(config)}

@@ -29,13 +29,7 @@ def start(config: TrainConfig) -> UpdateRule:
         rule = make_rule(config.rule, **config.rule_config)
     if config.start_from is not None:
         loaded = load_rule(None if config.start_from == SHIPPED else config.start_from)
-        worn = getattr(rule, "base", rule)
-        part = worn if loaded.name == worn.name else rule
-        if (part.name, part.config) != (loaded.name, loaded.config):
-            raise ConfigError(
-                f"start_from={config.start_from!r} is {loaded.name} with {loaded.config}, not "
-                f"{part.name} with {part.config}; set rule and rule_config to match it"
-            )
+        part = part_like(rule, loaded, f"start_from={config.start_from!r}")
         part.load_state_dict(loaded.state_dict())
     names = [name for name, _ in rule.named_parameters()]
     for beginning in config.frozen:
@@ -48,6 +42,22 @@ def start(config: TrainConfig) -> UpdateRule:
     return rule
 
 
+def part_like(rule: UpdateRule, other: UpdateRule, said: str) -> UpdateRule:
+    """What of `rule` the weights of `other` fit: it, or the base that it wears.
+
+    Raises:
+        ConfigError: neither; it begins with `said`.
+    """
+    worn = getattr(rule, "base", rule)
+    part = worn if other.name == worn.name else rule
+    if (part.name, part.config) != (other.name, other.config):
+        raise ConfigError(
+            f"{said} is {other.name} with {other.config}, not {part.name} with {part.config}; "
+            "set rule and rule_config to match it"
+        )
+    return part
+
+
 def trainable(rule: UpdateRule) -> list[nn.Parameter]:
     return [p for p in rule.parameters() if p.requires_grad]
 
@@ -56,5 +66,5 @@ def origin(start_from: str | None) -> str | None:
     """What tells the weights of `start_from` apart from others, free of where they lie."""
     if start_from is None:
         return None
-    path = DEFAULT if start_from == SHIPPED else Path(start_from)
+    path = DEFAULT if start_from == SHIPPED else Path(start_from).expanduser()
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()

@@ -87,6 +87,16 @@ def test_an_interrupted_search_goes_on_and_equals_one_in_memory(tmp_path, falls)
         find_geodesics_on_disk(*arguments, num_segments=8)
 
 
+def test_wrong_arguments_leave_no_folder_behind(tmp_path):
+    a, b, scale = pairs()
+    arguments = tmp_path / "paths", bump, a, b, 0.7
+    with pytest.raises(TypeError, match="num_segment'"):
+        find_geodesics_on_disk(*arguments, loss_args=(scale,), num_segment=8)
+    with pytest.raises(ValueError, match="shard_size must be a positive integer"):
+        find_geodesics_on_disk(*arguments, loss_args=(scale,), shard_size=0)
+    assert not (tmp_path / "paths").exists()
+
+
 def test_errors_are_kept(tmp_path):
     a, b, scale = pairs()
     b = b.clone()

@@ -14,20 +14,22 @@ import numpy as np
 import pytest
 import torch
 
+from learned_opt import make_rule
 from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark.cells import Cell
+from learned_opt.benchmark.cells import Cell, load
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.tables import read_rows
 from learned_opt.benchmark.tune import half_decades, settings_of, tune
 from learned_opt.errors import ConfigError, OutputError
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import TaskConfig, make_task
+from learned_opt.weights import save_rule
 
 TASK = BenchmarkTask(TaskConfig(hidden=(8,), batch_size=32), steps=15)
 ADAM = Entrant("Adam <tuned>", "torch.optim.Adam", search={"lr": [1e-3, 1e-1]})
 SGD = Entrant("SGD", "torch.optim.SGD", {"lr": 0.1})
 EXPLODES = Entrant("explodes", "torch.optim.SGD", {"lr": 1e30})
-RAISES = Entrant("raises", "torch.optim.SGD", {"lr": -1.0})
+RAISES = Entrant("raises", "torch.optim.SparseAdam", {"lr": 0.1})  # of dense gradients
 CONFIG = BenchmarkConfig(
     tasks=[TASK],
     entrants=[ADAM, SGD, EXPLODES, RAISES],
@@ -152,7 +154,7 @@ def test_a_diverged_run_counts_as_infinite(done) -> None:
 
 def test_a_run_that_raises_is_recorded_and_the_others_go_on(done) -> None:
     folder, results = done
-    assert all("Invalid learning rate" in row["error"] for row in rows_of(results, RAISES))
+    assert all("dense gradients" in row["error"] for row in rows_of(results, RAISES))
     assert not any(row["error"] for row in rows_of(results, SGD))
     facts = json.loads((folder / "benchmark.json").read_text())
     assert facts["failures"] == len(facts["failed"]) == 2
@@ -183,13 +185,14 @@ def test_what_was_done_is_said_without_folders(done, tmp_path: Path) -> None:
     tried = len(read_rows(done[0] / "tuning.csv"))
     assert facts["tuning_runs"] == {ADAM.name: 2 * tried, "SGD": 0, "explodes": 0, "raises": 0}
     assert facts["cells"] == 2 * tried + 8
-    learned = Entrant("mine", "learned", weights=str(tmp_path / "absent.safetensors"))
-    config = replace(CONFIG, entrants=[learned], data_root=str(tmp_path))
+    save_rule(make_rule("geodesic_rnn", hidden=2), tmp_path / "w.safetensors")
+    learned = Entrant("mine", "learned", weights=str(tmp_path / "w.safetensors"))
+    config = replace(CONFIG, entrants=[learned, RAISES], data_root=str(tmp_path))
     run_benchmark(config, tmp_path / "out")
     text = (tmp_path / "out" / "benchmark.json").read_text()
     facts = json.loads(text)
-    assert "absent.safetensors" in facts["failed"][0]["error"] and str(tmp_path) not in text
-    assert facts["entrants"][0]["weights"] == "absent.safetensors"
+    assert facts["failed"] and str(tmp_path) not in text
+    assert facts["entrants"][0]["weights"] == "w.safetensors"
 
 
 def test_the_grid_grows_while_the_best_is_at_its_edge(runner) -> None:
@@ -270,6 +273,8 @@ def test_other_weights_are_another_cell(tmp_path: Path) -> None:
         ({"settings": 0}, "settings=0"),
         ({"processes": 0}, "processes=0"),
         ({"time_limit": 0.0}, "time_limit=0.0"),
+        ({"data": {"digit": "mnist"}}, "no task reads 'digit'"),
+        ({"data": {"digits": "mnist", "mnist": "digits"}}, "data has"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, says: str) -> None:
@@ -284,6 +289,7 @@ def test_bad_settings_are_refused(settings: dict, says: str) -> None:
         ({"search": {"lr": [1, 0.1]}}, r"search\.lr=\[1, 0\.1\]"),
         ({"search": {"lr": 0.1}}, r"search\.lr=0\.1"),
         ({"search": {"lr": {"values": []}}}, r"search\.lr="),
+        ({"search": {"lr": [0.05, 1]}}, r"search\.lr=\[0\.05, 1\]; .*half decades"),
         ({"weights": "w.safetensors"}, "weights"),
     ],
 )
@@ -292,11 +298,58 @@ def test_bad_entrants_are_refused(settings: dict, says: str) -> None:
         Entrant("a", "torch.optim.Adam", **settings)
 
 
-def test_a_misspelt_optimizer_is_refused_before_anything_is_run(tmp_path: Path) -> None:
-    misspelt = replace(CONFIG, entrants=[Entrant("a", "torch.optim.Adm")])
-    with pytest.raises(ConfigError, match=r"torch\.optim\.Adm"):
-        run_benchmark(misspelt, tmp_path)
+@pytest.mark.parametrize(
+    ("entrant", "says"),
+    [
+        (Entrant("a", "torch.optim.Adm"), r"torch\.optim\.Adm"),
+        (Entrant("a", "torch.optim"), "'a' cannot be made"),
+        (Entrant("a", "collections.Counter"), r"no torch\.optim\.Optimizer"),
+        (Entrant("a", "torch.optim.Adam", {"lrr": 0.1}), "'a' cannot be made: .*lrr"),
+        (Entrant("a", "torch.optim.SGD", {"lr": -1.0}), "Invalid learning rate"),
+        (Entrant("a", "torch.optim.Adam", search={"lrr": [0.1, 1]}), "'a' cannot be made: .*lrr"),
+        (Entrant("a", "learned", weights="absent.safetensors"), "absent.safetensors"),
+    ],
+)
+def test_a_wrong_entrant_is_refused_before_anything_is_run(
+    entrant: Entrant, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run_benchmark(replace(CONFIG, entrants=[SGD, entrant]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device='gpu' cannot be used"):
+        run_benchmark(replace(CONFIG, device="gpu"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_is_replaced_where_there_is_some() -> None:
+    quadratic = BenchmarkTask(TaskConfig(kind="quadratic"))
+    tasks = replace(CONFIG, tasks=[TASK, quadratic], data={"digits": "mnist"}).tasks
+    assert tasks[0].task.data == "mnist" and tasks[1] == quadratic
+
+
+def test_pairs_of_numbers_are_tuned_too() -> None:
+    space = {"betas": {"values": [[0.9, 0.999], [0.8, 0.99]]}}
+    entrant = Entrant("a", "torch.optim.Adam", search=space)
+    entrant.check()
+    assert settings_of(entrant, 2) == [(("betas", (0.9, 0.999)),), (("betas", (0.8, 0.99)),)]
+
+
+def test_a_damaged_cell_is_run_again(done) -> None:
+    cell = Cell(TASK, SGD, {}, 0)
+    path = done[0] / "cells" / f"{cell.name}.npz"
+    content = path.read_bytes()
+    assert load(cell, path.parent) is not None
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        load(cell, path.parent)  # whatever is left, None if nothing
+    path.write_bytes(content[: len(content) // 2])
+    assert load(cell, path.parent) is None
+    path.write_bytes(content)
 
 
 def test_smoke_shrinks_the_default_benchmark() -> None:

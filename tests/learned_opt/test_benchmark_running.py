@@ -227,7 +227,7 @@ def alive(group: int) -> bool:
 
 
 def test_ranks_share_the_cells(tmp_path: Path) -> None:
-    config = replace(CONFIG, entrants=[SGD, Entrant("bad", "torch.optim.SGD", {"lr": -1.0})])
+    config = replace(CONFIG, entrants=[SGD, Entrant("bad", "torch.optim.SparseAdam", {"lr": 0.1})])
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = command(tmp_path, config, *launcher)
     out, errors = process.communicate(timeout=300)

@@ -86,15 +86,16 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
 def test_every_config_runs(path, demo, tmp_path, monkeypatch):
     if path.stem.endswith("_full"):
         pytest.skip("its networks on all images take minutes even with --smoke")
-    arguments = []
-    if any(name in path.read_text() for name in ("mnist", "cifar10", "ptb")):
+    arguments, text = [], path.read_text()
+    if any(name in text for name in ("mnist", "cifar10", "ptb")):
         data = Path(os.environ.get("LEARNED_OPT_DATA") or ROOT.parent / "shared" / "data")
         if not data.is_dir():
             pytest.skip("needs MNIST, CIFAR-10 and PTB in the folder $LEARNED_OPT_DATA")
         monkeypatch.setenv("LEARNED_OPT_DATA", str(data))
-        if path.parent.name == "benchmark":  # whose processes may be older than this setting
+        benchmark = path.parent.name == "benchmark"
+        if benchmark:  # whose processes may be older than this setting
             arguments = ["--data_root", str(data)]
-        if path.parent.name == "benchmark" and not (data / "cifar10").is_dir():
+        if benchmark and "cifar10" in text and not (data / "cifar10").is_dir():
             arguments += ["--data", '{"cifar10": "cifar10_jpeg"}']
     command = path.parent.name
     main([command, "--config", str(path), "--output", str(tmp_path), "--smoke", *arguments])
@@ -214,6 +215,10 @@ def test_only_the_first_process_of_a_job_claims_the_output(demo, fits, monkeypat
         ("train --output x --precision 16-mixed", "precision '16-mixed' bf16-mixed"),
         ("train --output x --select worst", "select 'worst' best last"),
         ("train --output x --selection_interval 0", "selection_interval 0 least 1"),
+        ("train --output x --devices -1 --accelerator cpu", "devices=-1 cannot"),
+        ("train --output x --dataset .", "dataset='.' target paths not empty"),
+        ("train --output x --first.rule_config.hidden 4", "its rule geodesic_rnn 'hidden': 4"),
+        ("train --output x --rule coordinatewise_lstm --rule_config.hidden 0", "hidden is 0 1"),
         ("train --updates 50", "required output"),
         ("train --output x --config absent.yaml", "absent.yaml"),
         ("train --output x --config wrong.yaml", "updatez"),

@@ -176,6 +176,43 @@ def test_maximize_climbs_as_far_as_minimizing_the_opposite(rule: UpdateRule) -> 
     assert all(map(torch.equal, params, others))
 
 
+def test_a_parameter_that_is_not_finite_rests_until_it_is(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    for step, value in enumerate((None, float("-inf"), -1e20, None)):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        whole = params[0].detach().clone()
+        if value is not None:
+            params[0].data[0, 0] = value
+            others[0].grad = None
+        optimizer.step()
+        reference.step()
+        if value is not None:
+            assert params[0][0, 0] == value
+            params[0].data[0, 0] = whole[0, 0]
+    torch.testing.assert_close(params, others)
+    with pytest.warns(UserWarning, match="2 updates of tensors were skipped"):
+        assert optimizer.skipped_steps() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    expected = run(LearnedOptimizer(others := parameters()), others, range(3))
+    params, before = parameters(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = LearnedOptimizer(params)
+        for step in range(3):
+            rng = torch.Generator().manual_seed(step)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=rng, dtype=torch.float32)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, params, expected))
+
+
 @pytest.mark.parametrize("bad", [torch.ones(2), [], [torch.ones(2, requires_grad=True) * 2]])
 def test_what_is_no_list_of_leaves_is_refused(bad, untrained: UpdateRule) -> None:
     with pytest.raises(TypeError if torch.is_tensor(bad) else ValueError):
@@ -206,10 +243,12 @@ def test_an_lr_scheduler_drives_it(rule: UpdateRule) -> None:
 
 
 def test_a_tensor_lr_of_one_element_is_a_number(rule: UpdateRule) -> None:
-    params, others = parameters(), parameters()
-    found = run(LearnedOptimizer(params, torch.tensor(0.5), weights=rule), params, range(2))
-    expected = run(LearnedOptimizer(others, 0.5, weights=rule), others, range(2))
-    assert all(map(torch.equal, found, expected))
+    settings = {"weights": rule, "weight_decay": 0.1}
+    expected = run(LearnedOptimizer(others := parameters(), 0.5, **settings), others, range(2))
+    for shape in ((), (1,), (1, 1)):
+        lr = torch.full(shape, 0.5)
+        found = run(LearnedOptimizer(params := parameters(), lr, **settings), params, range(2))
+        assert all(map(torch.equal, found, expected))
 
 
 def test_autocast_does_not_reach_inside(rule: UpdateRule) -> None:
@@ -228,6 +267,10 @@ def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) ->
     group = {"params": [torch.ones(2, requires_grad=True)], name: value}
     with pytest.raises(ValueError, match=name):
         LearnedOptimizer([group], weights=untrained)
+    optimizer = LearnedOptimizer([torch.ones(2, requires_grad=True)], weights=untrained)
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_tensor_lr_of_two_elements_is_refused(untrained: UpdateRule) -> None:

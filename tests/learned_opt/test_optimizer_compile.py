@@ -11,6 +11,33 @@ import torch
 from learned_opt import LearnedOptimizer, UpdateRule
 from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
 
+
+def losses(rule: UpdateRule, compiled: bool) -> list[float]:
+    """Of two groups and two heads, the second of which is in use at times."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList(torch.nn.Linear(n, m) for n, m in ((8, 16), (16, 1), (16, 1)))
+    x, y = torch.randn(32, 8), torch.randn(32, 1)
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (0, 1)]
+    groups = [{"params": ps, "weight_decay": 0.1 * i} for i, ps in enumerate(groups)]
+    optimizer = LearnedOptimizer(groups, weights=rule)
+
+    def train(head: torch.nn.Module) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (head(model[0](x).tanh()) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = torch.compile(train, backend="eager") if compiled else train
+    return [step(model[1 + i % 3 // 2]).item() for i in range(8)]
+
+
+def test_a_compiled_training_step_does_the_same_from_the_first(rule: UpdateRule) -> None:
+    torch.compiler.reset()
+    for _ in range(2):  # and another model in the same process
+        assert losses(rule, True) == pytest.approx(losses(rule, False), rel=1e-3)
+
+
 one_graph = pytest.mark.parametrize(
     "rule", [name for name in RULES if name != "basis"], indirect=True
 )

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +51,20 @@ def assert_same(kind: str, found: list[Tensor], expected: list[Tensor]) -> None:
 def whole(model: nn.Module) -> list[Tensor]:
     full = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
     return [p.detach().clone() for p in full]
+
+
+def test_parameters_that_are_flattened_are_refused() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for original in (False, True):
+            model = FullyShardedDataParallel(
+                make_model(), use_orig_params=original, device_id=torch.device("cpu")
+            )
+            with pytest.raises(ValueError, match="use FSDP2"):
+                LearnedOptimizer(model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def reference(kind: str) -> list[Tensor]:

@@ -51,6 +51,63 @@ def test_parameters_may_get_other_data(rule: UpdateRule) -> None:
     assert all(map(torch.equal, run(first, params, range(2, 4)), expected))
 
 
+def test_states_hold_no_more_memory_than_they_need(rule: UpdateRule) -> None:
+    """Where another parameter each step has a gradient."""
+    params = [torch.randn(20, 30).requires_grad_() for _ in range(12)]
+    optimizer = LearnedOptimizer(params, weights=rule)
+    for step in range(12):
+        set_gradients(params, step)
+        for p in params[2:]:
+            p.grad = p.grad if step == 0 or p is params[step] else None
+        optimizer.step()
+    tensors = [x for p in params for x in optimizer.state[p].values()]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    assert sum(held.values()) <= 1.01 * sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_a_group_that_is_taken_out_is_freed(rule: UpdateRule) -> None:
+    params, others = parameters(), parameters()
+    optimizer = LearnedOptimizer([{"params": p} for p in (params, others)], weights=rule)
+    run(optimizer, params + others, range(1))
+    optimizer.param_groups.pop()
+    gone = [weakref.ref(p) for p in others]
+    for p in others:
+        optimizer.state.pop(p, None)
+    del others, p
+    run(optimizer, params, range(1))
+    assert not any(ref() is not None for ref in gone)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+def test_the_state_of_another_optimizer_is_refused(rule: UpdateRule, kind: str) -> None:
+    params = parameters()
+    other = getattr(torch.optim, kind)(params, lr=0.1, **{"SGD": {"momentum": 0.9}}.get(kind, {}))
+    set_gradients(params, 0)
+    other.step()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"state has .* but the rule keeps"):
+        optimizer.step()
+
+
+def test_the_state_of_other_shapes_is_refused(rule: UpdateRule) -> None:
+    small, large = (torch.ones(n, 4, requires_grad=True) for n in (1, 6))
+    first, second = (LearnedOptimizer([p], weights=rule) for p in (small, large))
+    run(first, [small], range(1))
+    second.load_state_dict(first.state_dict())
+    set_gradients([large], 0)
+    with pytest.raises(ValueError, match=r"of shape \(1, 4, \d+\), but the rule keeps"):
+        second.step()
+    large.data, large.grad = large.data.t().contiguous(), None
+    second = LearnedOptimizer([large], weights=rule)
+    run(second, [large], range(1))
+    large.data = large.data.t().contiguous()
+    large.grad = None
+    set_gradients([large], 1)
+    with pytest.raises(ValueError, match="of shape"):
+        second.step()
+
+
 def test_loading_a_state_dict_does_not_tie_two_optimizers(rule: UpdateRule) -> None:
     params, others = parameters(), parameters()
     first, second = (LearnedOptimizer(p, weights=rule) for p in (params, others))

@@ -105,6 +105,20 @@ def test_a_free_key_may_change(tmp_path: Path) -> None:
             pass
     with pytest.raises(OutputError, match="steps"), claim_output(tmp_path, {"steps": 9}, "x"):
         pass
+    for root in ("here", None):
+        with claim_output(tmp_path, {"data": {"name": "a", "root": root}}, "y", free=["data.root"]):
+            pass
+    other = claim_output(tmp_path, {"data": {"name": "b", "root": None}}, "y", free=["data.root"])
+    with pytest.raises(OutputError, match=r"data\.name"), other:
+        pass
+
+
+def test_a_damaged_provenance_is_kept_and_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / "provenance-x.json").write_text('[{"started"')
+    with claim_output(tmp_path, CONFIG, "x"):
+        pass
+    assert (tmp_path / "provenance-x.damaged.json").read_text() == '[{"started"'
+    assert len(json.loads((tmp_path / "provenance-x.json").read_text())) == 1
 
 
 def test_two_commands_share_a_folder(tmp_path: Path) -> None:

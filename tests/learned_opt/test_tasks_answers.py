@@ -221,6 +221,7 @@ def test_chance_is_the_loss_of_outputs_of_zero(kind: str) -> None:
         ({"kind": "conv", "options": {"kernel": 5}}, ConfigError, r"options=\['kernel'\].*norm"),
         ({"kind": "quadratic", "hidden": (3,)}, ConfigError, "hidden=.* means nothing"),
         ({"kind": "quadratic", "options": {"dim": "ten"}}, ConfigError, "not of the right types"),
+        ({"kind": "quadratic", "options": {"dim": 2.5}}, ConfigError, "not of the right types"),
         ({"kind": "quadratic", "options": {"condition": 0.5}}, ConfigError, "condition is 0.5"),
         ({"kind": "matrix_factorization", "options": {"rank": 40}}, ConfigError, "rank=40"),
         ({"kind": "gru"}, ConfigError, "data is 'digits'.*'markov'"),

@@ -153,6 +153,8 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     output = finish(start(tmp_path, dataset, **changes))
     assert output.splitlines()[-1] == "False"  # the csv logger does not import wandb
     assert (tmp_path / "weights.safetensors").read_bytes() == trained.read_bytes()
+    finish(start(tmp_path, dataset, **changes))  # once more, with nothing left to do
+    assert (tmp_path / "weights.safetensors").read_bytes() == trained.read_bytes()
     assert [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
