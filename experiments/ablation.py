@@ -39,7 +39,6 @@ from generalization import (
     parse,
     rollout,
     tuned_rates,
-    tuned_step,
     untrained,
     validation_tasks,
 )
@@ -71,6 +70,7 @@ SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
 RESAMPLES = 2000
+WEIGHTS = "weights.safetensors"
 HELD_OUT_RUNS = 2  # of each held-out task
 PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
@@ -111,7 +111,7 @@ ARMS = {
         "objectives": IMITATION} | LSTM),
     "lstm_meta": Arm("L2L's LSTM, meta-loss", 2280, None, {"objectives": META} | LSTM),
 }  # fmt: skip
-UNTRAINED = {"initial": "no training", "scaled": "no training, step tuned on these tasks"}
+INITIAL = "initial"  # the arm without training
 
 
 def config_of(name: str, seed: int, work: Path) -> TrainConfig:
@@ -156,7 +156,7 @@ def paths(data: PathDataset, path: str) -> None:
     save(RESULTS / "ablation", f"paths-{path}", rows)
 
 
-def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> list[dict]:
+def measure(rule: UpdateRule, skip: set = frozenset()) -> list[dict]:
     """Rows of all validation tasks, with the steps and the speed-up to tuned Adam's loss."""
     base = defaultdict(list)
     for row in read(RESULTS / "ablation" / "adam.csv"):
@@ -165,7 +165,7 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> li
     for label, (task, marks) in validation_tasks().items():
         if not (kept := [m for m in marks if (label, m) not in skip]):
             continue
-        found, losses = rollout(task, rule, kept, scale)
+        found, losses = rollout(task, rule, kept)
         for mark in kept:
             targets, reference = (
                 np.array([float(row[name]) for row in base[label, mark]])
@@ -182,18 +182,15 @@ def measure(rule: UpdateRule, scale: float = 1.0, skip: set = frozenset()) -> li
 
 
 def run(name: str, seed: int, work: Path) -> None:
-    if name == "initial":
+    if name == INITIAL:
         return save(RESULTS / "ablation", "initial-0", measure(untrained()))
-    if name == "scaled":
-        rows, choice = tuned_step(measure)
-        return save(RESULTS / "ablation", "scaled-0", rows, **choice)
     from learned_opt.cli import train
 
     config, folder = config_of(name, seed, work), work / f"{name}-{seed}"
     fresh, start = not folder.exists(), time.process_time()
     train(config, folder)
     seconds = time.process_time() - start if fresh else None  # unknown where it was resumed
-    rule = load_rule(folder / "weights.safetensors")
+    rule = load_rule(folder / WEIGHTS)
     rows = measure(rule, skip=LARGE if "rule" in ARMS[name].change else frozenset())
     facts = {
         "training_core_seconds": seconds,
@@ -206,13 +203,8 @@ def run(name: str, seed: int, work: Path) -> None:
 
 def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
     """The speed-up on the held-out tasks of the suites, to the final loss of the tuned Adam."""
-    scale, rows = 1.0, []
-    if name in UNTRAINED:
-        rule = untrained()
-        if name == "scaled":
-            scale = json.loads((RESULTS / "ablation" / "scaled-0.json").read_text())["scale"]
-    else:
-        rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
+    rule = untrained() if name == INITIAL else load_rule(work / f"{name}-{seed}" / WEIGHTS)
+    rows = []
     wanted = [
         (entry, theirs)
         for folder in folders(RESULTS)
@@ -223,7 +215,7 @@ def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
         for adam in theirs[:HELD_OUT_RUNS]:
             trained = run_optimizer(
                 task,
-                lambda p: LearnedOptimizer(p, lr=scale, weights=rule),
+                lambda p: LearnedOptimizer(p, weights=rule),
                 int(adam["seed"]),
                 entry.steps,
             )
@@ -237,7 +229,7 @@ def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
                 "speed_up": float(times_less(float(adam["steps_to_target"]), steps)),
             })  # fmt: skip
     weights = digest(rule.name, rule.config, rule.state_dict())
-    save(RESULTS / "ablation" / "held_out", f"{name}-{seed}", rows, scale=scale, weights=weights)
+    save(RESULTS / "ablation" / "held_out", f"{name}-{seed}", rows, weights=weights)
 
 
 def held_out_tasks(
@@ -277,7 +269,7 @@ def geometric_mean(x: np.ndarray) -> np.ndarray:
 
 def load(folder: Path) -> dict[str, list[list[dict[str, str]]]]:
     """Arm -> rows of each training seed."""
-    names = {name: sorted(folder.glob(f"{name}-[0-9].csv")) for name in (*UNTRAINED, *ARMS)}
+    names = {name: sorted(folder.glob(f"{name}-[0-9].csv")) for name in (INITIAL, *ARMS)}
     return {name: [read(path) for path in paths] for name, paths in names.items() if paths}
 
 
@@ -320,7 +312,7 @@ def table() -> str:
         minutes = [s / 60 for f in facts if (s := f.get("training_core_seconds"))]
         held_out_speed_up = speed_up(away[name]) if name in away else "–"
         lines.append({
-            "arm": UNTRAINED.get(name) or ARMS[name].text,
+            "arm": "no training" if name == INITIAL else ARMS[name].text,
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
             "speed-up, steps": speed_up(seeds),
@@ -355,7 +347,7 @@ def paths_table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["adam", "paths", "run", "held_out", "table"])
-    parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="geodesic")
+    parser.add_argument("--arm", choices=[*ARMS, INITIAL], default="geodesic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--data", type=json.loads, default={}, help="as of learned-opt benchmark")

@@ -1,7 +1,8 @@
-"""Do rules trained on digits work elsewhere? What does each objective contribute?
+"""Do rules trained on digits work elsewhere?
 
 Trains the arms below and runs them, untuned, on the validation tasks: the shipped recipe, its first
-stage, and what differs from that in one thing, for the same number of inner steps. Tuned baselines
+stage, L2L's rule for the same number of inner steps. What each objective contributes is compared in
+ablation.py. Tuned baselines
 on the same tasks come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
 
     python experiments/generalization.py train --arm shipped --seed 0
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,8 +68,6 @@ SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "shipped": Arm("the shipped recipe", "default"),
     "mlps": Arm("geodesic_rnn, imitation and meta-loss, MLPs"),
-    "meta_loss": Arm("geodesic_rnn, meta-loss alone, MLPs", objectives=("meta_loss",)),
-    "imitation": Arm("geodesic_rnn, imitation alone, MLPs", objectives=("imitation",)),
     "l2l": Arm(
         "coordinatewise_lstm, meta-loss (L2L), MLPs",
         objectives=("meta_loss",),
@@ -219,7 +218,7 @@ def evaluate(name: str, seed: int, work: Path) -> None:
     if name == "initial":
         return save(RESULTS, "initial-0", measure(untrained()))
     if name == "scaled":
-        rows, choice = tuned_step(measure)
+        rows, choice = tuned_step()
         return save(RESULTS, "scaled-0", rows, **choice)
     rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
     # Their cost is out of proportion on the larger nets: one short run has to do there.
@@ -238,7 +237,7 @@ def untrained() -> UpdateRule:
     return make_rule(config.rule, **config.rule_config)
 
 
-def tuned_step(measure: Callable[[UpdateRule, float], list[dict]]) -> tuple[list[dict], dict]:
+def tuned_step() -> tuple[list[dict], dict]:
     """Rows of the untrained rule with the best step of SCALES, by its mean losses; the choice."""
     tried = {s: measure(untrained(), s) for s in SCALES}
     score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}

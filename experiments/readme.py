@@ -36,8 +36,6 @@ PICTURE = ROOT / "docs" / "validation.png"
 ARMS = {  # files of results/generalization: what README calls them
     "shipped": "**shipped recipe**",
     "mlps": "its first stage",
-    "meta_loss": "meta-loss alone, earlier rule",
-    "imitation": "imitation alone, earlier rule",
     "l2l": "L2L LSTM",
     "initial": "untrained rule",
     "scaled": "untrained, step tuned",
@@ -47,8 +45,7 @@ BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 LONG = ("final_train_loss", "largest_rise", "largest_rise_minibatches")
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = {"shipped": "#D55E00", "mlps": "#E69F00", "meta_loss": "#0072B2", "imitation": "#009E73",
-           "l2l": "#CC79A7"}  # fmt: skip
+COLOURS = {"shipped": "#D55E00", "mlps": "#E69F00", "l2l": "#CC79A7"}
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
 
