@@ -147,12 +147,17 @@ def find_geodesics(
         max_iterations: quadratic programs a pair and start.
 
     Raises:
-        ValueError: for wrong shapes, devices and dtypes, and where no pair can be searched: values
-            that are not finite, θ_a equal to θ_b, an initial path that does not join them, a level
-            that increases or that F(θ_a) or F(θ_b) exceeds.
+        ValueError: for tensors that are not on the CPU, wrong shapes and dtypes, and where no pair
+            can be searched: values that are not finite, θ_a equal to θ_b, an initial path that does
+            not join them, a level that increases or that F(θ_a) or F(θ_b) exceeds.
     """
     counts = {"num_segments": num_segments, "chunk_size": chunk_size}
     check_pairs(theta_a, theta_b, loss_args, **counts, max_iterations=max_iterations)
+    if theta_a.device.type != "cpu":
+        raise ValueError(
+            f"theta_a is on {theta_a.device}, but geodesics are found on CPUs only; move theta_a, "
+            "theta_b, loss_args and what loss_fn closes over there"
+        )
     check_initial_path(initial_path, theta_a)
     theta_a, theta_b = theta_a.detach(), theta_b.detach()
     pairs = len(theta_a)

@@ -262,6 +262,7 @@ A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
         (dict(level=0.1), r"level must be at least F\(theta_a\)"),
         (dict(theta_b=A.clone()), "theta_b must differ from theta_a"),
         (dict(theta_b=torch.ones(2, device="meta")), "theta_b must match"),
+        (dict(theta_a=A.to("meta"), theta_b=B.to("meta")), "theta_a is on meta, .* CPUs only"),
         (dict(theta_b=0.5 * B), r"level must be at least F\(theta_b\)"),
         (dict(level=torch.ones(3)), "level must be a number"),
         (dict(level="high"), "level must be a number"),
