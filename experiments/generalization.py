@@ -67,6 +67,7 @@ class Arm:
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "shipped": Arm("the shipped recipe", "default"),
+    "second": Arm("the second stage of the shipped recipe, by itself", "default", updates=900),
     "mlps": Arm("geodesic_rnn, imitation and meta-loss, MLPs"),
     "l2l": Arm(
         "coordinatewise_lstm, meta-loss (L2L), MLPs",
@@ -143,6 +144,8 @@ def inner_steps(config: TrainConfig) -> int:
 def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
     arm = ARMS[name]
     config = parse(TrainConfig, f"configs/train/{arm.config}.yaml")
+    if name == "second":
+        config = replace(config, first=None)
     config = replace(config, seed=seed, dataset=str(dataset))
     changed = replace(
         config,
