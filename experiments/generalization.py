@@ -61,13 +61,16 @@ class Arm:
     rule_config: dict = field(default_factory=dict)
     family: dict = field(default_factory=dict)
     updates: int | None = None  # None is as many as make the inner steps of the config
+    first: bool = True  # with the config's first stage, if it has one
 
 
 # Rules whose step costs dozens of times more: fewer tasks at a time, and no inputs of 3,072.
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "shipped": Arm("the shipped recipe", "default"),
-    "second": Arm("the second stage of the shipped recipe, by itself", "default", updates=900),
+    "second": Arm(
+        "the second stage of the shipped recipe, by itself", "default", updates=900, first=False
+    ),
     "mlps": Arm("geodesic_rnn, imitation and meta-loss, MLPs"),
     "l2l": Arm(
         "coordinatewise_lstm, meta-loss (L2L), MLPs",
@@ -144,13 +147,12 @@ def inner_steps(config: TrainConfig) -> int:
 def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
     arm = ARMS[name]
     config = parse(TrainConfig, f"configs/train/{arm.config}.yaml")
-    if name == "second":
-        config = replace(config, first=None)
     config = replace(config, seed=seed, dataset=str(dataset))
     changed = replace(
         config,
         objectives=arm.objectives or config.objectives,
         family=replace(config.family or config.geodesics.family, **arm.family),
+        first=config.first if arm.first else None,
         rule=arm.rule,
         rule_config=arm.rule_config or (config.rule_config if arm.rule == config.rule else {}),
     )
