@@ -35,6 +35,7 @@ RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "validation.png"
 ARMS = {  # files of results/generalization: what README calls them
     "shipped": "**shipped recipe**",
+    "second": "its second stage alone",
     "mlps": "its first stage",
     "l2l": "L2L LSTM",
     "initial": "untrained rule",
@@ -45,7 +46,7 @@ BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 LONG = ("final_train_loss", "largest_rise", "largest_rise_minibatches")
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = {"shipped": "#D55E00", "mlps": "#E69F00", "l2l": "#CC79A7"}
+COLOURS = {"shipped": "#D55E00", "second": "#0072B2", "mlps": "#E69F00", "l2l": "#CC79A7"}
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
 
