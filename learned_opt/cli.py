@@ -62,7 +62,8 @@ def train(config: TrainConfig, output: Path) -> None:
     check(config)  # what cannot work is said now, not after the data
     output = output.expanduser().absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
-    _check_dataset(config)
+    if first:  # the others might see its half-made folder
+        _check_dataset(config)
     settings, free = asdict(config), ("accelerator", "logger", "geodesics.data_root")
     if config.first is not None:
         if process_rank()[1] > 1:
