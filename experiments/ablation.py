@@ -67,6 +67,7 @@ RESULTS = ROOT / "experiments" / "results"
 SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
 # Coordinate-wise LSTMs cost dozens of times more a step: fewer tasks, and short runs of the small
 # nets. As in generalization.py.
+LOOKS = {"every": 1}  # the network looks at every step, when the rule is used at every tenth
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
 RESAMPLES = 2000
@@ -117,8 +118,8 @@ INITIAL = "initial"  # the arm without training
 def config_of(name: str, seed: int, work: Path) -> TrainConfig:
     arm, config = ARMS[name], parse(TrainConfig, "configs/train/mlps.yaml")
     targets = replace(config.geodesics.targets, level="sgd_profile", path=arm.path or "geodesic")
-    change = dict(arm.change)
-    if "rule" in change:
+    change = {"rule_config": config.rule_config | LOOKS} | arm.change
+    if "rule" in arm.change:
         change["family"] = replace(config.family, num_tasks=2, input_sizes=(16, 64, 256, 784))
     return replace(
         config,
@@ -183,7 +184,7 @@ def measure(rule: UpdateRule, skip: set = frozenset()) -> list[dict]:
 
 def run(name: str, seed: int, work: Path) -> None:
     if name == INITIAL:
-        return save(RESULTS / "ablation", "initial-0", measure(untrained()))
+        return save(RESULTS / "ablation", "initial-0", measure(untrained(**LOOKS)))
     from learned_opt.cli import train
 
     config, folder = config_of(name, seed, work), work / f"{name}-{seed}"
@@ -203,7 +204,7 @@ def run(name: str, seed: int, work: Path) -> None:
 
 def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
     """The speed-up on the held-out tasks of the suites, to the final loss of the tuned Adam."""
-    rule = untrained() if name == INITIAL else load_rule(work / f"{name}-{seed}" / WEIGHTS)
+    rule = untrained(**LOOKS) if name == INITIAL else load_rule(work / f"{name}-{seed}" / WEIGHTS)
     rows = []
     wanted = [
         (entry, theirs)

@@ -236,10 +236,10 @@ def evaluate(name: str, seed: int, work: Path) -> None:
     return save(RESULTS, f"{name}-{seed}", rows, **facts)
 
 
-def untrained() -> UpdateRule:
-    """The rule of the arms, at its initial weights."""
+def untrained(**changes: object) -> UpdateRule:
+    """The rule of the arms, at its initial weights; `changes` of its configuration."""
     config = parse(TrainConfig, "configs/train/mlps.yaml")
-    return make_rule(config.rule, **config.rule_config)
+    return make_rule(config.rule, **config.rule_config | changes)
 
 
 def tuned_step() -> tuple[list[dict], dict]:

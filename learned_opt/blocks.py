@@ -52,7 +52,7 @@ class Block:
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)
         self.skipped = torch.zeros_like(steps)
-        _ = self.layout.runs  # made now: a compiler of `step` could not
+        self.layout.expand(steps)  # makes what it caches now: a compiler of `step` could not
         self.used = False
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):

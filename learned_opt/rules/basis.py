@@ -15,10 +15,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Layout, State
+from learned_opt.rules.base import Layout, State, due
 
 BETA = 0.95  # of L and R
-EVERY = 10  # steps from one basis to the next; before, there are new ones at steps 1, 2, 4 and 8
+EVERY = 10  # steps from one basis to the next, see `due`
 JITTER = 1e-3  # at most added to the diagonals of L and R, in units of their mean
 SIDES = ("rows", "columns")
 
@@ -73,19 +73,19 @@ class Basis:
 
     def turn(self, x: Tensor) -> Tensor:
         """x (*tasks, d) or (*tasks, features, d) in the eigenbases: Q_Lᵀ X Q_R."""
-        return self._apply(x, self.q)
+        return self._turn_in_place(x.clone(), back=False)
 
     def turn_back(self, x: Tensor) -> Tensor:
-        """The inverse: Q_L X Q_Rᵀ."""
-        return self._apply(x, [{side: q.mT for side, q in qs.items()} for qs in self.q])
+        """The inverse, in place: Q_L X Q_Rᵀ."""
+        return self._turn_in_place(x, back=True)
 
-    def _apply(self, x: Tensor, factors: list[dict[str, Tensor]]) -> Tensor:
-        turned = x.clone()
+    def _turn_in_place(self, x: Tensor, back: bool) -> Tensor:
         with full_precision(x):
-            for matrix, factor in zip(self.matrices, factors, strict=True):
-                whole = _whole(x[..., matrix.where], matrix, self.layout)
-                turned[..., matrix.where] = _own(_sandwich(whole, factor), matrix, self.layout)
-        return turned
+            for matrix, q in zip(self.matrices, self.q, strict=True):
+                part = x[..., matrix.where]
+                whole = _whole(part, matrix, self.layout)
+                part.copy_(_own(_sandwich(whole, q, back), matrix, self.layout))
+        return x
 
 
 def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor], ...]:
@@ -108,58 +108,63 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 @torch.compiler.disable  # whether a new basis is due is for Python to say, and eigh is torch's
 def follow(
-    grads: Tensor, rows: Tensor, state: State, limit: int
-) -> tuple[Basis, Tensor, tuple[dict[str, Tensor], ...]]:
-    """The basis of the gradients so far, the last one in it, and the `State.matrix` to keep.
+    grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool = False
+) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
+    """The basis of the gradients so far, and the `State.matrix` to keep.
 
     Args:
-        grads: (*tasks, d).
+        grads: (*tasks, d), turned in place.
         rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages and
             r = √v̂. Both are taken over to a new basis, in place: v as if the old coordinates were
             uncorrelated, that is with the squares of what turns the one basis into the other.
-        state: before this gradient.
+        state: before this gradient; L and R are overwritten if `in_place`.
     """
     with full_precision(grads):
-        return _follow(grads, rows, state, limit)
+        return _follow(grads, rows, state, limit, in_place)
 
 
 def _follow(
-    grads: Tensor, rows: Tensor, state: State, limit: int
-) -> tuple[Basis, Tensor, tuple[dict[str, Tensor], ...]]:
-    layout, kept, bases, turned = state.layout, list(state.matrix), [], grads.clone()
+    grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool
+) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
+    layout, kept, bases = state.layout, list(state.matrix), []
     found = matrices(layout, limit)
     steps = state.step.tolist() if isinstance(state.step, Tensor) else [state.step]
     for matrix in found:
         t = int(steps[matrix.index % len(steps)]) + 1
         entries = dict(kept[matrix.index])
-        g = _whole(grads[..., matrix.where], matrix, layout)
-        old = {side: entries[f"basis_{side}"] for side in matrix.sides}
+        part = grads[..., matrix.where]
+        g = _whole(part, matrix, layout)
         for side in matrix.sides:
-            product = g @ g.mT if side == "rows" else g.mT @ g
-            weight = (1 - BETA) / (1 - BETA**t)
-            entries[f"covariance_{side}"] = entries[f"covariance_{side}"].lerp(product, weight)
-        if t % EVERY == 0 or (t < EVERY and t & (t - 1) == 0):
-            for side in matrix.sides:
-                entries[f"basis_{side}"] = _eigenvectors(entries[f"covariance_{side}"])
-            moves = {side: q.mT @ entries[f"basis_{side}"] for side, q in old.items()}
-            part = rows[..., matrix.where]
-            momenta = _whole(part[..., 1:-1, :], matrix, layout)
-            part[..., 1:-1, :] = _own(_sandwich(momenta, moves), matrix, layout)
-            squares = {side: move.square() for side, move in moves.items()}
-            v = _whole(part[..., -1:, :].square(), matrix, layout)
-            v = _sandwich(v, squares).clamp(min=0)
-            part[..., -1:, :] = _own(v.sqrt(), matrix, layout)
+            name, weight = f"covariance_{side}", (1 - BETA) / (1 - BETA**t)
+            average, product = entries[name], g @ g.mT if side == "rows" else g.mT @ g
+            entries[name] = (average.lerp_ if in_place else average.lerp)(product, weight)
+        if due(t, EVERY):
+            _renew(entries, rows[..., matrix.where], matrix, layout)
         kept[matrix.index] = entries
         bases.append({side: entries[f"basis_{side}"] for side in matrix.sides})
-        turned[..., matrix.where] = _own(_sandwich(g, bases[-1]), matrix, layout)
-    return Basis(layout, found, tuple(bases)), turned, tuple(kept)
+        part.copy_(_own(_sandwich(g, bases[-1]), matrix, layout))
+    return Basis(layout, found, tuple(bases)), tuple(kept)
+
+
+def _renew(entries: dict[str, Tensor], rows: Tensor, matrix: Matrix, layout: Layout) -> None:
+    """A new basis, to which the `rows` (*, 1 + momenta + 1, coordinates here) are taken over."""
+    old = {side: entries[f"basis_{side}"] for side in matrix.sides}
+    for side in matrix.sides:
+        entries[f"basis_{side}"] = _eigenvectors(entries[f"covariance_{side}"])
+    moves = {side: q.mT @ entries[f"basis_{side}"] for side, q in old.items()}
+    momenta = _whole(rows[..., 1:-1, :], matrix, layout)
+    rows[..., 1:-1, :] = _own(_sandwich(momenta, moves), matrix, layout)
+    squares = {side: move.square() for side, move in moves.items()}
+    v = _whole(rows[..., -1:, :].square(), matrix, layout)
+    v = _sandwich(v, squares).clamp(min=0)
+    rows[..., -1:, :] = _own(v.sqrt(), matrix, layout)
 
 
 def _whole(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
     """(*, coordinates here) -> (*, rows, columns)."""
     if layout.gather is not None:
         x = layout.gather(x, matrix.index)
-    return x.unflatten(-1, matrix.shape)
+    return x.view(*x.shape[:-1], *matrix.shape)
 
 
 def _own(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
@@ -168,12 +173,15 @@ def _own(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
     return x if layout.gather is None else layout.scatter(x, matrix.index)
 
 
-def _sandwich(x: Tensor, factors: dict[str, Tensor]) -> Tensor:
-    """rowsᵀ X columns; factors (*tasks, n, n), X (*tasks, n, k) or (*tasks, features, n, k)."""
+def _sandwich(x: Tensor, factors: dict[str, Tensor], back: bool = False) -> Tensor:
+    """rowsᵀ X columns, or rows X columnsᵀ; factors (*tasks, n, n), X (*tasks, n, k) or
+    (*tasks, features, n, k)."""
     for side, factor in factors.items():
         if x.dim() > factor.dim():
             factor = factor.unsqueeze(-3)
-        x = factor.mT @ x if side == "rows" else x @ factor
+        if back == (side == "columns"):
+            factor = factor.mT
+        x = factor @ x if side == "rows" else x @ factor
     return x
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import Layout, Observation, State, UpdateRule, join, register
+from learned_opt.rules.base import (
+    Chunk,
+    Layout,
+    Observation,
+    State,
+    UpdateRule,
+    due,
+    join,
+    register,
+)
 from learned_opt.rules.basis import follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 
@@ -62,32 +72,45 @@ class GeodesicRNN(UpdateRule):
         decay_after: steps; about a third of the longest runs that the rule is trained on.
         basis: most rows, or columns, for which a matrix is turned on that side; 0: none is. Only
             with per="tensor".
+        every: steps from one look of the network at a tensor to the next, at first fewer (`due`);
+            what it says, and what it is told of the past, holds in between. Above 1 only with
+            per="tensor".
 
     State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit; with a basis
     8 for each number of the squares of the sides that are turned.
     """
 
     name = "geodesic_rnn"
-    kernels = ("_tensor_features", "gains")
+    kernels = ("_tensor_features", "_gains")
 
     def __init__(
-        self, hidden: int = 32, per: str = "tensor", decay_after: int = 1000, basis: int = 0
+        self,
+        hidden: int = 32,
+        per: str = "tensor",
+        decay_after: int = 1000,
+        basis: int = 0,
+        every: int = 1,
     ) -> None:
         super().__init__()
-        if per not in ("tensor", "coordinate") or min(hidden, decay_after) < 1:
+        if per not in ("tensor", "coordinate") or min(hidden, decay_after, every) < 1:
             raise ConfigError(
-                f"per is {per!r}, hidden {hidden} and decay_after {decay_after}; use 'tensor' or "
-                "'coordinate', and at least 1"
+                f"per is {per!r}, hidden {hidden}, decay_after {decay_after} and every {every}; "
+                "use 'tensor' or 'coordinate', and at least 1"
             )
-        if basis < 0 or (basis and per == "coordinate"):
-            raise ConfigError(f"basis is {basis}; use at least 0, and 0 for per='coordinate'")
+        if basis < 0 or (per == "coordinate" and (basis or every > 1)):
+            raise ConfigError(
+                f"basis is {basis} and every {every}; use at least 0 and 1, and these for "
+                "per='coordinate'"
+            )
         self.hidden_per = per
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
-        self.basis = basis
+        self.basis, self.every = basis, every
         if basis:
             self._config["basis"] = basis
+        if every > 1:
+            self._config["every"] = every
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
         self.head = nn.Linear(hidden, DIRECTIONS + 1)
@@ -110,7 +133,8 @@ class GeodesicRNN(UpdateRule):
             "gradient_rms": params.new_zeros(*lead, 1, len(shapes)),
         }
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
-        where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden, units)
+        kept = DIRECTIONS if self.every > 1 else 0  # what the network said last
+        where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden + kept, units)
         matrix = start(params, layout, self.basis) if self.basis else ()
         return State(layout, 0, coordinate, tensor, matrix)
 
@@ -123,37 +147,34 @@ class GeodesicRNN(UpdateRule):
             rows = rows.clone()
         size = (layout.squared_norms(grads) / counts).sqrt()
         share = self._clip(size, state)
+        # outliers are clipped before they are all that a basis sees for a hundred steps
+        into = None if torch.compiler.is_compiling() else rows[..., 0, :]
+        grads = torch.mul(grads, layout.expand(share), out=into)
         basis, matrix = None, state.matrix
         if self.basis:
-            # clipped before, as an outlier would be all that the basis sees for a hundred steps
-            grads, size, share = grads * layout.expand(share), size * share, torch.ones_like(share)
-            basis, grads, matrix = follow(grads, rows, state, self.basis)
+            basis, matrix = follow(grads, rows, state, self.basis, in_place)
         step = _as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
         # the weight with which an average is its own bias-corrected one
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
         peak = state.tensor["peak_gradient"].squeeze(-2)
         if self.basis:  # in that of a first gradient only rounding is left of most coordinates
-            peak = torch.maximum(peak, size)
+            peak = torch.maximum(peak, size * share)
         floor = (VANISHED * peak).clamp(min=EPS)
-        sums = grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
-        gram, squares = sums.split([DIRECTIONS**2, 3], -1)  # squares of g, r and θ
-        gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
-        moved = []
+        looks = self._looks(state.step) if self.every > 1 else (True,)
+        moved, sums = [], grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
         for chunk in layout.chunks:
-            row, normal = _average(
-                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (share, weights, floor))
-            )
-            for (own, directions), (_, new), (_, theta) in zip(
-                *map(chunk.parts, (normal, row, chunk.of(params))), strict=True
-            ):
-                gram[..., own, :, :].add_(_gram(directions))
-                ends = new[..., ::DIRECTIONS, :, :]  # g and r
-                squares[..., :-1, own].add_(torch.linalg.vecdot(ends, ends))
-                squares[..., -1, own].add_(torch.linalg.vecdot(theta, theta))
+            row = _average(chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)))
             moved.append(row.flatten(-2))
+            if any(looks):
+                _add_moments(sums, chunk, row, chunk.of(params))
         if torch.compiler.is_compiling():
             rows = rows.copy_(join(moved))
+        state = State(
+            layout, state.step + 1, state.coordinate | {"averages": rows}, state.tensor, matrix
+        )
+        if not any(looks):
+            return Observation(rows, grads.new_empty(*lead, 0, tensors), layout, basis), state
         moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
             moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step,
@@ -162,11 +183,17 @@ class GeodesicRNN(UpdateRule):
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
         )  # fmt: skip
         kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
-        return (
-            Observation(rows, tensor, layout, basis),
-            State(layout, state.step + 1, state.coordinate | {"averages": rows},
-                  state.tensor | kept, matrix),
-        )  # fmt: skip
+        if self.every > 1:
+            look = means.new_tensor(looks).expand(*lead, 1, tensors)
+            tensor = torch.cat([tensor, look], -2)
+            kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
+        return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
+
+    @torch.compiler.disable  # for Python to say
+    def _looks(self, step: int | Tensor) -> tuple[bool, ...]:
+        """Whether the network looks at each tensor, or at all, after so many steps."""
+        steps = step.tolist() if isinstance(step, Tensor) else [step]
+        return tuple(due(int(t), self.every) for t in steps)
 
     @staticmethod
     def _clip(rms: Tensor, state: State) -> Tensor:
@@ -234,6 +261,20 @@ class GeodesicRNN(UpdateRule):
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What multiplies the `features` of each tensor, (*tasks, 4, tensors), and the next
         recurrent state; from `Observation.tensor`."""
+        if self.every > 1:
+            return self._gains_or_last(tensor, hidden)
+        return self._gains(tensor, hidden)
+
+    def _gains_or_last(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`gains`, of tensors that the network does not look at those of its last look."""
+        last, gains = hidden.split([2 * self.cell.hidden, DIRECTIONS], -2)
+        if not tensor.shape[-2]:
+            return gains, hidden
+        new, state = self._gains(tensor[..., :-1, :], last)
+        hidden = torch.where(tensor[..., -1:, :] > 0, torch.cat([state, new], -2), hidden)
+        return hidden[..., -DIRECTIONS:, :], hidden
+
+    def _gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
         mixture, scale = _mixture(self._head(h), tensor)
         return scale * mixture, hidden
@@ -269,13 +310,14 @@ class GeodesicRNN(UpdateRule):
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _normal(rows)).sum(-2)
-        updates = torch.empty_like(rows[..., 0, :])
-        weights = gains.mT.unsqueeze(-2)  # (*, tensors, 1, 4)
-        for i, n, a, b in observation.layout.runs:
-            row = rows[..., a:b].unflatten(-1, (n, -1)).movedim(-2, -3)
-            mixed = _matmul(weights[..., i : i + n, :, :], row[..., :-1, :]).squeeze(-2)
-            updates[..., a:b] = (mixed / row[..., -1, :]).flatten(-2)
-        return updates
+        updates = []
+        for chunk in observation.layout.chunks:
+            (first, *others, r), weights = chunk.of(rows).unbind(-3), chunk.spread(gains).unbind(-3)
+            update = first * weights[0]  # term by term, which is the same however chunks are made
+            for row, weight in zip(others, weights[1:], strict=True):
+                update.addcmul_(row, weight)
+            updates.append(update.div_(r).flatten(-2))
+        return join(updates) if updates else rows[..., 0, :]
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
@@ -301,20 +343,32 @@ def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
 
 
-def _average(
-    row: Tensor, grads: Tensor, share: Tensor, weights: Tensor, floor: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place, and m̂_k/r, (*, 4, n, size)."""
-    m, r = row[..., 1:-1, :, :], row[..., -1:, :, :]
+def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor) -> Tensor:
+    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place, from g (*, n, size), that are a row
+    already unless a compiler is at work."""
+    g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
     if torch.compiler.is_compiling():  # makes one loop of it all, but not of writes to views
-        g = (grads * share).unsqueeze(-3)
         m = m.lerp(g, weights[:-1])
         r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
-        return torch.cat([g, m, r], -3), torch.cat([g / r, m / r], -3)
-    g = torch.mul(grads, share, out=row[..., 0, :, :]).unsqueeze(-3)
+        return torch.cat([g, m, r], -3)
     m.lerp_(g, weights[:-1])
     r.square_().lerp_(g * g, weights[-1:]).sqrt_().clamp_(min=floor.unsqueeze(-3))
-    return row, row[..., :-1, :, :] / r
+    return row
+
+
+def _add_moments(sums: Tensor, chunk: Chunk, row: Tensor, params: Tensor) -> None:
+    """To sums (*, tensors, 16 + 3) what rows [g, m̂, r] (*, 5, n, size) and params (*, n, size) have
+    of ⟨m̂_j/r, m̂_k/r⟩ and of the squares of g, r and θ."""
+    gram, squares = sums.split([DIRECTIONS**2, 3], -1)
+    gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
+    normal = row[..., :-1, :, :] / row[..., -1:, :, :]
+    for (own, directions), (_, new), (_, theta) in zip(
+        *map(chunk.parts, (normal, row, params)), strict=True
+    ):
+        gram[..., own, :, :].add_(_gram(directions))
+        ends = new[..., ::DIRECTIONS, :, :]  # g and r
+        squares[..., :-1, own].add_(torch.linalg.vecdot(ends, ends))
+        squares[..., -1, own].add_(torch.linalg.vecdot(theta, theta))
 
 
 def _gram(normal: Tensor) -> Tensor:
@@ -328,13 +382,6 @@ def _gram(normal: Tensor) -> Tensor:
     }
     lines = [[products[min(i, j), max(i, j)] for j in range(DIRECTIONS)] for i in range(DIRECTIONS)]
     return torch.stack([torch.stack(line, -1) for line in lines], -2)
-
-
-def _matmul(weights: Tensor, rows: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
-        return weights @ rows
-    terms = zip(weights.unsqueeze(-1).unbind(-2), rows.unsqueeze(-3).unbind(-2), strict=True)
-    return sum(w * row for w, row in terms)
 
 
 def _normal(rows: Tensor) -> Tensor:

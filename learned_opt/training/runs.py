@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from learned_opt.config import TrainConfig
+from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, UpdateRule
+from learned_opt.rules.base import due
 from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.base import Objective
 
@@ -50,6 +52,12 @@ class RunObjective(Objective):
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
         super().__init__(config, rule)
+        starts = range(0, config.longest_run, config.window)
+        if not all(due(step, rule.every) for step in starts):
+            raise ConfigError(
+                f"window is {config.window}, and the rule's network looks every {rule.every} "
+                "steps; use a multiple of that, as windows learn from their own looks"
+            )
         self.runs: list[OpenRun | None] = [None] * config.open_runs
 
     @abstractmethod

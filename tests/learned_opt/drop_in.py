@@ -11,6 +11,7 @@ from learned_opt.rules.base import CHUNK
 RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
+    "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "rnnprop": ("rnnprop", {"hidden": 4}),

@@ -102,6 +102,15 @@ class FullBatch(MLPTask):
         return self.fixed_batch()
 
 
+@pytest.mark.parametrize("name", sorted(RUN_OBJECTIVES))
+def test_every_window_begins_with_a_look_of_the_network(name: str) -> None:
+    rule = make_rule("scheduled", base_config={"every": 10})
+    config = TrainConfig(objectives=(name,), window=20, horizon=(60, 600))
+    objectives.OBJECTIVES[name](config, rule)
+    with pytest.raises(ConfigError, match=r"window is 15.*looks every 10 steps; use a multiple"):
+        objectives.OBJECTIVES[name](replace(config, window=15), rule)
+
+
 def test_learning_from_some_coordinates_is_unbiased() -> None:
     torch.manual_seed(0)
     rule = make_rule("geodesic_rnn", hidden=3, per="coordinate").double()
@@ -132,7 +141,7 @@ class Breaks(DoubleTask):
 def test_a_lost_task_weighs_nothing(name: str, lost: bool, rule: UpdateRule) -> None:
     """One that was lost before a window, or in the midst of it."""
     task = tiny_task(Breaks)
-    config = TrainConfig(objectives=(name,), coordinates=ALL)
+    config = TrainConfig(objectives=(name,), coordinates=ALL, window=3)
     objective = objectives.OBJECTIVES[name](config, rule)
     run = objective.open(("test", 0), 100, task, rule)
     if lost:

@@ -114,7 +114,7 @@ def test_the_estimate_is_the_gradient_of_the_whole_run() -> None:
 
 def test_a_particle_is_a_run_with_its_own_weights(rule: UpdateRule) -> None:
     task = Quadratic()
-    config = TrainConfig(objectives=("pes",), pes=PESConfig(particles=2))
+    config = TrainConfig(objectives=("pes",), pes=PESConfig(particles=2), window=3)
     run = PES(config, rule).open(("test",), 9, task, rule)
     weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
     own = weights + 0.1 * torch.randn(4, len(weights), dtype=torch.float64)
@@ -307,7 +307,7 @@ def test_step_sizes_have_the_derivatives_that_autograd_gives(rule: UpdateRule) -
     """ξ against autograd of the mean of Σ_i ε_i log|u_i|, ε from what the first steps are; of rules
     with gains per tensor it is that of these."""
     task, sigma, steps = tiny_task(DoubleTask), 0.2, 3
-    config = TrainConfig(objectives=("step_size",))
+    config = TrainConfig(objectives=("step_size",), window=3)
     run = StepSize(config, rule).open(("test",), 9, task, rule)
     step_size_gradient(
         rule, task, run, 2, StepSizeConfig(sigma), 0.1, math.inf, ALL

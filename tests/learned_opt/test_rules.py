@@ -276,6 +276,25 @@ def test_rnnprop_bounds_its_steps_and_sees_no_scale_but_is_neither_odd_nor_gated
     torch.testing.assert_close(run(rule, grads, params), torch.full_like(grads, -0.1))
 
 
+def test_between_looks_what_the_network_said_last_holds() -> None:
+    torch.manual_seed(0)
+    rule, params = make_rule("geodesic_rnn", hidden=5, every=4).double(), numbers(D, seed=1)
+    rule.head.weight.data = numbers(5, 5, seed=2)
+    state, gains, looked = rule.init_state(params, SHAPES), None, []
+    for step, grad in enumerate(numbers(9, D), start=1):
+        seen, state = rule.observe(grad, params, state)
+        before, last = rule.hidden(state), gains
+        gains, hidden = rule.gains(seen.tensor, before)
+        torch.testing.assert_close(rule.mix(gains, seen), rule.advance(seen, state)[0])
+        state = rule.with_hidden(state, hidden)
+        if seen.tensor.numel():
+            looked.append(step)
+            assert last is None or (gains != last).all()
+        else:
+            assert torch.equal(gains, last) and torch.equal(hidden, before)
+    assert looked == [1, 2, 3, 5, 9]
+
+
 def test_unknown_rules_and_arguments_are_named() -> None:
     with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn, rnnprop"):
         make_rule("nope")
