@@ -36,9 +36,10 @@ MEMORY = 10_000_000  # parameters: a process's other memory is small beside them
 
 
 def sample_steps(optimizer: Optimizer, seconds: float, least: float) -> int:
-    """Steps of `seconds` each that take more than `least` seconds: in eigenbases a multiple of
-    those from one basis to the next, so that samples have their share of new ones."""
-    period = EVERY if getattr(getattr(optimizer, "rule", None), "basis", 0) else 1
+    """Steps of `seconds` each that take more than `least` seconds: a multiple of those from one
+    basis, and one look of the network, to the next, so that samples have their share of both."""
+    rule = getattr(optimizer, "rule", None)
+    period = math.lcm(EVERY if getattr(rule, "basis", 0) else 1, getattr(rule, "every", 1))
     return period * (1 + math.floor(least / seconds / period))
 
 

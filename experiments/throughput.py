@@ -50,6 +50,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     "geodesic_rnn in eigenbases": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn", basis=256)
     ),
+    "geodesic_rnn as shipped": LearnedOptimizer,
     "geodesic_rnn compiled": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn"), compile=True
     ),

@@ -346,6 +346,7 @@ class TrainConfig:
 
     def smoke(self) -> TrainConfig:
         """The same, shrunk to seconds."""
+        window = max(4, self.rule_config.get("every", 1))  # which have to begin with a look
         return replace(
             self,
             geodesics=self.geodesics.smoke(),
@@ -354,9 +355,9 @@ class TrainConfig:
             epoch_length=len(self.objectives),
             coordinates=200,
             teacher=replace(self.teacher, length=5),
-            horizon=(4, 10),
-            curriculum=self.curriculum and CurriculumConfig((4, 8), patience=1),
-            window=4,
+            horizon=(window, window + 6),
+            curriculum=self.curriculum and CurriculumConfig((window, 2 * window), patience=1),
+            window=window,
             open_runs=2,
             validation_steps=5,
         )

@@ -83,7 +83,7 @@ class Layout:
         runs, first, start = [], 0, 0
         for size, equal in groupby(self.sizes):
             last = first + len(list(equal))
-            chunk = limit or size * (last - first)
+            chunk = limit or max(1, size * (last - first))
             for i in range(first, last, step := max(1, chunk // max(1, size))):
                 n = min(step, last - i)
                 stop = start + n * size
@@ -220,9 +220,10 @@ class State:
 
 @dataclass(frozen=True)
 class Observation:
-    """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), and which
-    tensor each coordinate belongs to: a Layout; for picked coordinates an index (n,); None for
-    `pieces`, whose tensors have equal shares. `basis` is that of `coordinate`, None for its own."""
+    """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), without rows
+    where the network does not look, and which tensor each coordinate belongs to: a Layout; for
+    picked coordinates an index (n,); None for `pieces`, whose tensors have equal shares. `basis` is
+    that of `coordinate`, None for its own."""
 
     coordinate: Tensor
     tensor: Tensor
@@ -249,7 +250,7 @@ class Observation:
             width = max(MIN_UNITS, UNITS // math.prod(self.coordinate.shape[:-2]))
         runs = self.layout.runs_of(width)
         if not self.tensor.shape[-2]:
-            runs = [(0, 0, a, min(a + width, d)) for a in range(0, d, width or d)]
+            runs = [(0, 0, a, min(a + width, d)) for a in range(0, d, width or max(1, d))]
         for i, n, a, b in runs:
             where = slice(a, b)
             part = Observation(self.coordinate[..., where], self.tensor[..., i : i + n], None)

@@ -54,8 +54,9 @@ class GeodesicRNN(UpdateRule):
     tensor. ρ is the tensor's size: RMS(θ), but from once to four times the usual one, for matrices
     the RMS 1/√(3 fan_in) of torch's default init and for vectors 0.1: steps relative to the RMS of
     embeddings, which start at N(0, 1), and of gains, which start at 1, would be too long. An LSTM
-    emits c and o, a = 0.1 e^o, softly limited to move no tensor by more than ρ; its output layer
-    starts at zero, with a bias that makes the rule Adam (β = .9, .99) with a relative step of 10 %.
+    emits c and o, a = 0.1 e^o, softly limited to move no tensor by more than ρ in the step that it
+    is made in; its output layer starts at zero, with a bias that makes the rule Adam (β = .9, .99)
+    with a relative step of 10 %.
     From step t = decay_after on, a is multiplied by decay_after / t: Σ a diverges and Σ a² does not
     (Robbins & Monro 1951), so that a run comes to rest. Steps relative to a tensor that gradient
     noise makes grow would not.
@@ -147,8 +148,9 @@ class GeodesicRNN(UpdateRule):
             rows = rows.clone()
         size = (layout.squared_norms(grads) / counts).sqrt()
         share = self._clip(size, state)
+        compiling = torch.compiler.is_compiling()  # asked once: a frame may fall back to Python
         # outliers are clipped before they are all that a basis sees for a hundred steps
-        into = None if torch.compiler.is_compiling() else rows[..., 0, :]
+        into = None if compiling else rows[..., 0, :]
         grads = torch.mul(grads, layout.expand(share), out=into)
         basis, matrix = None, state.matrix
         if self.basis:
@@ -161,19 +163,21 @@ class GeodesicRNN(UpdateRule):
         if self.basis:  # in that of a first gradient only rounding is left of most coordinates
             peak = torch.maximum(peak, size * share)
         floor = (VANISHED * peak).clamp(min=EPS)
-        looks = self._looks(state.step) if self.every > 1 else (True,)
+        look = self._look(state.step, counts) if self.every > 1 else counts
         moved, sums = [], grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
         for chunk in layout.chunks:
-            row = _average(chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)))
+            row = _average(
+                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)), compiling
+            )
             moved.append(row.flatten(-2))
-            if any(looks):
+            if look is not None:
                 _add_moments(sums, chunk, row, chunk.of(params))
-        if torch.compiler.is_compiling():
+        if compiling:
             rows = rows.copy_(join(moved))
         state = State(
             layout, state.step + 1, state.coordinate | {"averages": rows}, state.tensor, matrix
         )
-        if not any(looks):
+        if look is None:
             return Observation(rows, grads.new_empty(*lead, 0, tensors), layout, basis), state
         moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
@@ -184,16 +188,18 @@ class GeodesicRNN(UpdateRule):
         )  # fmt: skip
         kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
         if self.every > 1:
-            look = means.new_tensor(looks).expand(*lead, 1, tensors)
+            look = look.expand(*lead, 1, tensors)
             tensor = torch.cat([tensor, look], -2)
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
         return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
 
     @torch.compiler.disable  # for Python to say
-    def _looks(self, step: int | Tensor) -> tuple[bool, ...]:
-        """Whether the network looks at each tensor, or at all, after so many steps."""
+    def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
+        """1 for tensors that the network looks at after so many steps and 0 for others, as `like`,
+        (tensors,) or (1,); None if there are none."""
         steps = step.tolist() if isinstance(step, Tensor) else [step]
-        return tuple(due(int(t), self.every) for t in steps)
+        looks = [due(int(t), self.every) for t in steps]
+        return like.new_tensor(looks) if any(looks) else None
 
     @staticmethod
     def _clip(rms: Tensor, state: State) -> Tensor:
@@ -343,11 +349,11 @@ def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
 
 
-def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor) -> Tensor:
-    """Rows [g, m̂, r] (*, 5, n, size) one step on, in place, from g (*, n, size), that are a row
-    already unless a compiler is at work."""
+def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, compiling: bool) -> Tensor:
+    """Rows [g, m̂, r] (*, 5, n, size) one step on, from g (*, n, size): in place, with g there
+    already, unless `compiling`."""
     g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
-    if torch.compiler.is_compiling():  # makes one loop of it all, but not of writes to views
+    if compiling:  # one loop is made of it all, but not of writes to views
         m = m.lerp(g, weights[:-1])
         r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
         return torch.cat([g, m, r], -3)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from learned_opt import LearnedOptimizer, UpdateRule
+from learned_opt import LearnedOptimizer, UpdateRule, make_rule
 from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
 
 
@@ -80,6 +80,29 @@ def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
         step()
     run(reference, others, range(1, 4))
     torch.testing.assert_close(params, others)
+
+
+@pytest.mark.parametrize("basis", [0, 20])
+def test_past_the_limit_of_recompilations_it_does_the_same(basis: int) -> None:
+    """A frame that torch compiles no more runs in Python, those that it calls do not."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    rule = make_rule("geodesic_rnn", hidden=5, every=10, basis=basis)
+    for p in rule.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    shapes = ((20, 14), (15,), (10, 15), (10,), (3, 5))
+    params, others = ([torch.ones(s).requires_grad_() for s in shapes] for _ in range(2))
+    optimizer, reference = (
+        LearnedOptimizer([{"params": [p]} for p in group], weights=rule)
+        for group in (params, others)
+    )
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(16):
+        set_gradients(params, number)
+        set_gradients(others, number)
+        step()
+        reference.step()
+    torch.testing.assert_close(params, others, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
