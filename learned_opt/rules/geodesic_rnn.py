@@ -169,7 +169,8 @@ class GeodesicRNN(UpdateRule):
             row = _average(
                 chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)), compiling
             )
-            moved.append(row.flatten(-2))
+            if compiling:
+                moved.append(row.flatten(-2))
             if look is not None:
                 _add_moments(sums, chunk, row, chunk.of(params))
         if compiling:
