@@ -227,7 +227,10 @@ class GeodesicRNN(UpdateRule):
         usual = torch.where(matrix > 0, (3 * fan_in).rsqrt(), VECTOR_SIZE)
         floor = usual.clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
-        ratios = [r_bar / peak, size / torch.maximum(start, floor), size, rms_g / r_bar + 1e-6]
+        # matrices that start far below the usual size, as tables of positions, do well to reach it
+        least = torch.where(matrix > 0, usual, floor)
+        grown = torch.maximum(rms_p, least) / torch.maximum(start, least)
+        ratios = [r_bar / peak, grown, size, rms_g / r_bar + 1e-6]
         logs = torch.cat([safe, torch.stack(ratios, -1)], -1).log()
         least, unit, shift = scales.unbind(-1)
         logs = logs.maximum(least) / unit + shift
