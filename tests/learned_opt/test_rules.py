@@ -295,6 +295,20 @@ def test_between_looks_what_the_network_said_last_holds() -> None:
     assert looked == [1, 2, 3, 5, 9]
 
 
+def test_a_matrix_has_grown_only_beyond_its_usual_size() -> None:
+    rule, shapes = make_rule("geodesic_rnn", hidden=4), ((6, 5), (6,))
+    usual, grad = (3 * 5) ** -0.5, numbers(36)
+
+    def told(start: float, now: float) -> Tensor:
+        state = rule.init_state(grad, shapes)
+        _, state = rule.observe(grad, torch.full_like(grad, start), state)
+        return rule.observe(grad, torch.full_like(grad, now), state)[0].tensor
+
+    matrix, vector = (told(0.2 * usual, 2 * usual) - told(usual, 2 * usual)).T
+    assert matrix.abs().max() < 1e-12 and vector.abs().max() > 0.1
+    assert (told(usual, 3 * usual) != told(2 * usual, 3 * usual))[:, 0].any()
+
+
 def test_unknown_rules_and_arguments_are_named() -> None:
     with pytest.raises(ConfigError, match=r"'nope'.*coordinatewise_lstm, geodesic_rnn, rnnprop"):
         make_rule("nope")
