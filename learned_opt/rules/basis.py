@@ -18,7 +18,7 @@ from torch import Tensor
 from learned_opt.rules.base import Layout, State, due
 
 BETA = 0.95  # of L and R
-EVERY = 10  # steps from one basis to the next, see `due`
+EVERY = 1024  # steps from one basis to the next; before, after 1, 2, 4, 8, ... steps, see `due`
 JITTER = 1e-3  # at most added to the diagonals of L and R, in units of their mean
 SIDES = ("rows", "columns")
 
