@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer
-from learned_opt.rules.basis import EVERY
 
 BATCH, VOCABULARY, CONTEXT = 64, 96, 64
 REPEATS, SAMPLE = 9, 0.05  # samples of at least so many seconds
-WARM_UP = EVERY  # steps: state is made in the first, and in eigenbases the first bases come fast
+WARM_UP = 16  # steps: state is made in the first, and of bases, ever rarer, the most
 COLUMNS = 100  # of each matrix
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adam foreach": lambda params: Adam(params, foreach=True),
@@ -37,9 +36,8 @@ MEMORY = 10_000_000  # parameters: a process's other memory is small beside them
 
 def sample_steps(optimizer: Optimizer, seconds: float, least: float) -> int:
     """Steps of `seconds` each that take more than `least` seconds: a multiple of those from one
-    basis, and one look of the network, to the next, so that samples have their share of both."""
-    rule = getattr(optimizer, "rule", None)
-    period = math.lcm(EVERY if getattr(rule, "basis", 0) else 1, getattr(rule, "every", 1))
+    look of the network to the next, so that samples have their share of them."""
+    period = getattr(getattr(optimizer, "rule", None), "every", 1)
     return period * (1 + math.floor(least / seconds / period))
 
 

@@ -131,7 +131,7 @@ def work(optimizer: Optimizer) -> Work:
 
 def eigenbasis_flops(rule: GeodesicRNN, params: list[Tensor]) -> float:
     """For each parameter, of covariances, the gradient turned and the update turned back; new
-    bases are made every tenth step and don't count."""
+    bases are rare and don't count."""
     layout = Layout(tuple(tuple(p.shape) for p in params))
     products = sum(
         math.prod(m.shape) * m.shape[SIDES.index(side)]
