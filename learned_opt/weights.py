@@ -17,7 +17,7 @@ from learned_opt.rules import UpdateRule, make_rule
 
 FORMAT, VERSION = "learned-opt", 1
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
-DEFAULT_SHA256 = "cf49cce5d0b02d154f0f7868ba1b4e66efc72a2b25dd1438e0e0d1554ed8d59a"
+DEFAULT_SHA256 = "a38642ec5f60ad3b35e59e092c37ba6faf8dcb28402c11f95b8a54ac45f0c090"
 MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
 HUB, HUB_FILE = "hf://", "weights.safetensors"
 
