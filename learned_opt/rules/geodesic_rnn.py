@@ -228,8 +228,8 @@ class GeodesicRNN(UpdateRule):
         floor = usual.clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
         # matrices that start far below the usual size, as tables of positions, do well to reach it
-        least = torch.where(matrix > 0, usual, floor)
-        grown = torch.maximum(rms_p, least) / torch.maximum(start, least)
+        full = torch.where(matrix > 0, usual, floor)
+        grown = torch.maximum(rms_p, full) / torch.maximum(start, full)
         ratios = [r_bar / peak, grown, size, rms_g / r_bar + 1e-6]
         logs = torch.cat([safe, torch.stack(ratios, -1)], -1).log()
         least, unit, shift = scales.unbind(-1)
