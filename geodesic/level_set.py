@@ -187,7 +187,11 @@ class SublevelSet:
             self._loss(points(part), *self._arguments(rows[part]))
             for part in self._chunks(count, len(rows))
         ]
-        return torch.cat(parts).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        losses = torch.cat(parts)
+        if losses.ndim > 2:
+            shape = tuple(losses.shape[2:])
+            raise ValueError(f"loss_fn must return a scalar, got shape {shape}; sum or average it")
+        return losses.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def sample(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None

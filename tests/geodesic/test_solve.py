@@ -275,6 +275,7 @@ A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
         (dict(initial_path=torch.stack((B, A))), "initial_path must start"),
         (dict(initial_path=torch.stack((A, A * torch.nan, B))), "initial_path must be finite"),
         (dict(loss_fn=lambda x: x.sum() / 0), r"loss_fn\(theta_a\) must be finite"),
+        (dict(loss_fn=lambda x: x.square()), r"loss_fn must return a scalar, got shape \(2,\)"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
