@@ -66,7 +66,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
 LOOKS = {"every": 1}  # of all arms the network looks at each step, not at every tenth
-# Coordinate-wise LSTMs cost dozens of times more a step: fewer tasks, and short runs of the small
+# Coordinate-wise LSTMs cost some ten times more a step: fewer tasks, and short runs of the small
 # nets. As in generalization.py.
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}

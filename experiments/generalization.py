@@ -64,7 +64,7 @@ class Arm:
     first: bool = True  # with the config's first stage, if it has one
 
 
-# Rules whose step costs dozens of times more: fewer tasks at a time, and no inputs of 3,072.
+# Rules whose step costs some ten times more: fewer tasks at a time, and no inputs of 3,072.
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "shipped": Arm("the shipped recipe", "default"),
