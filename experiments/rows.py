@@ -7,7 +7,8 @@ import io
 import json
 from pathlib import Path
 
-from learned_opt.outputs import provenance, write_atomic
+from geodesic.dataset import write_atomic
+from learned_opt.outputs import provenance
 
 
 def save(folder: Path, name: str, rows: list[dict], **facts) -> None:

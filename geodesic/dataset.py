@@ -17,6 +17,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, contiguous_format
 
 FORMAT = "geodesic-paths"
 VERSION = 1
+NEWS = 30.0  # seconds after which a process says what it is waiting for
 
 _RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "facts": dict}
 
@@ -84,7 +86,7 @@ class PathDataset:
                     f"{folder} holds shards but no manifest.json that says what they are; "
                     "write to another folder, or delete them"
                 )
-            _write_atomically(folder / "manifest.json", _to_json(manifest, "manifest"))
+            write_atomic(folder / "manifest.json", _to_json(manifest, "manifest"))
         found = _read_manifest(folder)
         for key in ("header", "num_shards"):
             difference = _first_difference(found[key], manifest[key], key)
@@ -187,8 +189,8 @@ class PathDataset:
             "facts": facts,
         }
         encoded = _to_json(record, f"facts of shard {index}")
-        _write_atomically(self.folder / _shard_name(index), content)
-        _write_atomically(self.folder / _record_name(index), encoded)
+        write_atomic(self.folder / _shard_name(index), content)
+        write_atomic(self.folder / _record_name(index), encoded)
         self._verified[index] = record["sha256"]
 
     def fill(
@@ -214,8 +216,15 @@ class PathDataset:
         mine = [index for index in self.missing() if index % world_size == rank]
         for index in progress(mine):
             self.write_shard(index, *make(index))
-        missing, last = self.missing(), time.monotonic()
-        while missing and time.monotonic() - last < patience:
+        missing, last, told = self.missing(), time.monotonic(), False
+        while missing and (waited := time.monotonic() - last) < patience:
+            if waited > NEWS and not told:
+                told = True
+                warnings.warn(
+                    f"waiting for {len(missing)} shards of {self.folder} that other processes are "
+                    f"to make: this one is {rank} of {world_size}",
+                    stacklevel=2,
+                )
             time.sleep(0.2)
             left = self.missing()
             missing, last = left, last if left == missing else time.monotonic()
@@ -250,7 +259,7 @@ class PathDataset:
             "num_shards": len(self),
             "shards": list(records.values()),
         }
-        _write_atomically(self.folder / "manifest.json", _to_json(manifest, "manifest"))
+        write_atomic(self.folder / "manifest.json", _to_json(manifest, "manifest"))
         self._records = manifest["shards"]
 
     def _check_index(self, index: int) -> None:
@@ -324,14 +333,19 @@ def _to_json(value: Any, what: str) -> bytes:
         raise DatasetError(f"{what} must be JSON with finite numbers: {error}") from error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one; a killed writer leaves a `.tmp` file at most."""
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """`path` gets `content` whole or not at all, also where the process or the machine dies; a
+    killed writer leaves a `.tmp` file at most."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk, which else gets fuller each time
 
 
 def _inside(folder: Path, name: str) -> Path:

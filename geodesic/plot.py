@@ -330,9 +330,11 @@ def plot_dataset(
         return problem.loss_fn(theta, *(argument[run] for argument in problem.loss_args))
 
     falls = config.level == "sgd_profile"
-    level = sgd_profile(loss_fn, sgd) if falls else tensors["level"][i].item()
-    straight = len(path) == 2
-    label = "geodesic, the chord" if straight else "geodesic"
+    # the level of chords and SGD's own way, which keep to none, is that of their start
+    level = sgd_profile(loss_fn, sgd) if falls else loss_fn(sgd[0]).item()
+    straight, label = len(path) == 2, config.path
+    if straight and label == "geodesic":
+        label = "geodesic, the chord"
     if not tensors["certified"][i]:
         label = "best path, not certified"
     title = f"shard {index}, run {run}, SGD steps {time} to {time + config.horizon}"

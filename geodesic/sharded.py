@@ -12,16 +12,18 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from geodesic.arguments import check_pairs
+from geodesic.arguments import check_initial_path, check_pairs, constant_level
 from geodesic.dataset import PathDataset
 from geodesic.solve import Geodesic, Level, find_geodesics
 
 SETTINGS = ("num_segments", "seed", "chunk_size", "max_iterations")  # of find_geodesics
+DEFAULTS = {name: signature(find_geodesics).parameters[name].default for name in SETTINGS}
 
 
 def process_rank() -> tuple[int, int]:
@@ -43,6 +45,7 @@ def find_geodesics_on_disk(
     shard_size: int = 64,
     name: str = "",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    patience: float = 3600.0,
     **settings: int,
 ) -> Geodesic:
     """`find_geodesics`, kept in `folder` as it goes; all processes return the whole result.
@@ -52,7 +55,8 @@ def find_geodesics_on_disk(
         name: of the problem. The pairs, levels, arguments and settings of a folder are known by
             their checksum, but not what ``loss_fn`` computes: tell two of them apart by name.
         progress: wraps the numbers of the shards to do, such as tqdm.
-        settings: num_segments, seed, chunk_size and max_iterations.
+        patience: seconds without a new shard after which the other processes are given up.
+        settings: num_segments, seed, max_iterations, and chunk_size, which another run may change.
 
     Raises:
         ValueError: as `find_geodesics`, for a shard none of whose pairs can be searched.
@@ -60,20 +64,22 @@ def find_geodesics_on_disk(
     """
     if unknown := sorted(settings.keys() - SETTINGS):
         raise TypeError(f"unknown settings {unknown}; there are {SETTINGS}")
-    check_pairs(theta_a, theta_b, loss_args, shard_size=shard_size)  # before there is a folder
+    settings = DEFAULTS | settings
+    counts = {name: value for name, value in settings.items() if name != "seed"}
+    check_pairs(theta_a, theta_b, loss_args, shard_size=shard_size, **counts)
+    check_initial_path(initial_path, theta_a)  # all before there is a folder
     pairs = len(theta_a)
     inputs = {"theta_a": theta_a, "theta_b": theta_b, "initial_path": initial_path}
     inputs |= {f"loss_args[{i}]": argument for i, argument in enumerate(loss_args)}
     if callable(level):
         inputs["level"] = level(torch.linspace(0, 1, 257).to(theta_a).expand(pairs, -1))
     elif level is not None:
-        level = torch.as_tensor(level).to(theta_a).expand(pairs)
-        inputs["level"] = level
+        level = inputs["level"] = constant_level(level, theta_a)
     header = {
         "name": name,
         "pairs": pairs,
         "shard_size": shard_size,
-        "settings": settings,
+        "settings": {name: value for name, value in settings.items() if name != "chunk_size"},
         "inputs": {k: None if v is None else _checksum(v) for k, v in inputs.items()},
     }
 
@@ -92,7 +98,7 @@ def find_geodesics_on_disk(
         return tensors, {"error": tensors.pop("error")}
 
     dataset = PathDataset.create(folder, header, -(-pairs // shard_size))
-    dataset.fill(solve, *process_rank(), progress)
+    dataset.fill(solve, *process_rank(), progress, patience)
     shards = [dataset.shard(i) for i in range(len(dataset))]
     tensors = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
     errors = [error for i in range(len(dataset)) for error in dataset.facts(i)["error"]]

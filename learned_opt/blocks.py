@@ -56,15 +56,14 @@ class Block:
         self.used = False
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
+            entries = {name: torch.as_tensor(value) for name, value in entries.items()}
+            had, kept = ({k: tuple(x.shape) for k, x in e.items()} for e in (entries, views))
+            if had and had != kept:
+                raise ValueError(
+                    f"state has {had}, but the rule keeps {kept}; load the state of a "
+                    "LearnedOptimizer with the same rule, of parameters of the same shapes"
+                )
             for name, value in entries.items():
-                value = torch.as_tensor(value)
-                if name not in views or views[name].shape != value.shape:
-                    kept = {key: tuple(view.shape) for key, view in views.items()}
-                    raise ValueError(
-                        f"state has {name!r} of shape {tuple(value.shape)}, but the rule keeps "
-                        f"{kept}; load the state of a LearnedOptimizer with the same rule, of "
-                        "parameters of the same shapes"
-                    )
                 local(views[name]).copy_(local(value))
         self.entries = [value for views in self.states for value in views.values()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from io import BytesIO
@@ -16,13 +16,13 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import DatasetError, PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError
 from learned_opt.geodesics import describe, make_geodesics, make_problem
-from learned_opt.outputs import claim_output, write_atomic
+from learned_opt.outputs import claim_output
 from learned_opt.rules import make_rule
 from learned_opt.training.start import part_like
 
@@ -43,7 +43,9 @@ def geodesics(
         folder = output / "geodesics"
         if processes > 1:
             make_problem(config, 0)  # what is missing is said by this process
-            torch.multiprocessing.spawn(_make_share, (config, folder, processes), processes)
+            # what one of them raised, this process meets as well, below
+            with suppress(torch.multiprocessing.ProcessRaisedException):
+                torch.multiprocessing.spawn(_make_share, (config, folder, processes), processes)
         elif rank:
             _make_share(0, config, folder, 1)
         if rank:
@@ -109,7 +111,7 @@ def first_stage(config: TrainConfig) -> TrainConfig:
         part_like(rule, before, "its rule")
     except (ArgumentError, ValueError) as error:
         raise ConfigError(f"first={config.first}: {' '.join(str(error).split())}") from error
-    return stage.smoke() if config == config.smoke() else stage
+    return stage
 
 
 def benchmark(config: BenchmarkConfig, output: Path) -> None:
@@ -223,9 +225,10 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
-    config = config.smoke() if smoke else config
     if run is train and config.first is not None:
-        first_stage(config)  # for what it complains of
+        first = first_stage(config)  # for what it complains of, and to shrink it with its own rest
+        config = replace(config, first=asdict(first.smoke())) if smoke else config
+    config = config.smoke() if smoke else config
     return partial(run, **extras), config, Path(output)
 
 

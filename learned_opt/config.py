@@ -84,7 +84,7 @@ class TeacherConfig:
             )
         try:
             self.make(torch.zeros(1, requires_grad=True))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"teacher: torch.optim.{self.optimizer} refuses lr={self.lr}, {self.options} "
                 f"({error}); see its documentation for options"
@@ -281,7 +281,7 @@ class TrainConfig:
                      "validation_steps", "validation_draws", "selection_interval"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use at least 1")
-        if min(self.learning_rate, self.clip, self.loss_floor) <= 0:
+        if not all(x > 0 for x in (self.learning_rate, self.clip, self.loss_floor)):
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, clip={self.clip} and "
                 f"loss_floor={self.loss_floor} must be positive"
@@ -346,7 +346,8 @@ class TrainConfig:
 
     def smoke(self) -> TrainConfig:
         """The same, shrunk to seconds."""
-        window = max(4, self.rule_config.get("every", 1))  # which have to begin with a look
+        every = max(1, self.rule_config.get("every", 1))
+        window = -(-4 // every) * every  # which have to begin with a look
         return replace(
             self,
             geodesics=self.geodesics.smoke(),

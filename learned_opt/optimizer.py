@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
 from operator import is_
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         WeightsError: the weights cannot be used.
-        ValueError: lr or weight_decay is negative or not finite; parameters are flattened by FSDP1;
-            in `step`, a loaded state is of another optimizer, rule or shape.
+        ValueError: lr or weight_decay is no number, negative or not finite; parameters are
+            flattened by FSDP1; in `step`, a loaded state is of another optimizer, rule or shape.
         RuntimeError: in `step`, for sparse or complex gradients.
     """
 
@@ -212,5 +213,6 @@ def _check(lr: float | Tensor, weight_decay: float) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0 <= float(value) < float("inf"):
-            raise ValueError(f"{name} is {value}; use a finite number of at least 0")
+        number = isinstance(value, (Tensor, Real)) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) < float("inf"):
+            raise ValueError(f"{name} is {value!r}; use a finite number of at least 0")

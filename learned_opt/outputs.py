@@ -26,6 +26,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from geodesic.dataset import write_atomic
 from learned_opt.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,20 +85,6 @@ def claim_output(
         with contextlib.suppress(OSError):  # of a disk that has become read-only
             owner_file.unlink(missing_ok=True)
         lock.release()
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """`path` gets `data` whole or not at all, also where the process or the machine dies."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def provenance() -> dict[str, Any]:

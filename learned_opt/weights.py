@@ -38,6 +38,8 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
     Args:
         facts: JSON facts to keep with them, such as how they were trained.
     """
+    from geodesic.dataset import write_atomic  # here: who only uses a rule needs no geodesics
+
     tensors = {k: v.detach().cpu().clone() for k, v in rule.state_dict().items()}
     header = {
         "version": VERSION,
@@ -46,11 +48,8 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
         "sha256": digest(rule.name, rule.config, tensors),
         "facts": facts or {},
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(save(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
 
 
 def load_rule(weights: str | Path | None = None, revision: str | None = None) -> UpdateRule:

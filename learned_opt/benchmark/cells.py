@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from geodesic.dataset import write_atomic
 from learned_opt.benchmark.config import BenchmarkTask
 from learned_opt.benchmark.entrants import Entrant
-from learned_opt.outputs import provenance, write_atomic
+from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +11,7 @@ from learned_opt.tasks.kinds import KINDS, TaskConfig
 
 # Where the seeds start when a config says only how many: never in reach of each other.
 _FIRST_REPORTING, _FIRST_TUNING = 0, 1_000_000
+LONGEST = 1e6  # seconds of a run; what waits for one knows little more
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class BenchmarkConfig:
         for name in ("settings", "processes", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; use at least 1")
-        if self.max_grid_extensions < 0 or not 0 < self.time_limit < math.inf:
+        if self.max_grid_extensions < 0 or not 0 < self.time_limit <= LONGEST:
             raise ConfigError(
                 f"max_grid_extensions={self.max_grid_extensions} must be at least 0, "
-                f"time_limit={self.time_limit} above it and finite"
+                f"time_limit={self.time_limit} above it and at most {LONGEST:g} seconds"
             )
 
     def _with_data(self, entry: BenchmarkTask) -> BenchmarkTask:

@@ -77,7 +77,7 @@ class Entrant:
         chosen = {k: s[0] if is_range(s) else choices(s)[0] for k, s in spaces}
         try:
             optimizer = self.make_optimizer([torch.zeros(2, 2, requires_grad=True)], chosen, 1)
-        except (TypeError, ValueError, WeightsError) as error:
+        except (TypeError, ValueError, RuntimeError, WeightsError) as error:
             raise ConfigError(f"entrant {self.name!r} cannot be made: {error}") from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(

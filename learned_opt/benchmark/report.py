@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from geodesic.dataset import write_atomic
 from learned_opt.benchmark.protocol import (
     Facts,
     entrant_list,
@@ -29,7 +30,6 @@ from learned_opt.benchmark.summary import (
     summary_table,
 )
 from learned_opt.benchmark.tables import read_rows, to_csv
-from learned_opt.outputs import write_atomic
 
 __all__ = ["meaning_of", "overview_of", "summary_table", "write_report"]
 

@@ -220,7 +220,8 @@ def _learning_rate(row: Row) -> Entry:
     if row["lr"] is None:
         return Entry("none", math.nan)
     note = " (tuned, at the edge of the grid)" if row["lr_at_edge"] else " (tuned)"
-    return Entry(f"{row['lr']:.3g}" + (note if row["tuned"] else ""), row["lr"])
+    tuned = "lr" in json.loads(row["hyperparameters"])
+    return Entry(f"{row['lr']:.3g}" + (note if tuned else ""), row["lr"])
 
 
 def _distinct(rows: Sequence[Row], column: str) -> list[str]:

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from geodesic.dataset import write_atomic
 from learned_opt.benchmark.cells import FORMAT, Cell, Record
 from learned_opt.benchmark.config import BenchmarkConfig
 from learned_opt.benchmark.entrants import Entrant
 from learned_opt.benchmark.tune import Tuning
-from learned_opt.outputs import write_atomic
 
 Row = dict[str, Any]
 Tunings = Mapping[tuple[str, str], Tuning]
@@ -42,7 +42,7 @@ def _result_row(cell: Cell, record: Record, tuning: Tuning | None) -> Row:
         "lr": (entrant.kwargs | cell.chosen).get("lr"),
         "hyperparameters": json.dumps(cell.chosen),
         "tuned": tuning is not None,
-        "lr_at_edge": tuning is not None and tuning.at_edge,
+        "lr_at_edge": tuning is not None and bool(tuning.beyond("lr")),
         "steps": cell.task.steps,
         **{key: record[key] for key in (*_METRICS, "seconds", "peak_memory", "diverged")},
         "error": record["error"] and record["error"].strip().splitlines()[-1],

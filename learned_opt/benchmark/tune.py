@@ -54,11 +54,12 @@ class Tuning:
         """The best is at an end of a grid: a better one may lie beyond."""
         return bool(self.beyond())
 
-    def beyond(self) -> list[Setting]:
-        """The settings next to the best that are outside what each grid has so far."""
+    def beyond(self, only: str | None = None) -> list[Setting]:
+        """The settings next to the best that are outside what each grid has so far, or that of
+        one hyperparameter."""
         found = []
         for name, value in self.best:
-            if is_range(self.entrant.search[name]):
+            if is_range(self.entrant.search[name]) and only in (None, name):
                 tried = {dict(setting)[name] for setting in self.scores}
                 steps = {min(tried): -1, max(tried): 1}
                 if value in steps:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from geodesic.dataset import write_atomic
 from learned_opt.errors import DataError
-from learned_opt.outputs import write_atomic
 from learned_opt.tasks.data import IDX_FILES, IDX_FOLDERS, find_data, load_images
 
 CIFAR = "cifar10"
@@ -25,10 +25,11 @@ def download(name: str, data_root: str | Path | None = None) -> None:
     """Gets the image set `name` where it is missing under `data_root`.
 
     mnist, fashion-mnist and kmnist are left as torchvision lays them out, cifar10 as train.npz and
-    test.npz. Other names are a user's own data, or need none, and are left alone.
+    test.npz. Other names are a user's own data, or need none, and are left alone, as is every file
+    that is there.
 
     Raises:
-        DataError: neither torchvision nor OpenML could get it.
+        DataError: neither torchvision nor OpenML could get it, or its files are there and refused.
     """
     if name not in _OPENML:
         return
@@ -37,16 +38,18 @@ def download(name: str, data_root: str | Path | None = None) -> None:
         return
     except DataError:
         folder = find_data(IDX_FOLDERS.get(name, name), data_root)
+        if all(map(_is_there, _files(name, folder))):
+            raise
     try:
         arrays = _from_torchvision(name, folder.parent)
     except ImportError:
         arrays = _from_openml(name, data_root)
     except (OSError, RuntimeError) as error:
         raise _failed(name, "torchvision", error) from error
-    if name == CIFAR:
-        _write_npz(folder, arrays)
-    else:
-        _write_idx(folder / "raw", arrays)
+    for path, content in _encoded(name, folder, arrays).items():
+        if not _is_there(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
 
 
 Arrays = dict[str, np.ndarray]  # train_images, train_labels, test_images, test_labels; all uint8
@@ -87,22 +90,34 @@ def _from_openml(name: str, data_root: str | Path | None) -> Arrays:
     }
 
 
-def _write_npz(folder: Path, arrays: Arrays) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        file = io.BytesIO()
-        np.savez(file, images=arrays[f"{split}_images"], labels=arrays[f"{split}_labels"])
-        write_atomic(folder / f"{split}.npz", file.getvalue())
+def _files(name: str, folder: Path) -> list[Path]:
+    if name == CIFAR:
+        return [folder / "train.npz", folder / "test.npz"]
+    return [folder / "raw" / file for file in IDX_FILES.values()]
 
 
-def _write_idx(raw: Path, arrays: Arrays) -> None:
-    """As `tasks/data.py` reads them: header, sizes, bytes."""
-    raw.mkdir(parents=True, exist_ok=True)
-    for (split, kind), name in IDX_FILES.items():
-        array = arrays[f"{split}_{kind}"]
-        sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-        content = bytes([0, 0, 8, array.ndim]) + sizes + np.ascontiguousarray(array).tobytes()
-        write_atomic(raw / name, content)
+def _is_there(path: Path) -> bool:
+    return path.exists() or Path(f"{path}.gz").exists()
+
+
+def _encoded(name: str, folder: Path, arrays: Arrays) -> dict[Path, bytes]:
+    """The files as `tasks/data.py` reads them."""
+    if name == CIFAR:
+        return {path: _npz(arrays, path.stem) for path in _files(name, folder)}
+    raw = folder / "raw"
+    return {raw / file: _idx(arrays[f"{s}_{kind}"]) for (s, kind), file in IDX_FILES.items()}
+
+
+def _npz(arrays: Arrays, split: str) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, images=arrays[f"{split}_images"], labels=arrays[f"{split}_labels"])
+    return file.getvalue()
+
+
+def _idx(array: np.ndarray) -> bytes:
+    """Header, sizes, bytes."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + np.ascontiguousarray(array).tobytes()
 
 
 def _failed(name: str, source: str, error: Exception) -> DataError:

@@ -132,7 +132,9 @@ class TaskConfig:
         if self.name:
             return self.name
         unused = KINDS[self.kind].unused
-        parts = [] if "data" in unused else [self.data]
+        place = Path(self.data).expanduser()  # reports are published, folders need not be
+        data = place.name if place.is_absolute() else self.data
+        parts = [] if "data" in unused else [data]
         parts += [] if self.kind == "mlp" else [self.kind]
         if "hidden" not in unused:
             parts.append("-".join(map(str, self.hidden)) or "linear")

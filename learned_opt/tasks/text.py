@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,14 +86,14 @@ def _read(name: str, path: Path, level: str, vocabulary: int) -> TextData:
             f"text {name!r} cannot be read ({error}); give a UTF-8 file under data_root, or "
             "'markov', which needs no file"
         ) from error
-    symbols = np.array(list(text) if level == "char" else text.split())
-    train, test = np.split(symbols, [round(TRAIN_SHARE * len(symbols))])
+    symbols = list(text) if level == "char" else text.split()
+    split = round(TRAIN_SHARE * len(symbols))
+    train, test = symbols[:split], symbols[split:]
     # by frequency, then by alphabet: the same file gives the same numbers everywhere
-    known = sorted(Counter(train.tolist()).items(), key=lambda item: (-item[1], item[0]))
+    known = sorted(Counter(train).items(), key=lambda item: (-item[1], item[0]))
     known = [UNKNOWN, *(s for s, _ in known if s != UNKNOWN)][:vocabulary]
     number = {symbol: i for i, symbol in enumerate(known)}
     train, test = (
-        torch.tensor([number.get(s, 0) for s in part.tolist()], dtype=torch.int64)
-        for part in (train, test)
+        torch.tensor([number.get(s, 0) for s in part], dtype=torch.int64) for part in (train, test)
     )
     return TextData(name, train, test, tuple(known))

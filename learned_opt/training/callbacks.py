@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from geodesic.dataset import write_atomic
 from learned_opt.config import TeacherConfig, TrainConfig
-from learned_opt.outputs import write_atomic
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of
 from learned_opt.training.torch_imitation import Teacher

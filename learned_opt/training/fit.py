@@ -18,11 +18,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from geodesic.dataset import PathDataset
+from geodesic.dataset import PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.outputs import write_atomic
 from learned_opt.training.callbacks import Pictures, Selection, Speed
 from learned_opt.training.data import UpdatesModule
 from learned_opt.training.module import MetaTraining
@@ -35,6 +34,13 @@ WEIGHTS = "weights.safetensors"  # in the output folder
 def make_logger(config: TrainConfig, folder: Path) -> Logger:
     if config.logger == "csv":
         return CSVLogger(folder, name="log")  # a version per run: a resumed one adds to the log
+    _find_wandb()
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(project="learned-opt", save_dir=folder, config=asdict(config))
+
+
+def _find_wandb() -> None:
     try:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
@@ -42,16 +48,16 @@ def make_logger(config: TrainConfig, folder: Path) -> Logger:
             "logger is 'wandb', which is not installed; pip install 'learned-opt[wandb]', or use "
             "--logger csv"
         ) from None
-    from lightning.pytorch.loggers import WandbLogger
-
-    return WandbLogger(project="learned-opt", save_dir=folder, config=asdict(config))
 
 
 def recipe(config: TrainConfig) -> dict:
     """What made the weights: the config, but for where files lie on this machine."""
     facts = asdict(config)
-    del facts["dataset"], facts["geodesics"]["data_root"]
-    facts["start_from"] = origin(config.start_from)
+    for stage in (facts, facts["first"] or {}):
+        stage.pop("dataset", None)
+        stage.get("geodesics", {}).pop("data_root", None)
+        if "start_from" in stage:
+            stage["start_from"] = origin(stage["start_from"])
     return facts
 
 
@@ -59,11 +65,14 @@ def check(config: TrainConfig) -> None:
     """Refuses what cannot work on this machine, before any work is done.
 
     Raises:
-        ConfigError: the rule or its config is unknown, an objective cannot train it, there are
-            fewer GPUs or cores than devices asked for, torchrun or SLURM has started another
-            number of processes, or Lightning refuses the rest.
+        ConfigError: the rule or its config is unknown, an objective cannot train it, wandb is
+            wanted and not installed, there are fewer GPUs or cores than devices asked for, torchrun
+            or SLURM has started another number of processes, or Lightning refuses the rest.
+        DataError: a data set of the family cannot be read.
     """
-    MetaTraining(config)
+    MetaTraining(config).validation_tasks(0)
+    if config.logger == "wandb":
+        _find_wandb()
     kind, there = config.accelerator, torch.cuda.device_count()
     wanted = config.devices if isinstance(config.devices, int) else 1  # "auto", "0,1": Lightning's
     if kind in ("gpu", "cuda") and there < max(wanted, 1):

@@ -87,6 +87,24 @@ def test_an_interrupted_search_goes_on_and_equals_one_in_memory(tmp_path, falls)
         find_geodesics_on_disk(*arguments, num_segments=8)
 
 
+def test_after_memory_ran_out_a_smaller_chunk_goes_on(tmp_path):
+    a, b, scale = pairs()
+    arguments = tmp_path, bump, a, b, 0.61, None, (scale,), 3
+
+    def stop_after_one(shards):
+        yield from list(shards)[:1]
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        find_geodesics_on_disk(*arguments, progress=stop_after_one)
+    done = []
+    found = find_geodesics_on_disk(
+        *arguments, progress=lambda shards: done.extend(shards) or done, chunk_size=64,
+        num_segments=32, seed=0,
+    )  # fmt: skip
+    assert done == [1, 2] and found.certified.all()
+
+
 def test_wrong_arguments_leave_no_folder_behind(tmp_path):
     a, b, scale = pairs()
     arguments = tmp_path / "paths", bump, a, b, 0.7
@@ -94,6 +112,13 @@ def test_wrong_arguments_leave_no_folder_behind(tmp_path):
         find_geodesics_on_disk(*arguments, loss_args=(scale,), num_segment=8)
     with pytest.raises(ValueError, match="shard_size must be a positive integer"):
         find_geodesics_on_disk(*arguments, loss_args=(scale,), shard_size=0)
+    with pytest.raises(ValueError, match="num_segments must be a positive integer"):
+        find_geodesics_on_disk(*arguments, loss_args=(scale,), num_segments=0)
+    for level in (torch.zeros(3), "high"):
+        with pytest.raises(ValueError, match="level must be a number"):
+            find_geodesics_on_disk(*arguments[:-1], level, loss_args=(scale,))
+    with pytest.raises(ValueError, match="initial_path must have"):
+        find_geodesics_on_disk(*arguments, [a, b], loss_args=(scale,))
     assert not (tmp_path / "paths").exists()
 
 
@@ -139,8 +164,12 @@ def test_two_processes_share_the_work(tmp_path):
     assert first[6:] == second[6:] and first.count(",") == 7
 
 
-def test_a_process_that_makes_nothing_is_given_up(tmp_path):
+def test_a_process_that_makes_nothing_is_named_and_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("geodesic.dataset.NEWS", 0.1)
     dataset = PathDataset.create(tmp_path, {}, 2)
-    with pytest.raises(DatasetError, match="lacks 1 shards of other processes"):
+    with (
+        pytest.warns(UserWarning, match="waiting for 1 shards"),
+        pytest.raises(DatasetError, match="lacks 1 shards of other processes"),
+    ):
         dataset.fill(lambda index: ({"x": torch.ones(1)}, {}), 0, 2, patience=0.5)
     assert dataset.missing() == [1]

@@ -200,6 +200,7 @@ def test_the_grid_grows_while_the_best_is_at_its_edge(runner) -> None:
     config = replace(CONFIG, entrants=[low], settings=3)
     capped = search(replace(config, max_grid_extensions=2), runner)
     assert capped.extensions == 2 and capped.at_edge
+    assert capped.beyond("lr") and not capped.beyond("momentum")
     assert [dict(setting)["lr"] for setting in capped.tried] == half_decades(1e-5, 1e-3)
     found = search(replace(config, max_grid_extensions=12), runner)
     assert not found.at_edge
@@ -273,6 +274,7 @@ def test_other_weights_are_another_cell(tmp_path: Path) -> None:
         ({"settings": 0}, "settings=0"),
         ({"processes": 0}, "processes=0"),
         ({"time_limit": 0.0}, "time_limit=0.0"),
+        ({"time_limit": 1e7}, "time_limit=10000000.0 .*at most 1e"),
         ({"data": {"digit": "mnist"}}, "no task reads 'digit'"),
         ({"data": {"digits": "mnist", "mnist": "digits"}}, "data has"),
     ],

@@ -117,6 +117,29 @@ def test_downloaded_images_are_those_that_are_loaded(name: str, tmp_path, monkey
     download(name, tmp_path)  # they are there: nobody is asked
 
 
+def test_a_download_leaves_the_files_that_are_there(tmp_path: Path, monkeypatch) -> None:
+    """OpenML's table is made here, in its layout."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    own = np.random.rand(6, 4, 4, 3)  # floats, which are refused
+    for split in ("train", "test"):
+        np.savez(folder / split, images=own, labels=np.arange(6) % 3)
+    before = [path.read_bytes() for path in sorted(folder.iterdir())]
+    with pytest.raises(DataError, match="images must be uint8"):
+        download("cifar10", tmp_path)
+    assert before == [path.read_bytes() for path in sorted(folder.iterdir())]
+    images, labels = arrays(32, (3,))
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    table = SimpleNamespace(data=rows, target=labels.astype(str))
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *_, **__: table)
+    np.savez(folder / "train", images=images[:50], labels=labels[:50])
+    (folder / "test.npz").unlink()
+    download("cifar10", tmp_path)
+    data = load_images("cifar10", tmp_path)
+    assert len(data.train_x) == 50 and len(data.test_x) == len(images) - 50_000
+
+
 def test_without_a_network_the_download_says_so(tmp_path: Path, monkeypatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError("no route to host")

@@ -111,9 +111,11 @@ def test_every_config_runs(path, demo, tmp_path, monkeypatch):
         assert rows and not [row["error"] for row in rows if row["error"]]
 
 
-def test_plot_adds_pictures_to_a_data_set_that_is_there(tmp_path):
+@pytest.mark.parametrize("path", ["geodesic", "chord", "trajectory"])
+def test_plot_adds_pictures_to_a_data_set_that_is_there(path, tmp_path):
     config = str(ROOT / "configs/geodesics/digits.yaml")
     args = ["geodesics", "--config", config, "--output", str(tmp_path), "--smoke"]
+    args += ["--targets.path", path]
     main(args)
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("geodesics/*")}
     assert shards and not (tmp_path / "plots").exists()
@@ -213,6 +215,8 @@ def test_only_the_first_process_of_a_job_claims_the_output(demo, fits, monkeypat
         ("train --output x --accelerator cpu --devices 9999", "devices=9999 cores num_nodes"),
         ("train --output x --devices 2 --strategy nonsense", "strategy='nonsense' cannot ddp"),
         ("train --output x --precision 16-mixed", "precision '16-mixed' bf16-mixed"),
+        ("train --output x --learning_rate .nan", "learning_rate=nan positive"),
+        ("train --output x --teacher.options {fused: true, foreach: true}", "teacher fused"),
         ("train --output x --select worst", "select 'worst' best last"),
         ("train --output x --selection_interval 0", "selection_interval 0 least 1"),
         ("train --output x --devices -1 --accelerator cpu", "devices=-1 cannot"),
@@ -232,6 +236,35 @@ def test_a_wrong_setting_is_named(args, words, capsys, tmp_path, monkeypatch, fi
     Path("wrong.yaml").write_text("updatez: 50")
     message = refusal(capsys, *args.split())
     assert all(word in message for word in words.split())
+
+
+def test_what_processes_raise_is_one_line(tmp_path, capsys):
+    args = ["geodesics", "--smoke", "--num_shards", "2", "--output", str(tmp_path)]
+    main(args)
+    manifest = tmp_path / "geodesics" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"horizon": ', '"horizon": 9'))
+    assert "horizon" in refusal(capsys, *args, "--processes", "2")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"objectives": ["meta_loss"], "window": 20},
+        {"epoch_length": 150},
+        {"rule_config": {"hidden": 3, "every": 3}, "objectives": ["meta_loss"]},
+    ],
+)
+def test_a_first_stage_is_shrunk_with_its_own_rest(first, tmp_path):
+    args = ["train", "--output", str(tmp_path), "--objectives", '["step_size"]', "--smoke"]
+    args += ["--rule_config", json.dumps(first.get("rule_config", {"hidden": 3}))]
+    main([*args, "--window", "21", "--horizon", "[21,63]", "--first", json.dumps(first)])
+    step_with(tmp_path / "weights.safetensors")
+
+
+def test_data_that_are_not_there_are_named_before_paths_are_made(tmp_path, capsys):
+    args = ["train", "--output", str(tmp_path / "out"), "--smoke", "--family.data", "absent"]
+    assert "absent" in refusal(capsys, *args, "--geodesics.data_root", str(tmp_path))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_cannot_make_objects():

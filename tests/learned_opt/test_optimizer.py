@@ -259,7 +259,7 @@ def test_autocast_does_not_reach_inside(rule: UpdateRule) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1e-3", True, None])
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) -> None:
     with pytest.raises(ValueError, match=name):

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from geodesic.dataset import write_atomic
 from learned_opt.errors import OutputError
-from learned_opt.outputs import claim_output, provenance, write_atomic
+from learned_opt.outputs import claim_output, provenance
 
 CONFIG = {"steps": 10, "task": {"hidden": (32, 32), "data": "digits"}}
 HOLD = """

@@ -98,6 +98,16 @@ def test_a_first_stage_is_trained_as_it_would_be_by_itself(tmp_path: Path) -> No
     assert facts["train"] == made_by
 
 
+def test_where_files_lie_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    begun = tmp_path / "w.safetensors"
+    save_rule(make_rule("geodesic_rnn", hidden=3), begun)
+    first = {"dataset": str(tmp_path), "start_from": str(begun)}
+    first["geodesics"] = {"data_root": str(tmp_path), "num_shards": 3}
+    config = replace(STAGES, first=first)
+    assert str(tmp_path) not in json.dumps(recipe(config))
+    assert recipe(config)["first"]["geodesics"] == {"num_shards": 3} and config.first == first
+
+
 def test_a_bad_first_stage_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
