@@ -2,10 +2,10 @@
 
     python experiments/paired_seconds.py --data '{"cifar10": "cifar10_jpeg"}'
 
-Runs of a benchmark are minutes apart, in which a machine can become a third slower. Here every task
-is trained by both at once, BLOCK steps of the one, then of the other, so that they
-share its moods: what a step of the rule costs beside one of Adam, and with the steps to the target
-of results/benchmark how much sooner it is there. Of held-out tasks only. Writes paired_seconds.csv, a row for each run.
+Runs of a benchmark are minutes apart, in which a machine can become a third slower. Here both train
+every held-out task at once, BLOCK steps of the one, then of the other, so that they share its
+moods: what a step of the rule costs beside one of Adam, and with the steps to the target of
+results/benchmark how much sooner it is there. Writes paired_seconds.csv, a row for each run.
 """
 
 from __future__ import annotations

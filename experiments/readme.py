@@ -24,6 +24,7 @@ from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import pairs_table, scaling_table
 from l2l import section as l2l_section
+from paired_seconds import table as seconds_table
 from predictability import width_table
 from rows import markdown_table, read
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
@@ -289,6 +290,7 @@ def main() -> None:
         "ablation_paths": paths_table(),
         "benchmark": benchmark(RESULTS),
         "task_by_task": task_by_task(RESULTS),
+        "seconds": seconds_table(RESULTS),
         "training_speed": speed_table(RESULTS),
         "training_shares": shares_table(RESULTS),
         "training_memory": memory_table(RESULTS),
