@@ -81,6 +81,8 @@ def test_other_data_may_stand_in() -> None:
     config = replace(suite("cifar"), data={"cifar10": "cifar10_jpeg"})
     assert {entry.task.data for entry in config.tasks} == {"cifar10_jpeg"}
     assert all(entry.label.startswith("cifar10_jpeg ") for entry in config.tasks)
+    elsewhere = replace(suite("cifar"), data={"cifar10": "/home/someone/my_cifar"})
+    assert all(entry.label.startswith("my_cifar ") for entry in elsewhere.tasks)
 
 
 def test_missing_data_are_named_before_anything_is_run(tmp_path: Path) -> None:
