@@ -2,8 +2,8 @@
 
     python experiments/paired_seconds.py --data '{"cifar10": "cifar10_jpeg"}'
 
-Runs of a benchmark are minutes apart, in which a machine can become a third slower. Here both train
-every held-out task at once, BLOCK steps of the one, then of the other, so that they share its
+Runs of a benchmark are minutes apart, in which a machine can become slower or faster. Here both
+train every held-out task at once, BLOCK steps of the one, then of the other, so that they share its
 moods: what a step of the rule costs beside one of Adam, and with the steps to the target of
 results/benchmark how much sooner it is there. Writes paired_seconds.csv, a row for each run.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from rows import markdown_table, read, save
 
 from learned_opt import LearnedOptimizer
 from learned_opt.benchmark.stats import iqm, stratified_bootstrap
-from learned_opt.run import MakeOptimizer
+from learned_opt.run import MakeOptimizer, train
 from learned_opt.tasks.base import Task
 from learned_opt.tasks.kinds import make_task
 
@@ -34,17 +36,12 @@ NAME = "paired_seconds"
 
 
 def blocks(task: Task, make: MakeOptimizer, seed: int, steps: int) -> Iterator[float]:
-    """Seconds of each BLOCK steps, which are those of `run_optimizer`."""
+    """Seconds of each BLOCK steps, or of what is left."""
     params = [p.clone().requires_grad_() for p in task.unflatten(task.init(seed))]
-    optimizer = make(params)
-    for first in range(0, steps, BLOCK):
+    run = train(task, params, make(params), seed, steps)
+    for _ in range(0, steps, BLOCK):
         start = time.perf_counter()
-        for step in range(first, min(first + BLOCK, steps)):
-            optimizer.zero_grad()
-            loss = task.loss(params, task.batch(seed, step))
-            loss.item()
-            loss.backward()
-            optimizer.step()
+        deque(islice(run, BLOCK), maxlen=0)
         yield time.perf_counter() - start
 
 

@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.outputs import provenance
 
 

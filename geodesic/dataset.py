@@ -14,9 +14,7 @@ The store is generic: what the header, the facts and the tensors mean is up to i
 
 import hashlib
 import json
-import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +23,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, contiguous_format
+
+from geodesic.files import write_atomic
 
 FORMAT = "geodesic-paths"
 VERSION = 1
@@ -331,21 +331,6 @@ def _to_json(value: Any, what: str) -> bytes:
         return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise DatasetError(f"{what} must be JSON with finite numbers: {error}") from error
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """`path` gets `content` whole or not at all, also where the process or the machine dies; a
-    killed writer leaves a `.tmp` file at most."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk, which else gets fuller each time
 
 
 def _inside(folder: Path, name: str) -> Path:

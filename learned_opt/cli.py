@@ -16,7 +16,8 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
-from geodesic.dataset import DatasetError, PathDataset, write_atomic
+from geodesic.dataset import DatasetError, PathDataset
+from geodesic.files import write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig

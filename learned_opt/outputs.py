@@ -26,7 +26,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,23 @@ class Run:
     diverged: bool
 
 
+def train(
+    task: Task, params: list[Tensor], optimizer: torch.optim.Optimizer, seed: int, steps: int
+) -> Iterator[float]:
+    """Trains `params` on minibatches of `seed`, a step each time that it is asked for a loss: that
+    before the step. It ends after one that is not finite."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = task.loss(params, task.batch(seed, step))
+        value = loss.item()
+        if np.isfinite(value):
+            loss.backward()
+            optimizer.step()
+        yield value
+        if not np.isfinite(value):
+            return
+
+
 def run_optimizer(task: Task, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Run:
     """Trains a single task from its init of `seed` with a torch optimizer."""
     params = [p.clone().requires_grad_() for p in task.unflatten(task.init(seed))]
@@ -43,14 +60,8 @@ def run_optimizer(task: Task, make_optimizer: MakeOptimizer, seed: int, steps: i
     losses = np.full(steps, np.nan)
     with peak_memory(params[0].device) as peak:
         start = time.perf_counter()
-        for step in range(steps):
-            optimizer.zero_grad()
-            loss = task.loss(params, task.batch(seed, step))
-            losses[step] = loss.item()
-            if not np.isfinite(losses[step]):
-                break
-            loss.backward()
-            optimizer.step()
+        for step, loss in enumerate(train(task, params, optimizer, seed, steps)):
+            losses[step] = loss
         seconds, memory = time.perf_counter() - start, peak()
     theta = torch.cat([p.detach().flatten() for p in params])
     evaluation = {name: float(value) for name, value in task.evaluate(theta).items()}

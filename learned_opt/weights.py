@@ -38,7 +38,7 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
     Args:
         facts: JSON facts to keep with them, such as how they were trained.
     """
-    from geodesic.dataset import write_atomic  # here: who only uses a rule needs no geodesics
+    from geodesic.files import write_atomic  # here: who only uses a rule needs no geodesics
 
     tensors = {k: v.detach().cpu().clone() for k, v in rule.state_dict().items()}
     header = {

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.benchmark.config import BenchmarkTask
 from learned_opt.benchmark.entrants import Entrant
 from learned_opt.outputs import provenance

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.benchmark.protocol import (
     Facts,
     entrant_list,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.benchmark.cells import FORMAT, Cell, Record
 from learned_opt.benchmark.config import BenchmarkConfig
 from learned_opt.benchmark.entrants import Entrant

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.errors import DataError
 from learned_opt.tasks.data import IDX_FILES, IDX_FOLDERS, find_data, load_images
 

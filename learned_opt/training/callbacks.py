@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of

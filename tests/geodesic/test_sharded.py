@@ -43,6 +43,11 @@ class Interrupted(Exception):
     pass
 
 
+def stop_after_one(shards):
+    yield from list(shards)[:1]
+    raise Interrupted
+
+
 @pytest.mark.parametrize("falls", [False, True])
 def test_an_interrupted_search_goes_on_and_equals_one_in_memory(tmp_path, falls):
     a, b, scale = pairs()
@@ -51,10 +56,6 @@ def test_an_interrupted_search_goes_on_and_equals_one_in_memory(tmp_path, falls)
     def counted(x, scale):
         calls.append(1)
         return bump(x, scale)
-
-    def stop_after_one(shards):
-        yield from list(shards)[:1]
-        raise Interrupted
 
     arguments = (tmp_path, counted, a, b, level(falls), None, (scale,), 3)
     with pytest.raises(Interrupted):
@@ -90,10 +91,6 @@ def test_an_interrupted_search_goes_on_and_equals_one_in_memory(tmp_path, falls)
 def test_after_memory_ran_out_a_smaller_chunk_goes_on(tmp_path):
     a, b, scale = pairs()
     arguments = tmp_path, bump, a, b, 0.61, None, (scale,), 3
-
-    def stop_after_one(shards):
-        yield from list(shards)[:1]
-        raise Interrupted
 
     with pytest.raises(Interrupted):
         find_geodesics_on_disk(*arguments, progress=stop_after_one)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from geodesic.dataset import write_atomic
+from geodesic.files import write_atomic
 from learned_opt.errors import OutputError
 from learned_opt.outputs import claim_output, provenance
 
