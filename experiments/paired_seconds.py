@@ -37,8 +37,8 @@ NAME = "paired_seconds"
 
 def blocks(task: Task, make: MakeOptimizer, seed: int, steps: int) -> Iterator[float]:
     """Seconds of each BLOCK steps, or of what is left."""
-    params = [p.clone().requires_grad_() for p in task.unflatten(task.init(seed))]
-    run = train(task, params, make(params), seed, steps)
+    trainee = task.trainee(seed)
+    run = train(trainee, make(trainee.params), steps)
     for _ in range(0, steps, BLOCK):
         start = time.perf_counter()
         deque(islice(run, BLOCK), maxlen=0)

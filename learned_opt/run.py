@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +15,12 @@ from torch import Tensor
 from learned_opt.memory import peak_memory
 from learned_opt.rules.base import UpdateRule
 from learned_opt.tasks.base import Task
+from learned_opt.tasks.trainee import Parameters, Trainee
 
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+if TYPE_CHECKING:
+    from learned_opt.tasks.workloads.base import Workload
+
+MakeOptimizer = Callable[[Parameters], Any]  # an optimizer, or several as one: `Together`
 
 
 @dataclass(frozen=True)
@@ -23,27 +29,27 @@ class Run:
 
     Attributes:
         losses: (steps,), the minibatch loss before each step; NaN after a divergence.
-        evaluation: train_loss, test_loss and test_accuracy at the end, on all data.
-        seconds: wall-clock time of the steps, evaluation not included.
+        evaluation: what the task's `evaluate` says at the end, on all data.
+        validation: (evaluations, 2), steps taken and validation loss; none where not asked for.
+        seconds: wall-clock time of the steps, evaluations not included.
         peak_memory: most bytes that the steps took, parameters not included; NaN if unknown.
-        diverged: whether a loss or the final parameters were not finite.
+        diverged: whether a loss, of training or at the end, was not finite.
     """
 
     losses: np.ndarray
     evaluation: dict[str, float]
+    validation: np.ndarray
     seconds: float
     peak_memory: float
     diverged: bool
 
 
-def train(
-    task: Task, params: list[Tensor], optimizer: torch.optim.Optimizer, seed: int, steps: int
-) -> Iterator[float]:
-    """Trains `params` on minibatches of `seed`, a step each time that it is asked for a loss: that
-    before the step. It ends after one that is not finite."""
+def train(trainee: Trainee, optimizer: Any, steps: int) -> Iterator[float]:
+    """Trains a step each time that it is asked for a loss: that before the step. It ends after one
+    that is not finite."""
     for step in range(steps):
         optimizer.zero_grad()
-        loss = task.loss(params, task.batch(seed, step))
+        loss = trainee.loss(step)
         value = loss.item()
         if np.isfinite(value):
             loss.backward()
@@ -53,20 +59,63 @@ def train(
             return
 
 
-def run_optimizer(task: Task, make_optimizer: MakeOptimizer, seed: int, steps: int) -> Run:
-    """Trains a single task from its init of `seed` with a torch optimizer."""
-    params = [p.clone().requires_grad_() for p in task.unflatten(task.init(seed))]
-    optimizer = make_optimizer(params)
+def run_optimizer(
+    task: Task | Workload,
+    make_optimizer: MakeOptimizer,
+    seed: int,
+    steps: int,
+    evaluate_at: Collection[int] = (),
+    stop: Callable[[int, float], bool] = lambda step, loss: False,
+) -> Run:
+    """Trains a single task from its init of `seed` with a torch optimizer.
+
+    Args:
+        evaluate_at: numbers of steps after which to take the validation loss.
+        stop: of one of these and the loss, whether to give the run up: it counts as diverged.
+    """
+    trainee = task.trainee(seed)
+    optimizer = make_optimizer(trainee.params)
     losses = np.full(steps, np.nan)
-    with peak_memory(params[0].device) as peak:
-        start = time.perf_counter()
-        for step, loss in enumerate(train(task, params, optimizer, seed, steps)):
-            losses[step] = loss
-        seconds, memory = time.perf_counter() - start, peak()
-    theta = torch.cat([p.detach().flatten() for p in params])
-    evaluation = {name: float(value) for name, value in task.evaluate(theta).items()}
-    diverged = not (np.isfinite(losses).all() and np.isfinite(evaluation["train_loss"]))
-    return Run(losses, evaluation, seconds, memory, diverged)
+    validation: list[tuple[int, float]] = []
+    evaluate_at = {*evaluate_at}
+
+    def validate(step: int) -> bool:
+        """Whether to go on."""
+        if step not in evaluate_at:
+            return True
+        with _evaluating(optimizer) as averages:
+            validation.append((step, trainee.validate(averages)))
+        return np.isfinite(validation[-1][1]) and not stop(*validation[-1])
+
+    with peak_memory(trainee.params[0].device) as peak:
+        seconds, going = 0.0, validate(0)
+        run = train(trainee, optimizer, steps)
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            losses[step - 1] = next(run)
+            seconds += time.perf_counter() - start
+            going = np.isfinite(losses[step - 1]) and validate(step)
+            if not going:
+                break
+        memory = peak()
+    with _evaluating(optimizer) as averages:
+        evaluation = trainee.evaluate(averages)
+    finite = np.isfinite(losses).all() and np.isfinite(next(iter(evaluation.values())))
+    curve = np.array(validation).reshape(-1, 2)
+    return Run(losses, evaluation, curve, seconds, memory, not (going and finite))
+
+
+@contextmanager
+def _evaluating(optimizer: Any) -> Iterator[bool]:
+    """An optimizer that evaluates at other weights than it trains at is told; yields whether."""
+    averages = getattr(optimizer, "averages", hasattr(optimizer, "eval"))
+    if averages:
+        optimizer.eval()
+    try:
+        yield averages
+    finally:
+        if averages:
+            optimizer.train()
 
 
 def run_rule(task: Task, rule: UpdateRule, seed: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,11 @@ from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
 from learned_opt.benchmark.entrants import NAMED, Entrant
 from learned_opt.benchmark.report import summary_table, write_report
 from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.stores import Files, Rows
 from learned_opt.benchmark.tracking import make_tracker
 from learned_opt.benchmark.tune import settings_of, tune
+from learned_opt.benchmark.validation import run_validation
+from learned_opt.benchmark.validation_report import write_validation_report
 from learned_opt.benchmark.workers import Lost
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError
 from learned_opt.outputs import claim_output
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 # What changes no result: a folder goes on with others of these.
-FREE = ("processes", "time_limit", "logger", "download", "data_root")
+FREE = ("processes", "time_limit", "logger", "download", "data_root", "done")
 
 
 def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
@@ -64,39 +67,57 @@ def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str,
     folder, (rank, ranks) = Path(output).expanduser().absolute(), process_rank()
     _check_format(folder)
     settings = dataclasses.asdict(config) | {"format": FORMAT}
-    with claim_output(folder, settings, "benchmark", free=FREE) if rank == 0 else nullcontext():
+    validation = config.protocol == "validation"
+    # rows of the protocol "validation" say by themselves what they are of
+    free = (*FREE, "entrants") if validation else FREE
+    with claim_output(folder, settings, "benchmark", free=free) if rank == 0 else nullcontext():
         if rank == 0 and config.download:
             for name in dict.fromkeys(task.task.data for task in config.tasks):
                 download(name, config.data_root)
         tracker = make_tracker(config, folder) if rank == 0 else None
+        store = (
+            Rows(folder / "rows.jsonl", rank, config.done)
+            if validation
+            else Files(folder / "cells")
+        )
         runner = Runner(
-            folder / "cells",
-            config.processes,
-            config.time_limit,
-            _planned(config),
-            tracker and tracker.log,
+            store, config.processes, config.time_limit, _planned(config), tracker and tracker.log
         )
         with runner:
             facts = _facts(config, runner)
-            cell = partial(_cell, config)
-            tunings = tune(config, runner.run, cell)
-            cells = [
-                cell(task, entrant, _chosen(tunings, task, entrant), seed)
-                for task in config.tasks
-                for entrant in config.entrants
-                for seed in config.reporting
-            ]
-            results = tables.result_rows(cells, runner.run(cells), tunings)
+            if validation:
+                outcome = run_validation(config, runner.run)
+                results = outcome.rows
+            else:
+                tunings, results = _run_training(config, runner)
         if rank:
             return results
-        tried = tables.tuning_rows(tunings, len(config.tuning))
-        summary = tables.describe(config, facts, tunings, runner.records, ranks)
-        tables.write(folder, results, tried, summary)
-        report = write_report(folder)
+        if validation:
+            text, report = write_validation_report(config, facts, outcome, folder)
+        else:
+            tried = tables.tuning_rows(tunings, len(config.tuning))
+            summary = tables.describe(config, facts, tunings, runner.records, ranks)
+            tables.write(folder, results, tried, summary)
+            text, report = summary_table(results), write_report(folder)
         if tracker:
             tracker.finish(results, report)
-    print(f"{summary_table(results)}\n\n{report}")
+    print(f"{text}\n\n{report}")
     return results
+
+
+def _run_training(
+    config: BenchmarkConfig, runner: Runner
+) -> tuple[tables.Tunings, list[dict[str, Any]]]:
+    """The searches, and the rows of results.csv."""
+    cell = partial(_cell, config)
+    tunings = tune(config, runner.run, cell)
+    cells = [
+        cell(task, entrant, _chosen(tunings, task, entrant), seed)
+        for task in config.tasks
+        for entrant in config.entrants
+        for seed in config.reporting
+    ]
+    return tunings, tables.result_rows(cells, runner.run(cells), tunings)
 
 
 def _cell(
@@ -110,7 +131,7 @@ def _chosen(tunings: tables.Tunings, task: BenchmarkTask, entrant: Entrant) -> d
 
 
 def _planned(config: BenchmarkConfig) -> int:
-    """Cells, before any grid grows."""
+    """Cells, before any grid grows or any run of another length."""
     tuned = sum(bool(entrant.search) for entrant in config.entrants)
     trials = tuned * config.settings * len(config.tuning)
     return len(config.tasks) * (trials + len(config.entrants) * len(config.reporting))

@@ -26,9 +26,11 @@ import torch
 from geodesic.files import write_atomic
 from learned_opt.benchmark.config import BenchmarkTask
 from learned_opt.benchmark.entrants import Entrant
+from learned_opt.benchmark.together import Together
 from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task
+from learned_opt.tasks.trainee import Parameters
 
 Record = dict[str, Any]
 FORMAT = 2  # of an output folder: 1 knew learning rates only, and no memory
@@ -59,21 +61,27 @@ class Cell:
             "optimizer": self.entrant.optimizer,
             "kwargs": self.entrant.kwargs,
             "schedule": self.entrant.schedule,
+            "warmup": self.entrant.warmup,
+            "groups": [asdict(group) for group in self.entrant.groups],
             "weights": self.entrant.weights_hash,
             "chosen": self.chosen,
             "seed": self.seed,
-        }
+        } | self._more_identity()
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=repr).encode())
         chosen = [f"{key}-{_short(value)}" for key, value in self.chosen.items()] or ["untuned"]
         parts = [self.task.label, self.entrant.name, *chosen, f"seed-{self.seed}"]
         return re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:160] + "_" + digest.hexdigest()[:12]
+
+    def _more_identity(self) -> dict[str, Any]:
+        """What else determines a run of a subclass."""
+        return {}
 
     def run(self) -> Record:
         """Trains; a record, see `blank`."""
         task = make_task(self.task.task, self.data_root, Draw(device=self.device))
         steps = self.task.steps
 
-        def make(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+        def make(params: Parameters) -> Together:
             return self.entrant.make_optimizer(params, self.chosen, steps)
 
         run = run_optimizer(task, make, self.seed, steps)
@@ -115,10 +123,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process does for a cell: runs it, and leaves its file in `folder`."""
+    """What a worker process does for a cell: runs it, and leaves its file in `folder`, if any."""
 
     cell: Cell
-    folder: Path = field(repr=False)
+    folder: Path | None = field(repr=False)
 
     def __call__(self) -> Record:
         torch.set_num_threads(self.cell.threads)
@@ -126,7 +134,7 @@ class Job:
             record = self.cell.run()
         except BaseException:  # whatever an entrant does is a result; the others go on
             record = self.cell.blank(error=without_folders(traceback.format_exc()))
-        return save(self.cell, record, self.folder)
+        return record if self.folder is None else save(self.cell, record, self.folder)
 
 
 def save(cell: Cell, record: Record, folder: Path) -> Record:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from learned_opt.benchmark.entrants import DEFAULTS, Entrant, named
+from learned_opt.benchmark.entrants import DEFAULTS, FIELD, Entrant, named
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.kinds import KINDS, TaskConfig
+from learned_opt.tasks.kinds import WORKLOADS, TaskConfig, kind_class
 
 # Where the seeds start when a config says only how many: never in reach of each other.
 _FIRST_REPORTING, _FIRST_TUNING = 0, 1_000_000
@@ -26,6 +26,10 @@ class BenchmarkTask:
             of data (in-family), or choices were made on it (validation), or on neither of the two
             (held-out both), or on one of them alone.
         targets: training losses to reach, besides that of the tuned Adam.
+        target: of the protocol "validation": the validation loss to reach, in place of that of the
+            tuned AdamW with warm-up and cosine.
+        best_target: that of the best entrant of the field, `best_entrant`.
+        best_entrant: see best_target.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -40,10 +44,17 @@ class BenchmarkTask:
         "held-out both",
     ] = ""
     targets: tuple[float, ...] = ()
+    target: float | None = None
+    best_target: float | None = None
+    best_entrant: str = ""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; use at least 1")
+        if (self.best_target is None) == bool(self.best_entrant):
+            raise ConfigError(
+                f"best_target={self.best_target} and best_entrant={self.best_entrant!r} go together"
+            )
         if not self.label:
             object.__setattr__(self, "label", self.task.label)
 
@@ -63,15 +74,20 @@ class BenchmarkConfig:
 
     Attributes:
         name: what the report calls it.
+        protocol: "training", the training loss that the tuned Adam ends at, or "validation", the
+            validation loss of the tuned AdamW with warm-up and cosine; see docs/benchmark.md. The
+            second needs tasks with a validation split.
         tasks: what is optimised, and for how many steps.
         entrants: the optimizers, each with its settings or one of those known by name: learned,
             learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam cosine, AdamW cosine,
-            SGD momentum cosine.
+            SGD momentum cosine; and of today's field AdamW warm-up cosine, NAdamW, Schedule-Free,
+            Schedule-Free tuned, Muon, SOAP, SOAP tuned, Prodigy, learned decay.
         reporting_seeds: seeds of the runs that are reported, or how many.
         tuning_seeds: seeds on which hyperparameters are chosen, or how many; never reported.
         settings: hyperparameter settings that each tuned entrant tries on each task: its whole
             grid, or a random part of a larger one.
         max_grid_extensions: settings more, one at a time, while the best is at an end of a grid.
+        done: files of rows of earlier runs of the protocol "validation", which are not run again.
         data: folders or files to read in place of those that the tasks name, as in
             {cifar10: my_cifar}.
         data_root: folder of data sets; by default $LEARNED_OPT_DATA.
@@ -85,12 +101,14 @@ class BenchmarkConfig:
     """
 
     name: str = ""
+    protocol: Literal["training", "validation"] = "training"
     tasks: list[BenchmarkTask] = field(default_factory=default_tasks)
     entrants: list[str | Entrant] = field(default_factory=lambda: list(DEFAULTS))
     reporting_seeds: int | list[int] = 5
     tuning_seeds: int | list[int] = 2
     settings: int = 9
     max_grid_extensions: int = 4
+    done: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
     data_root: str | None = None
     download: bool = False
@@ -132,11 +150,32 @@ class BenchmarkConfig:
                 f"max_grid_extensions={self.max_grid_extensions} must be at least 0, "
                 f"time_limit={self.time_limit} above it and at most {LONGEST:g} seconds"
             )
+        self._check_protocol()
+
+    def _check_protocol(self) -> None:
+        if self.protocol == "training":
+            if self.done:
+                raise ConfigError(f"done={self.done} is for protocol: validation; drop it")
+            if real := [t.label for t in self.tasks if t.task.kind in WORKLOADS]:
+                raise ConfigError(
+                    f"tasks {real} have no training protocol; use protocol: validation"
+                )
+            return
+        if small := [t.label for t in self.tasks if t.task.kind not in WORKLOADS]:
+            raise ConfigError(
+                f"tasks {small} have no validation split; use kinds of {list(WORKLOADS)}, or "
+                "protocol: training"
+            )
+        if self.validation_baseline not in [e.name for e in self.entrants]:
+            raise ConfigError(
+                f"protocol: validation compares with {self.validation_baseline!r}, which entrants "
+                "lacks; add it"
+            )
 
     def _with_data(self, entry: BenchmarkTask) -> BenchmarkTask:
         """`entry` on the data that `data` has for it; a label that names the data changes too."""
         data = self.data.get(entry.task.data)
-        if data is None or "data" in KINDS[entry.task.kind].unused:
+        if data is None or "data" in kind_class(entry.task.kind).unused:
             return entry
         label = "" if entry.label == entry.task.label else entry.label
         return replace(entry, task=replace(entry.task, data=data), label=label)
@@ -148,6 +187,11 @@ class BenchmarkConfig:
     @property
     def tuning(self) -> list[int]:
         return _seeds(self.tuning_seeds, _FIRST_TUNING)
+
+    @property
+    def validation_baseline(self) -> str:
+        """Whose validation loss is the target of the protocol "validation"."""
+        return FIELD[0].name
 
     @property
     def baseline(self) -> str | None:
@@ -164,6 +208,7 @@ class BenchmarkConfig:
             self,
             tasks=[_smoke(task) for task in self.tasks[:2]],
             data={},  # they have it
+            done=[],
             reporting_seeds=self.reporting[:2],
             tuning_seeds=self.tuning[:1],
             settings=2,
@@ -174,7 +219,14 @@ class BenchmarkConfig:
 def _smoke(entry: BenchmarkTask) -> BenchmarkTask:
     sizes = {name: getattr(entry.task, name) for name in ("train_size", "test_size")}
     fewer = {name: min(size, 100) for name, size in sizes.items() if size is not None}
-    return replace(entry, task=replace(entry.task, **fewer), steps=min(entry.steps, 3))
+    return replace(
+        entry,
+        task=replace(entry.task, **fewer),
+        steps=min(entry.steps, 3),
+        target=None,
+        best_target=None,
+        best_entrant="",
+    )
 
 
 def _seeds(seeds: int | list[int], first: int) -> list[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from geodesic.sharded import process_rank
-from learned_opt.benchmark.cells import Cell, Job, Record, load, save, without_folders
+from learned_opt.benchmark.cells import Cell, Record, without_folders
+from learned_opt.benchmark.stores import Store
 from learned_opt.benchmark.workers import Lost, Workers
 from learned_opt.errors import ConfigError
 
@@ -23,10 +23,10 @@ class Runner:
     """Runs cells and keeps their records; a context manager that ends its worker processes.
 
     Each rank of a job makes its own, and all call `run` with the same cells. They share the work
-    by rank, and `folder`, which must be on a file system that all see.
+    by rank, and `store`, which must be on a file system that all see.
 
     Args:
-        folder: of the cells' files.
+        store: of the cells' records.
         processes: of this rank, that run cells at the same time.
         time_limit: seconds that a cell may take.
         total: cells to expect, for the progress bar.
@@ -35,20 +35,19 @@ class Runner:
 
     def __init__(
         self,
-        folder: Path,
+        store: Store,
         processes: int = 1,
         time_limit: float = 300.0,
         total: int = 0,
         on_record: Callable[[Cell, Record], None] | None = None,
     ) -> None:
         self.rank, self.ranks = process_rank()
-        self._folder, self._on_record = folder, on_record
+        self._store, self._on_record = store, on_record
         self._workers = Workers(processes, time_limit)
         self.records: dict[str, Record] = {}
         self._bar = tqdm(total=total, desc="benchmark", disable=True if self.rank else None)
 
     def __enter__(self) -> Runner:
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._joined = self.ranks > 1 and not dist.is_initialized()
         if self._joined:
             if "MASTER_ADDR" not in os.environ:
@@ -77,7 +76,7 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> list[Record]:
         """The records of `cells` in their order; runs those that the folder lacks."""
         wanted = {cell.name: cell for cell in cells if cell.name not in self.records}
-        found = {n: r for n, c in wanted.items() if (r := load(c, self._folder)) is not None}
+        found = {n: r for n, c in wanted.items() if (r := self._store.load(c)) is not None}
         (found,) = self._from_first([found])
         missing = [cell for name, cell in wanted.items() if name not in found]
         self.records |= found
@@ -98,12 +97,13 @@ class Runner:
 
     def _run_share(self, cells: list[Cell]) -> dict[str, Record]:
         records = {}
-        for index, result in self._workers.run([Job(cell, self._folder) for cell in cells]):
+        for index, result in self._workers.run([self._store.job(cell) for cell in cells]):
             cell, record = cells[index], result
             if isinstance(result, Lost):
                 where = without_folders(result.where)
                 error = f"{where}\n{result.reason}" if where else result.reason
-                record = save(cell, cell.blank(error=error), self._folder)
+                record = cell.blank(error=error)
+            self._store.keep(cell, record, record is result)
             records[cell.name] = record
             if self.rank == 0:
                 self._done(cell, record)

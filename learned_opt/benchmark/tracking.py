@@ -35,8 +35,8 @@ class Tracker:
 
     def log(self, cell: Cell, record: Record) -> None:
         where = f"{cell.task.label}/{cell.entrant.name}"
-        metrics = ("final_train_loss", "mean_loss", "test_loss", "seconds")
-        self._run.log({f"{where}/{metric}": record[metric] for metric in metrics})
+        metrics = ("final_train_loss", "mean_loss", "validation_loss", "test_loss", "seconds")
+        self._run.log({f"{where}/{m}": record[m] for m in metrics if m in record})
 
     def finish(self, results: Sequence[dict[str, Any]], report: Path) -> None:
         columns = list(results[0])

@@ -9,4 +9,5 @@ from learned_opt.tasks import (  # noqa: F401
     mlp,
     quadratic,
     sequence,
+    workloads,
 )

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from learned_opt.tasks.trainee import Parameters, Trainee
+
 Batch = tuple[Tensor, ...]
 Shapes = tuple[tuple[int, ...], ...]
 T = TypeVar("T")
@@ -96,6 +98,18 @@ class Task(ABC):
     def evaluate(self, theta: Tensor) -> dict[str, Tensor]:
         """train_loss on all training data, test_loss and test_accuracy (NaN where there are no
         classes); each (*tasks,)."""
+
+    def trainee(self, seed: int) -> Trainee:
+        """A single task from its init of `seed`, ready to be trained."""
+        params = [p.clone().requires_grad_() for p in self.unflatten(self.init(seed))]
+
+        def evaluate(_: bool = False) -> dict[str, float]:
+            theta = torch.cat([p.detach().flatten() for p in params])
+            return {name: float(value) for name, value in self.evaluate(theta).items()}
+
+        return Trainee(
+            Parameters(params), lambda step: self.loss(params, self.batch(seed, step)), evaluate
+        )
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """F, (*tasks,), and its gradient, (*tasks, d). Tasks do not mix: F_i sees theta_i only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ from torch import Tensor
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Task
 
-K = TypeVar("K", bound=type[Task])
-KINDS: dict[str, type[Task]] = {}
+if TYPE_CHECKING:
+    from learned_opt.tasks.workloads.base import Workload
 
+K = TypeVar("K", bound=type[Task])
+W = TypeVar("W", bound="type[Workload]")
+KINDS: dict[str, type[Task]] = {}
+WORKLOADS: dict[str, type[Workload]] = {}  # to be benchmarked on only
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -43,7 +47,36 @@ def register(name: str) -> Callable[[K], K]:
     return add
 
 
+def register_workload(name: str) -> Callable[[W], W]:
+    """Class decorator, of a `Workload` (workloads/base.py): benchmarks find the kind under `name`.
+
+    Its class has `Options`, `unused` and `make` as those of `register`.
+    """
+
+    def add(kind: W) -> W:
+        WORKLOADS[name], kind.kind = kind, name
+        return kind
+
+    return add
+
+
+def kind_class(name: str) -> type[Task] | type[Workload]:
+    """The class that configs call `name`; ConfigError where there is none."""
+    if name in WORKLOADS:
+        return WORKLOADS[name]
+    if name not in KINDS:
+        known = [*KINDS, *WORKLOADS]
+        raise ConfigError(f"kind has {name!r}, which is no kind of task; use one of {known}")
+    return KINDS[name]
+
+
 def check_kind(name: str, argument: str) -> None:
+    """That a family can draw tasks of this kind."""
+    if name in WORKLOADS:
+        raise ConfigError(
+            f"{argument} has {name!r}, which is made one at a time, to be benchmarked on; "
+            f"use {list(KINDS)}"
+        )
     if name not in KINDS:
         raise ConfigError(f"{argument} has {name!r}, which is no kind of task; use {list(KINDS)}")
 
@@ -100,14 +133,14 @@ class TaskConfig:
         for name in ("train_size", "test_size"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ConfigError(f"{name} is {size}; use at least 1, or null for all")
-        check_kind(self.kind, "kind")
-        known = [f.name for f in fields(KINDS[self.kind].Options)]
+        kind = kind_class(self.kind)
+        known = [f.name for f in fields(kind.Options)]
         if unknown := set(self.options) - set(known):
             raise ConfigError(
                 f"options={sorted(unknown)} mean nothing to kind {self.kind!r}; it has {known}"
             )
         try:
-            own = KINDS[self.kind].Options(**self.options)
+            own = kind.Options(**self.options)
             if any(f.type == "int" and type(getattr(own, f.name)) is not int for f in fields(own)):
                 raise TypeError("some must be whole numbers")
         except TypeError as error:  # a comparison, of text with numbers say
@@ -116,7 +149,7 @@ class TaskConfig:
             ) from error
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name in KINDS[self.kind].unused and value != setting.default:
+            if setting.name in kind.unused and value != setting.default:
                 raise ConfigError(
                     f"{setting.name}={value!r} means nothing to kind {self.kind!r}; drop it"
                 )
@@ -124,14 +157,14 @@ class TaskConfig:
     @property
     def own(self) -> Any:
         """`options` as the kind's dataclass."""
-        return KINDS[self.kind].Options(**self.options)
+        return kind_class(self.kind).Options(**self.options)
 
     @property
     def label(self) -> str:
         """`name`, or what tells the task from others."""
         if self.name:
             return self.name
-        unused = KINDS[self.kind].unused
+        unused = kind_class(self.kind).unused
         place = Path(self.data).expanduser()  # reports are published, folders need not be
         data = place.name if place.is_absolute() else self.data
         parts = [] if "data" in unused else [data]
@@ -178,6 +211,8 @@ class Draw:
 SINGLE = Draw()
 
 
-def make_task(config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE) -> Task:
+def make_task(
+    config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+) -> Task | Workload:
     """The task that `config` describes, or several of them at once."""
-    return KINDS[config.kind].make(config, data_root, draw)
+    return kind_class(config.kind).make(config, data_root, draw)

@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 
 from learned_opt.tasks.base import Batch, Task, choice, generator, uniform
 from learned_opt.tasks.kinds import SINGLE, Draw, NoOptions, TaskConfig
+from learned_opt.tasks.trainee import Parameters, Trainee
 
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
@@ -109,6 +110,11 @@ class ModuleTask(Task):
             config = replace(config, train_size=choice(rng, family.train_sizes))
         scales = 10 ** uniform(rng, *family.log10_init_scale, (family.num_tasks,))
         return cls.make(config, data_root, Draw(family.num_tasks, rng, scales, device))
+
+    def trainee(self, seed: int) -> Trainee:
+        trainee = super().trainee(seed)
+        known = Parameters.of(self.module)
+        return replace(trainee, params=Parameters(trainee.params, known.names, known.kinds))
 
     def init(self, seed: int) -> Tensor:
         thetas = []

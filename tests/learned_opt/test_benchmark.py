@@ -18,6 +18,7 @@ from learned_opt import make_rule
 from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.cells import Cell, load
 from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.stores import Files
 from learned_opt.benchmark.tables import read_rows
 from learned_opt.benchmark.tune import half_decades, settings_of, tune
 from learned_opt.errors import ConfigError, OutputError
@@ -48,7 +49,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory):
-    with Runner(tmp_path_factory.mktemp("cells")) as runner:
+    with Runner(Files(tmp_path_factory.mktemp("cells"))) as runner:
         yield runner
 
 
@@ -117,7 +118,7 @@ def test_adam_under_another_name_has_the_same_curves(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     other = replace(ADAM, name="Madam", optimizer="renamed.Madam")
     cells = [Cell(TASK, e, {"lr": 0.01}, seed) for e in (ADAM, other) for seed in (0, 1)]
-    with Runner(tmp_path / "cells") as runner:
+    with Runner(Files(tmp_path / "cells")) as runner:
         first, second, *others = (record["losses"] for record in runner.run(cells))
     assert np.array_equal([first, second], others) and not np.array_equal(first, second)
 
@@ -220,7 +221,8 @@ def test_of_several_hyperparameters_the_product_is_searched(runner) -> None:
 
 
 def test_budgets_are_equal() -> None:
-    assert {len(settings_of(e, 9)) for e in NAMED.values() if e.search} == {9}
+    assert {len(settings_of(e, 9)) for e in NAMED.values() if e.search and e not in FIELD} == {9}
+    assert {len(settings_of(e, 5)) for e in FIELD if e.search} == {5}
     small = replace(ADAM, search={"lr": [1e-2, 1e-1]})
     with pytest.raises(ConfigError, match="'Adam <tuned>' has 3 settings to try, settings=5"):
         run_benchmark(replace(CONFIG, entrants=[small, SGD]), "unused")

@@ -19,6 +19,7 @@ import yaml
 from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.cells import Cell, load, without_folders
 from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.stores import Files
 from learned_opt.memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 
@@ -77,7 +78,7 @@ def test_what_an_entrant_does_is_a_result_and_the_others_go_on(
     }
     good = [Cell(TASK, SGD, {}, seed) for seed in range(len(says))]
     cells = [c for pair in zip(map(cell, says), good, strict=True) for c in pair]
-    with Runner(tmp_path / "cells", processes, time_limit=5) as runner:
+    with Runner(Files(tmp_path / "cells"), processes, time_limit=5) as runner:
         records = runner.run([*cells, cell("NaN")])
     for name, record in zip(says, records[::2], strict=False):
         assert all(text in record["error"] for text in says[name]), record["error"]
@@ -100,7 +101,7 @@ def test_a_cell_that_failed_is_tried_again(bad, tmp_path: Path) -> None:
 
 
 def run_cells(folder: Path, cells: list[Cell], processes: int = 1) -> list[dict]:
-    with Runner(folder / "cells", processes, time_limit=60) as runner:
+    with Runner(Files(folder / "cells"), processes, time_limit=60) as runner:
         return runner.run(cells)
 
 

@@ -1,0 +1,100 @@
+"""Where records of cells are kept, so that nothing is run twice: a file each, or a row each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from learned_opt.benchmark.cells import Cell, Job, Record, load, save
+from learned_opt.errors import ConfigError
+
+
+class Store(Protocol):
+    """What a Runner keeps records in."""
+
+    def load(self, cell: Cell) -> Record | None:
+        """The record of a cell that has run, or None."""
+
+    def job(self, cell: Cell) -> Callable[[], Record]:
+        """What a worker process does for it."""
+
+    def keep(self, cell: Cell, record: Record, saved: bool) -> None:
+        """Keeps a record; `saved`: it comes from `job`."""
+
+
+class Files:
+    """A file for each cell, which the worker writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, cell: Cell) -> Record | None:
+        return load(cell, self._folder)
+
+    def job(self, cell: Cell) -> Callable[[], Record]:
+        return Job(cell, self._folder)
+
+    def keep(self, cell: Cell, record: Record, saved: bool) -> None:
+        if not saved:
+            save(cell, record, self._folder)
+
+
+class Rows:
+    """A line of JSON for each cell, appended to one file of each rank as cells end.
+
+    A line that was cut off by an interruption is passed over, and the cell is run again.
+
+    Args:
+        path: of rank 0; others have their number before the suffix. All are read.
+        known: more files, whose cells count as done and which are not written to.
+    """
+
+    def __init__(self, path: Path, rank: int = 0, known: Iterable[str | Path] = ()) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path.with_stem(f"{path.stem}-{rank}") if rank else path
+        self._rows: dict[str, Record] = {}
+        for file in map(Path, known):
+            if not file.is_file():
+                raise ConfigError(
+                    f"done names {str(file)!r}, which is no file; run from the folder that it is "
+                    "relative to, or give done: [] to run everything anew"
+                )
+            self._read(file)
+        for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
+            self._read(file)
+
+    def load(self, cell: Cell) -> Record | None:
+        return self._rows.get(cell.name)
+
+    def job(self, cell: Cell) -> Callable[[], Record]:
+        return Job(cell, None)
+
+    def keep(self, cell: Cell, record: Record, saved: bool) -> None:
+        line = json.dumps({"cell": cell.name} | record, default=repr) + "\n"
+        with open(self._path, "ab+") as file:
+            if file.tell() and not _ends_line(file):
+                line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if record["error"] is None:
+            self._rows[cell.name] = record
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                name, failed = row.pop("cell"), row["error"] is not None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # cut off or damaged
+            if not failed:
+                self._rows[name] = row
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,349 @@
+"""The protocol of real training: steps to a validation loss that the tuned AdamW ends at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from learned_opt.benchmark.cells import Cell, Record
+from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmark.entrants import FIELD, LEARNED, Entrant
+from learned_opt.benchmark.tune import settings_of
+from learned_opt.outputs import provenance
+from learned_opt.run import run_optimizer
+from learned_opt.tasks.kinds import Draw, make_task
+
+BASELINE = FIELD[0]  # AdamW with warm-up and cosine
+LENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0)  # by which a run of those who know its length is shortened
+SMOOTHING = 0.05  # of the budget, over which the validation loss is averaged
+EVALUATIONS = 50  # of a run, at equal distances
+FEW_EVALUATIONS = 10  # of a run of which only the end counts
+TRIAL = 0.25  # of a run, after which one that is above chance is given up in tuning
+# An entrant whose full run was never within this share of the target is not run for fewer steps.
+HOPELESS = 0.1
+
+Run = Callable[[Sequence[Cell]], list[Record]]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ValidationCell(Cell):
+    """A run with validation losses on its way.
+
+    Attributes:
+        evaluations: how many, at equal distances, besides the one before the first step.
+        trial: whether it is given up where its loss is above chance after TRIAL of its steps.
+    """
+
+    evaluations: int = EVALUATIONS
+    trial: bool = False
+
+    def _more_identity(self) -> dict[str, Any]:
+        return {"evaluations": self.evaluations, "trial": self.trial}
+
+    def run(self) -> Record:
+        task = make_task(self.task.task, self.data_root, Draw(device=self.device))
+        steps, chance = self.task.steps, float(task.chance)
+        every = max(1, steps // self.evaluations)
+
+        def hopeless(step: int, loss: float) -> bool:
+            return self.trial and step >= TRIAL * steps and loss > chance
+
+        run = run_optimizer(
+            task,
+            lambda params: self.entrant.make_optimizer(params, self.chosen, steps),
+            self.seed,
+            steps,
+            [*range(0, steps, every), steps],
+            hopeless,
+        )
+        facts = {
+            "seconds": round(run.seconds, 3),
+            "peak_memory": run.peak_memory,
+            "validation": [[int(step), _rounded(loss)] for step, loss in run.validation],
+        }
+        if run.diverged:
+            return self.blank(**facts, diverged=True)
+        last = max(1, round(SMOOTHING * steps))
+        ending = {key: _rounded(value) for key, value in run.evaluation.items()}
+        return self.blank(**facts, **ending, train_loss=_rounded(run.losses[-last:].mean()))
+
+    def blank(self, **facts: Any) -> Record:
+        """The record of a run that came to nothing, but for `facts`: infinite losses."""
+        losses = ("validation_loss", "test_loss", "train_loss")
+        accuracies = ("validation_accuracy", "test_accuracy")
+        here = provenance()
+        return {
+            "task": self.task.label,
+            "entrant": self.entrant.name,
+            "seed": self.seed,
+            "steps": self.task.steps,
+            "hyperparameters": self.chosen,
+            **dict.fromkeys(losses, math.inf),
+            **dict.fromkeys((*accuracies, "seconds", "peak_memory"), math.nan),
+            "diverged": False,
+            "error": None,
+            "validation": [],
+            "weights": (self.entrant.weights_hash or "")[:12],
+            "commit": here["commit"],
+            "cpu": here["cpu"],
+            "versions": here["versions"] | _package_version(self.entrant),
+        } | facts
+
+
+@dataclass(frozen=True)
+class Target:
+    """A validation loss to reach on a task.
+
+    Attributes:
+        loss: the lowest validation loss of the tuned `entrant` in a run of the full length,
+            averaged over SMOOTHING of the budget; mean over tuning seeds.
+    """
+
+    entrant: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the protocol found.
+
+    Attributes:
+        rows: a dict for each (task, entrant, reporting seed), see `outcome_row`.
+        targets: by task: those of the baseline and of the best entrant of the field.
+        tuning: a dict for each setting that was tried.
+    """
+
+    rows: list[Row]
+    targets: dict[str, tuple[Target, Target]]
+    tuning: list[Row]
+
+
+def run_validation(config: BenchmarkConfig, run: Run) -> Outcome:
+    """Tunes, sets the targets that the config leaves open, and runs all lengths.
+
+    `run` gives the records of cells, in their order.
+    """
+    cells = _Cells(config)
+    chosen, tuning = _tune(config, cells, run)
+    targets = _targets(config, cells, run, chosen)
+    full = _full_runs(config, cells, run, chosen)
+    shorter = _shorter_runs(config, cells, run, chosen, full, targets)
+    rows = [
+        outcome_row(
+            entrant, record, targets[label], {f: r[key] for f, r in shorter.items() if key in r}
+        )
+        for key, record in full.items()
+        for label, entrant in [(key[0], _entrant(config, key[1]))]
+    ]
+    return Outcome(rows, targets, tuning)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    config: BenchmarkConfig
+
+    def __call__(
+        self, task: BenchmarkTask, entrant: Entrant, chosen: dict[str, Any], seed: int,
+        length: float = 1.0,
+    ) -> ValidationCell:  # fmt: skip
+        config = self.config
+        shorter = replace(task, steps=max(1, round(task.steps / length)))
+        return ValidationCell(
+            shorter,
+            entrant,
+            chosen,
+            seed,
+            config.data_root,
+            config.threads,
+            config.device,
+            FEW_EVALUATIONS if length > 1 else EVALUATIONS,
+            seed in config.tuning,
+        )
+
+
+Chosen = Mapping[tuple[str, str], dict[str, Any]]
+
+
+def _tune(config: BenchmarkConfig, make: _Cells, run: Run) -> tuple[Chosen, list[Row]]:
+    """The setting of the lowest final validation loss on the first tuning seed."""
+    trials = [
+        (task, entrant, dict(setting))
+        for task in config.tasks
+        for entrant in config.entrants
+        if entrant.search
+        for setting in settings_of(entrant, config.settings)
+    ]
+    cells = [make(task, entrant, setting, config.tuning[0]) for task, entrant, setting in trials]
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, str], float] = {}
+    rows = []
+    for (task, entrant, setting), record in zip(trials, run(cells), strict=True):
+        key, loss = (task.label, entrant.name), record["validation_loss"]
+        if key not in best or loss < best[key]:
+            best[key], chosen[key] = loss, setting
+        rows.append({"task": task.label, "entrant": entrant.name, "hyperparameters": setting,
+                     "validation_loss": loss})  # fmt: skip
+    for row in rows:
+        row["chosen"] = chosen[row["task"], row["entrant"]] == row["hyperparameters"]
+    return chosen, rows
+
+
+def _targets(
+    config: BenchmarkConfig, make: _Cells, run: Run, chosen: Chosen
+) -> dict[str, tuple[Target, Target]]:
+    """By task: those that the config gives, else of the field's runs on the tuning seeds."""
+    open_tasks = [t for t in config.tasks if t.target is None or t.best_target is None]
+    field = [entrant for entrant in config.entrants if entrant.optimizer != LEARNED]
+    pairs = [(task, entrant) for task in open_tasks for entrant in field]
+    cells = [
+        make(task, entrant, chosen.get((task.label, entrant.name), {}), seed)
+        for task, entrant in pairs
+        for seed in config.tuning
+    ]
+    records = iter(run(cells))
+    found: dict[str, dict[str, list[Record]]] = {}
+    for task, entrant in pairs:
+        found.setdefault(task.label, {})[entrant.name] = [next(records) for _ in config.tuning]
+    targets = {}
+    for task in config.tasks:
+        runs = found.get(task.label, {})
+        ends = {n: float(np.mean([r["validation_loss"] for r in g])) for n, g in runs.items()}
+        base = task.target
+        if base is None:
+            base = lowest(runs[config.validation_baseline])
+        best, name = task.best_target, task.best_entrant
+        if best is None:
+            name = min(ends, key=ends.__getitem__)
+            best = lowest(runs[name])
+        targets[task.label] = Target(config.validation_baseline, base), Target(name, best)
+    return targets
+
+
+def _full_runs(
+    config: BenchmarkConfig, make: _Cells, run: Run, chosen: Chosen
+) -> dict[tuple[str, str, int], Record]:
+    keys = [
+        (t, e, seed) for t in config.tasks for e in config.entrants for seed in config.reporting
+    ]
+    cells = [make(t, e, chosen.get((t.label, e.name), {}), seed) for t, e, seed in keys]
+    named = [(t.label, e.name, seed) for t, e, seed in keys]
+    return dict(zip(named, run(cells), strict=True))
+
+
+def _shorter_runs(
+    config: BenchmarkConfig,
+    make: _Cells,
+    run: Run,
+    chosen: Chosen,
+    full: Mapping[tuple[str, str, int], Record],
+    targets: Mapping[str, tuple[Target, Target]],
+) -> dict[float, dict[tuple[str, str, int], Record]]:
+    """By length, from the shortest run to the longest: those that cannot do better are left out."""
+    tasks = {task.label: task for task in config.tasks}
+    waiting = []
+    for key, record in full.items():
+        near = (1 + HOPELESS) * max(target.loss for target in targets[key[0]])
+        curve = [loss for _, loss in record["validation"]]
+        if _entrant(config, key[1]).knows_length and curve and min(curve) <= near:
+            waiting.append(key)
+    runs = {}
+    for length in sorted(LENGTHS[1:], reverse=True):
+        cells = [
+            make(tasks[label], _entrant(config, name), chosen.get((label, name), {}), seed, length)
+            for label, name, seed in waiting
+        ]
+        runs[length] = dict(zip(waiting, run(cells), strict=True))
+        waiting = [
+            key
+            for key, record in runs[length].items()
+            if record["validation_loss"] > min(target.loss for target in targets[key[0]])
+        ]
+    return runs
+
+
+def outcome_row(
+    entrant: Entrant,
+    record: Record,
+    targets: tuple[Target, Target],
+    shorter: Mapping[float, Record],
+) -> Row:
+    """What one entrant is worth on one task and seed.
+
+    speed_up        how many times fewer steps than the budget it needs to the first of `targets`,
+                    0 for a miss: of those who know a run's length the largest length whose run
+                    ends there, of others the budget over the first of two evaluations in a row
+                    that are there
+    best_speed_up   the same to the second of `targets`, that of the best entrant of the field
+
+    and the losses and accuracies at the end of the full run.
+    """
+    kept = ("task", "entrant", "seed", "steps", "hyperparameters", "train_loss", "validation_loss",
+            "validation_accuracy", "test_loss", "test_accuracy", "seconds", "peak_memory",
+            "diverged", "error")  # fmt: skip
+    row = {key: record[key] for key in kept}
+    lengths = {1.0: record} | dict(shorter)
+    for name, target in zip(("speed_up", "best_speed_up"), targets, strict=True):
+        if entrant.knows_length:
+            row[name] = max(
+                (f for f, r in lengths.items() if r["validation_loss"] <= target.loss), default=0.0
+            )
+        else:
+            row[name] = anytime_speed_up(record, target.loss)
+        row[name.replace("speed_up", "target")] = target.loss
+    return row
+
+
+def anytime_speed_up(record: Record, target: float) -> float:
+    """Budget over the first of two evaluations in a row at or below `target`; 0 for a miss, and for
+    a run that diverged later on."""
+    if record["diverged"] or record["error"]:
+        return 0.0
+    curve = [point for point in record["validation"] if point[0]]
+    for (step, loss), (_, following) in pairwise(curve):
+        if max(loss, following) <= target:
+            return record["steps"] / step
+    return 0.0
+
+
+def lowest(records: Sequence[Record]) -> float:
+    """Mean over runs of the lowest validation loss; infinite if one diverged.
+
+    Losses are averaged over the SMOOTHING of the budget before them.
+    """
+    lows = []
+    for record in records:
+        if record["diverged"] or record["error"]:
+            return math.inf
+        steps, losses = np.array(record["validation"]).T
+        window = SMOOTHING * record["steps"]
+        smoothed = [
+            losses[(steps > step - window) & (steps <= step)].mean()
+            for step in steps[steps >= window]
+        ]
+        lows.append(min(smoothed))
+    return float(np.mean(lows))
+
+
+def _entrant(config: BenchmarkConfig, name: str) -> Entrant:
+    return next(entrant for entrant in config.entrants if entrant.name == name)
+
+
+def _package_version(entrant: Entrant) -> dict[str, str]:
+    package = entrant.optimizer.partition(".")[0]
+    if package in ("torch", LEARNED, "learned_opt"):
+        return {}
+    try:
+        return {package: metadata.version(package)}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

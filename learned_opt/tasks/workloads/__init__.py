@@ -1,0 +1,7 @@
+"""Networks as people train them, for benchmarks: with an evaluation mode and three splits of data.
+
+Their modules keep state and draw random numbers, so that no family can batch them over tasks and no
+meta-training uses them.
+"""
+
+from learned_opt.tasks.workloads import graph, images, language, patches, tabular  # noqa: F401

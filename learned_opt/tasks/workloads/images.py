@@ -1,0 +1,214 @@
+"""Image classifiers: wide MLPs, conv nets, ResNets and vision transformers, with augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError, DataError
+from learned_opt.tasks.base import Batch
+from learned_opt.tasks.data import ImageData, load_images
+from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import Workload, no_draw
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Settings of image classifiers.
+
+    Attributes:
+        pool: images are averaged over squares of so many pixels a side.
+        shift: minibatches are moved by up to so many pixels in each direction, zeros coming in.
+        flip: minibatches are mirrored left to right, each image with probability 1/2.
+        dropout: probability, in training mode.
+    """
+
+    pool: int = 1
+    shift: int = 0
+    flip: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pool < 1 or self.shift < 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"pool={self.pool} must be at least 1, shift={self.shift} at least 0, "
+                f"dropout={self.dropout} at least 0 and less than 1"
+            )
+
+
+class ImageWorkload(Workload):
+    """Cross-entropy of classifying images (n, channels, height, width).
+
+    The test split is the first `test_size` of the data set's own. Validation images are as many,
+    the last of its training images; `train_size` of the others are trained on.
+    """
+
+    Options = ImageOptions
+
+    def __init__(self, config: TaskConfig, images: ImageData, device: torch.device | str) -> None:
+        size = config.test_size or len(images.test_x)
+        left = len(images.train_x) - size
+        if left < 1:
+            raise DataError(
+                f"{images.name!r} has {len(images.train_x)} images to train on, test_size={size} "
+                "of which would be for validation; use a smaller test_size"
+            )
+        count = min(config.train_size or left, left)
+        splits = {
+            "train": (images.train_x[:count], images.train_y[:count]),
+            "validation": (images.train_x[left:], images.train_y[left:]),
+            "test": (images.test_x[:size], images.test_y[:size]),
+        }
+        height, width, channels = (*images.image_shape, 1)[:3]
+        shape, pool = (height, width, channels), config.own.pool
+        data: dict[str, Batch] = {
+            name: (F.avg_pool2d(x.unflatten(1, shape).movedim(-1, 1), pool), y)
+            for name, (x, y) in splits.items()
+        }
+        self.image = tuple(data["train"][0].shape[1:])
+        self.classes = images.num_classes
+        super().__init__(config, data, math.log(images.num_classes), device)
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> ImageWorkload:
+        no_draw(config.kind, draw)
+        return cls(config, load_images(config.data, data_root), draw.device)
+
+    def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
+        own, (n, _, height, width) = self.config.own, inputs.shape
+        if own.flip:
+            mirrored = (torch.rand(n, 1, 1, 1, generator=rng) < 0.5).to(inputs.device)
+            inputs = torch.where(mirrored, inputs.flip(-1), inputs)
+        if own.shift:
+            padded = F.pad(inputs, (own.shift,) * 4)
+            y, x = torch.randint(2 * own.shift + 1, (2, n, 1), generator=rng).to(inputs.device)
+            rows = (y + torch.arange(height, device=y.device))[:, None, :, None]
+            columns = (x + torch.arange(width, device=x.device))[:, None, None, :]
+            image = torch.arange(n, device=y.device)[:, None, None, None]
+            channel = torch.arange(inputs.shape[1], device=y.device)[None, :, None, None]
+            inputs = padded[image, channel, rows, columns]
+        return inputs
+
+
+@register_workload("image_mlp")
+class MLPWorkload(ImageWorkload):
+    """Linear layers of the widths in `hidden`, each with GELU and dropout."""
+
+    def network(self) -> nn.Module:
+        layers, dropout = [nn.Flatten()], self.config.own.dropout
+        for i, o in pairwise((math.prod(self.image), *self.config.hidden)):
+            layers += [nn.Linear(i, o), nn.GELU(), nn.Dropout(dropout)]
+        return nn.Sequential(*layers, nn.Linear(self.config.hidden[-1], self.classes))
+
+
+@register_workload("image_conv")
+class ConvWorkload(ImageWorkload):
+    """3×3 convolutions to `hidden` channels, each with batch normalisation and ReLU, max pooling
+    after each but the first; dropout and a linear layer."""
+
+    def network(self) -> nn.Module:
+        layers = []
+        for index, (i, o) in enumerate(pairwise((self.image[0], *self.config.hidden))):
+            layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if index else []
+        side = math.prod(n // 2 ** (len(self.config.hidden) - 1) for n in self.image[1:])
+        head = nn.Linear(side * self.config.hidden[-1], self.classes)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(self.config.own.dropout), head)
+
+
+class ResidualBlock(nn.Module):
+    """y = relu(x' + f(x)): two 3×3 convolutions with batch normalisation (He et al. 2016)."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(),
+            nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o),
+        )  # fmt: skip
+        shortcut = nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)
+        self.shortcut = nn.Identity() if (i, stride) == (o, 1) else nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.inner(x))
+
+
+@register_workload("image_resnet")
+class ResNetWorkload(ImageWorkload):
+    """A convolution, a residual block for each width in `hidden` (of stride 2 but for the first),
+    the mean over positions, a linear layer."""
+
+    def network(self) -> nn.Module:
+        first, *_ = hidden = self.config.hidden
+        stem = (
+            nn.Conv2d(self.image[0], first, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+        )
+        blocks = [ResidualBlock(i, o, 1 if index == 0 else 2)
+                  for index, (i, o) in enumerate(pairwise((first, *hidden)))]  # fmt: skip
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(hidden[-1], self.classes)
+        return nn.Sequential(*stem, *blocks, *head)
+
+
+@dataclass(frozen=True)
+class ViTOptions(ImageOptions):
+    """Settings of image classifiers, and a vision transformer's own.
+
+    Attributes:
+        patch: pixels of a patch's side.
+        heads: of attention; they divide the width.
+    """
+
+    patch: int = 4
+    heads: int = 4
+
+
+class ViT(nn.Module):
+    """Patches through one linear map, learned positions, pre-norm layers, the mean over patches
+    (Dosovitskiy et al. 2021, without their class token)."""
+
+    def __init__(self, image: tuple[int, int, int], hidden: tuple[int, ...], own: ViTOptions,
+                 classes: int) -> None:  # fmt: skip
+        super().__init__()
+        width, (channels, height, breadth) = hidden[0], image
+        self.patches = nn.Conv2d(channels, width, own.patch, own.patch)
+        self.positions = nn.Embedding((height // own.patch) * (breadth // own.patch), width)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, own.heads, 4 * width, own.dropout, F.gelu, batch_first=True, norm_first=True
+            )
+            for _ in hidden
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions.weight
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+@register_workload("image_vit")
+class ViTWorkload(ImageWorkload):
+    """`hidden` is one width for all layers, repeated."""
+
+    Options = ViTOptions
+
+    def network(self) -> nn.Module:
+        own, hidden = self.config.own, self.config.hidden
+        sides = [*self.image[1:], own.patch]
+        if len(set(hidden)) != 1 or hidden[0] % own.heads or any(n % own.patch for n in sides):
+            raise ConfigError(
+                f"hidden={hidden} must be one width, a multiple of heads={own.heads}, and "
+                f"patch={own.patch} divide the sides of images {self.image}"
+            )
+        return ViT(self.image, hidden, own, self.classes)

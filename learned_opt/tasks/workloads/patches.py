@@ -1,0 +1,93 @@
+"""Auto-encoders of patches of scikit-learn's two sample photographs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import generator
+from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import Workload, no_draw
+
+SIDE = 8  # pixels of a patch
+SHARES = (0.8, 0.9)  # where validation and test begin, of a photograph's columns
+
+
+@lru_cache(maxsize=1)
+def load_patches() -> dict[str, Tensor]:
+    """Patches (n, 3·SIDE²) by split, standardised by one mean and one deviation.
+
+    Those to train on are from the left of both photographs, at every fourth pixel; the others are
+    from the right, side by side.
+    """
+    from sklearn.datasets import load_sample_images
+
+    splits: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
+    for image in load_sample_images().images:
+        pixels = torch.tensor(image).float().movedim(-1, 0)
+        width = pixels.shape[-1]
+        edges = [0, *(SIDE * round(share * width / SIDE) for share in SHARES), width]
+        for (split, found), (left, right) in zip(splits.items(), pairwise(edges), strict=True):
+            step = SIDE // 2 if split == "train" else SIDE
+            part = pixels[..., left:right].unfold(1, SIDE, step).unfold(2, SIDE, step)
+            found.append(part.permute(1, 2, 0, 3, 4).reshape(-1, 3 * SIDE**2))
+    data = {split: torch.cat(found) for split, found in splits.items()}
+    mean, std = data["train"].mean(), data["train"].std()
+    return {split: (x - mean) / std for split, x in data.items()}
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """Settings of patch auto-encoders.
+
+    Attributes:
+        noise: standard deviation of what is added to the inputs in training; pixels have 1.
+    """
+
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < float("inf"):
+            raise ConfigError(f"noise is {self.noise}; use a finite number of at least 0")
+
+
+@register_workload("patch_autoencoder")
+class PatchWorkload(Workload):
+    """Mean squared error of reconstructing a patch, from one with noise in training.
+
+    `hidden` are the widths from the input to the code; the decoder mirrors them."""
+
+    Options = PatchOptions
+    unused = (*Workload.unused, "data")
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> PatchWorkload:
+        no_draw(config.kind, draw)
+        data = {}
+        for split, x in load_patches().items():
+            order = torch.randperm(len(x), generator=generator("patches", split))
+            size = config.train_size if split == "train" else config.test_size
+            data[split] = (x[order[:size]],) * 2
+        return cls(config, data, float(data["train"][0].square().mean()), draw.device)
+
+    def network(self) -> nn.Module:
+        widths = [3 * SIDE**2, *self.config.hidden]
+        layers = []
+        for i, o in pairwise([*widths, *reversed(widths[:-1])]):
+            layers += [nn.Linear(i, o), nn.Identity() if o == widths[-1] else nn.SiLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
+        noise = torch.randn(inputs.shape, generator=rng).to(inputs.device)
+        return inputs + self.config.own.noise * noise
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square()

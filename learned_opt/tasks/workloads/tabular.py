@@ -1,0 +1,97 @@
+"""Regression on a small table of scikit-learn, few enough examples to be memorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.diabetes import load_diabetes
+from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import Workload, no_draw
+
+TARGET = 29  # of the breast cancer data: the worst fractal dimension of a sample's cell nuclei
+
+
+@lru_cache(maxsize=2)
+def load_table(name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and target (n, 1) of each split, standardised."""
+    if name == "diabetes":
+        train, test = load_diabetes()
+        rows, target = torch.cat([train, test]), 10
+    else:
+        from sklearn.datasets import load_breast_cancer
+
+        table = np.random.default_rng(1).permutation(load_breast_cancer().data)
+        rows, target = torch.from_numpy((table - table.mean(0)) / table.std(0)).float(), TARGET
+    y, x = rows[:, target, None], torch.cat([rows[:, :target], rows[:, target + 1 :]], 1)
+    sizes = [len(rows) - 2 * (len(rows) // 5), len(rows) // 5, len(rows) // 5]
+    return {
+        split: (a, b)
+        for split, a, b in zip(
+            ("train", "validation", "test"), x.split(sizes), y.split(sizes), strict=True
+        )
+    }
+
+
+@dataclass(frozen=True)
+class RegressionOptions:
+    """Settings of regression.
+
+    Attributes:
+        dropout: probability, in training mode.
+        noise: standard deviation of what is added to the inputs in training; they have 1.
+    """
+
+    dropout: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1 or not 0 <= self.noise < float("inf"):
+            raise ConfigError(
+                f"dropout={self.dropout} must be at least 0 and less than 1, noise={self.noise} at "
+                "least 0 and finite"
+            )
+
+
+@register_workload("regression")
+class RegressionWorkload(Workload):
+    """Mean squared error of an MLP that predicts one standardised number of a table's rows.
+
+    `data` is "diabetes", the progression of the disease, or "breast_cancer", one of the 30
+    measurements of a sample from the others.
+    """
+
+    Options = RegressionOptions
+    unused = (*Workload.unused, "train_size", "test_size")
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> RegressionWorkload:
+        no_draw(config.kind, draw)
+        if config.data not in ("diabetes", "breast_cancer"):
+            raise ConfigError(
+                f"data is {config.data!r}; kind 'regression' has 'diabetes' and 'breast_cancer'"
+            )
+        data = load_table(config.data)
+        return cls(config, data, float(data["train"][1].square().mean()), draw.device)
+
+    def network(self) -> nn.Module:
+        layers: list[nn.Module] = []
+        for i, o in pairwise((self.data["train"][0].shape[1], *self.config.hidden)):
+            layers += [nn.Linear(i, o), nn.ReLU(), nn.Dropout(self.config.own.dropout)]
+        return nn.Sequential(*layers, nn.Linear(self.config.hidden[-1], 1))
+
+    def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
+        noise = torch.randn(inputs.shape, generator=rng).to(inputs.device)
+        return inputs + self.config.own.noise * noise
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square()
