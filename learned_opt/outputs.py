@@ -71,7 +71,7 @@ def claim_output(
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
         write_atomic(owner_file, json.dumps(owner | {"since": _now()}).encode())
-        _check_config(folder / f"config-{command}.yaml", _plain(config), free)
+        _check_config(folder / f"config-{command}.yaml", plain(config), free)
         _add_provenance(folder / f"provenance-{command}.json")
         yield folder
     except OSError as error:
@@ -155,14 +155,14 @@ def _fix(error: OSError, folder: Path) -> str | None:
     return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses, tuples and paths as what YAML reads back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -36,6 +36,31 @@ def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
     return _svg(lambda axes: draw_losses(axes, runs), title)
 
 
+def evaluation_curves(runs: Mapping[str, Sequence[np.ndarray]], target: float, title: str) -> str:
+    """`<svg>` of losses (evaluations, 2), step and loss, of each entrant's runs: mean over seeds.
+
+    A line ends where the first of its runs diverged; the dotted one is the target.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.set(yscale="log", xlabel="step", ylabel="validation loss")
+        start, least = 0.0, target
+        for i, curves in enumerate(runs.values()):
+            length = min(map(len, curves))
+            if not length:
+                continue
+            steps, losses = curves[0][:length, 0], np.stack([c[:length, 1] for c in curves])
+            finite = np.isfinite(losses).all(0)
+            axes.plot(steps[finite], losses.mean(0)[finite], **_line(i))
+            start = max(start, losses[:, 0].max())
+            least = min(least, losses[:, finite].min(initial=target))
+        axes.axhline(target, color=_TEXT, lw=0.8, ls=":")
+        if 0 < least <= start:
+            axes.set_ylim(least / 1.05, start * 1.05)
+
+    return _svg(draw, title)
+
+
 def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
     """The curves of `loss_curves`, each labelled with its entrant."""
     axes.set(yscale="log", xlabel="step", ylabel="smoothed minibatch training loss")

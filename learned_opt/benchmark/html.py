@@ -36,6 +36,7 @@ from learned_opt.benchmark.summary import (
     overviews,
     runs,
     score_text,
+    sentence,
     task_tables,
 )
 
@@ -61,7 +62,7 @@ def page(
         (name, html_table(table, sortable=True)) for name, table in overviews(facts, rows).items()
     )
     curves = [
-        _figure(_curves(results, task, names), _with_family(task, family))
+        figure(_curves(results, task, names), _with_family(task, family))
         for task, family in families.items()
     ]
     tables = [
@@ -71,11 +72,14 @@ def page(
     parts = {
         "title": html.escape(title(facts)),
         "size": html.escape(size(facts)),
-        "overview": first[1] + "".join(_details(name, table) for name, table in others),
-        "meaning": _emphasis(meaning(facts)),
+        "verdict": html.escape(sentence(facts, rows)),
+        "reference": html.escape(f"{baseline}, tuned"),
+        "curve_kind": "Loss",
+        "overview": first[1] + "".join(details(name, table) for name, table in others),
+        "meaning": emphasis(meaning(facts)),
         "relation": "alone" if baseline is None else "",
         "heat_maps": "".join(_heat_map(rows, names, column) for column in HEAT if baseline),
-        "legend": _legend(names),
+        "legend": legend(names),
         "profiles": profiles(median_steps(rows, names), "Performance profiles") if baseline else "",
         "curves": "".join(curves),
         "tables": "".join(tables),
@@ -83,13 +87,11 @@ def page(
         "environment": html_table(environment(provenance, rows), kind="text"),
         "tasks": html_table(task_list(facts), kind="text"),
         "entrants": html_table(entrant_list(facts), kind="text"),
-        "details": _details(
-            "every setting that was tried", html_table(tuning_table(results.tuning))
-        )
-        + _details("configuration", _pre(yaml.safe_dump(facts["config"], sort_keys=False))),
-        "failed": "".join(_details(f["cell"], _pre(f["error"])) for f in facts["failed"])
+        "details": details("every setting that was tried", html_table(tuning_table(results.tuning)))
+        + details("configuration", preformatted(yaml.safe_dump(facts["config"], sort_keys=False))),
+        "failed": "".join(details(f["cell"], preformatted(f["error"])) for f in facts["failed"])
         or "<p>None.</p>",
-        "downloads": "".join(f"<li>{_download(name, data)}</li>" for name, data in raw.items()),
+        "downloads": "".join(f"<li>{download(name, data)}</li>" for name, data in raw.items()),
     }
     template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(parts)
@@ -138,8 +140,12 @@ def _heat_map(rows: Sequence[Row], names: Sequence[str], column: str) -> str:
         [Entry(task, task), *(Entry(score_text(v), float(v), v == line.max()) for v in line)]
         for task, line in zip(tasks, values.T, strict=True)
     ]
-    table = Table(["task", *names], body, range(1, len(names) + 1))
-    return f"<h3>{html.escape(SCORES[column])}</h3>" + html_table(table, "heat", True, _shade)
+    return heat_table(SCORES[column], Table(["task", *names], body, range(1, len(names) + 1)))
+
+
+def heat_table(heading: str, table: Table) -> str:
+    """A table of ratios to the baseline, in colours."""
+    return f"<h3>{html.escape(heading)}</h3>" + html_table(table, "heat", True, _shade)
 
 
 def _shade(entry: Entry) -> str:
@@ -159,7 +165,7 @@ def _curves(results: Results, task: str, names: Sequence[str]) -> str:
     return loss_curves(losses, f"Loss curves, {task}")
 
 
-def _legend(names: Sequence[str]) -> str:
+def legend(names: Sequence[str]) -> str:
     items = []
     for name, (colour, dashes) in ((name, style(i)) for i, name in enumerate(names)):
         line = f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{dashes}"'
@@ -168,7 +174,7 @@ def _legend(names: Sequence[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _figure(svg: str, caption: str) -> str:
+def figure(svg: str, caption: str) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
@@ -176,19 +182,19 @@ def _with_family(task: str, family: str) -> str:
     return html.escape(task) + (f" <small>{html.escape(family)}</small>" if family else "")
 
 
-def _emphasis(text: str) -> str:
+def emphasis(text: str) -> str:
     """HTML of Markdown that has no markup but *this*."""
     return re.sub(r"\*(.+?)\*", r"<em>\1</em>", html.escape(text))
 
 
-def _details(title: str, body: str) -> str:
+def details(title: str, body: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
 
 
-def _pre(text: str) -> str:
+def preformatted(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def _download(name: str, data: bytes) -> str:
+def download(name: str, data: bytes) -> str:
     uri = f"data:{MIME[Path(name).suffix]};base64,{base64.b64encode(data).decode()}"
     return f'<a download="{name}" href="{uri}">{name}</a>'

@@ -27,6 +27,7 @@ from learned_opt.benchmark.summary import (
     meaning,
     overview,
     overviews,
+    sentence,
     summary_table,
 )
 from learned_opt.benchmark.tables import read_rows, to_csv
@@ -97,6 +98,7 @@ def _markdown(results: Results, rows: Sequence[Row], provenance: Sequence[Facts]
     parts = [
         f"# {title(facts)}",
         size(facts),
+        *filter(None, [sentence(facts, rows)]),
         *groups,
         meaning(facts),
         "## Tables",

@@ -95,6 +95,15 @@ def iqm(scores: ArrayLike) -> Array:
     return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
 
 
+def geometric_mean(scores: ArrayLike, miss: float = 0.5) -> Array:
+    """exp of the mean logarithm over all runs of all tasks, (..., tasks, runs) -> (...).
+
+    A score of 0, a miss, counts as `miss`, so that one miss does not hide everything else.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    return np.exp(np.log(np.where(scores == 0, miss, scores)).mean((-2, -1)))
+
+
 def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> Array:
     """P(X > Y) + P(X = Y) / 2, mean over tasks: (..., tasks, n) and (..., tasks, m) -> (...).
 

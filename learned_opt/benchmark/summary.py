@@ -20,6 +20,7 @@ from learned_opt.benchmark.stats import (
     profile_score,
     stratified_bootstrap,
 )
+from learned_opt.benchmark.verdict import verdict
 
 # Of a task's table: column, heading, factor, and +1 where less is better, -1 where more, 0 neither.
 METRICS = (
@@ -101,6 +102,14 @@ def meaning(facts: Mapping[str, Any]) -> str:
     return _MEANING.format(baseline=facts["baseline"])
 
 
+def sentence(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Who won, by how much, and what was missed; nothing without a baseline."""
+    if facts["baseline"] is None:
+        return ""
+    speed_ups = {name: runs(rows, name, "steps_speed_up") for name in _distinct(rows, "entrant")}
+    return verdict(speed_ups, facts["baseline"], "final training loss")
+
+
 def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]:
     """The table over all tasks, then one for each family of tasks where there are several."""
     tables = {"all tasks": overview(rows, facts["baseline"])}
@@ -137,7 +146,7 @@ def overview(rows: Sequence[Row], baseline: str | None) -> Table:
     for column, heading, factor, _ in METRICS[-2:]:
         headings.append(heading)
         values = ([factor * _float(row.get(column)) for row in group] for group in groups)
-        columns.append([_mean(v, spread=False) for v in values])
+        columns.append([mean_entry(v, spread=False) for v in values])
     headings.append("diverged")
     columns.append([_failures(group) for group in groups])
     table = [list(row) for row in zip(*columns, strict=True)]
@@ -181,7 +190,7 @@ def _task_table(rows: Sequence[Row]) -> Table:
     for metric, heading, factor, sign in METRICS:
         if all(row.get(metric) is None for row in rows):
             continue
-        entries = [_mean([factor * _float(r.get(metric)) for r in group]) for group in groups]
+        entries = [mean_entry([factor * _float(r.get(metric)) for r in group]) for group in groups]
         finite = [sign * e.key for e in entries if math.isfinite(e.key)]
         best = sign and finite and min(finite)
         columns.append([e._replace(best=bool(sign and sign * e.key == best)) for e in entries])
@@ -203,7 +212,8 @@ def _estimate(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> Entr
     return Entry(f"{score_text(value)} [{score_text(low)}, {score_text(high)}]", value)
 
 
-def _mean(values: Sequence[float], spread: bool = True) -> Entry:
+def mean_entry(values: Sequence[float], spread: bool = True) -> Entry:
+    """A mean, ± the standard deviation where there are several."""
     mean = float(np.mean(values))
     if not spread or len(values) == 1 or not math.isfinite(mean):
         return Entry(number(mean), mean)

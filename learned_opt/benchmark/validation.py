@@ -118,11 +118,13 @@ class Outcome:
         rows: a dict for each (task, entrant, reporting seed), see `outcome_row`.
         targets: by task: those of the baseline and of the best entrant of the field.
         tuning: a dict for each setting that was tried.
+        curves: by (task, entrant): steps and validation loss, (evaluations, 2), of each full run.
     """
 
     rows: list[Row]
     targets: dict[str, tuple[Target, Target]]
     tuning: list[Row]
+    curves: dict[tuple[str, str], list[np.ndarray]]
 
 
 def run_validation(config: BenchmarkConfig, run: Run) -> Outcome:
@@ -142,7 +144,11 @@ def run_validation(config: BenchmarkConfig, run: Run) -> Outcome:
         for key, record in full.items()
         for label, entrant in [(key[0], _entrant(config, key[1]))]
     ]
-    return Outcome(rows, targets, tuning)
+    curves: dict[tuple[str, str], list[np.ndarray]] = {}
+    for (label, name, _), record in full.items():
+        curve = np.array(record["validation"], dtype=float).reshape(-1, 2)
+        curves.setdefault((label, name), []).append(curve)
+    return Outcome(rows, targets, tuning, curves)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from learned_opt import make_rule
 from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.cells import Cell, load
+from learned_opt.benchmark.entrants import FIELD
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.stores import Files
 from learned_opt.benchmark.tables import read_rows
@@ -250,10 +251,15 @@ def test_cosine_ends_at_zero() -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_entrants_known_by_name_learn(name: str) -> None:
     (entrant,) = BenchmarkConfig(entrants=[name]).entrants
+    steps = 600 if name == "Prodigy" else 80  # it takes hundreds to find its rate
     task = make_task(TASK.task)
-    chosen = {"lr": {"torch.optim.SGD": 0.1, "learned": 1.0}.get(entrant.optimizer, 0.01)}
-    run = run_optimizer(task, lambda p: entrant.make_optimizer(p, chosen, 40), 0, 40)
-    assert run.evaluation["train_loss"] < 0.8 * task.chance
+    rates = {"torch.optim.SGD": 0.1, "learned": 1.0}
+    tuned = entrant.search or "lr" not in entrant.kwargs
+    chosen = {"lr": rates.get(entrant.optimizer, 0.01)} if tuned else {}
+    run = run_optimizer(task, lambda p: entrant.make_optimizer(p, chosen, steps), 0, steps)
+    published = ("NAdamW", "Schedule-Free", "SOAP")  # one setting for runs of any length
+    share = 0.95 if name in published else 0.8
+    assert run.evaluation["train_loss"] < share * task.chance
 
 
 def test_other_weights_are_another_cell(tmp_path: Path) -> None:
