@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from learned_opt.benchmark import tables
 from learned_opt.benchmark.cells import FORMAT, Cell
 from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
 from learned_opt.benchmark.entrants import NAMED, Entrant
-from learned_opt.benchmark.report import summary_table, write_report
+from learned_opt.benchmark.going_on import run_going_on
+from learned_opt.benchmark.going_on_report import write_going_on_report
+from learned_opt.benchmark.report import summary_table, terminal_text, write_report
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.stores import Files, Rows
 from learned_opt.benchmark.tracking import make_tracker
@@ -45,8 +48,9 @@ FREE = ("processes", "time_limit", "logger", "download", "data_root", "done")
 def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
     """Tunes, runs and reports; the rows of results.csv, one per (task, entrant, seed).
 
-    Leaves in `output`: results.csv, tuning.csv, benchmark.json, the report, and cells/, a file per
-    run with its whole loss curve. Claims `output` itself; called again, it runs only what is
+    Leaves in `output`: results.csv, the report, and what it was made of: of the protocol "training"
+    tuning.csv, benchmark.json and cells/, a file per run with its whole loss curve; of the others
+    rows.jsonl, a line per run. Claims `output` itself; called again, it runs only what is
     missing. Of a torchrun job all processes call it, with an `output` that all of them see; the
     rows are returned to each, and rank 0 writes.
 
@@ -64,51 +68,43 @@ def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str,
         entrant.check()
         if entrant.search:
             settings_of(entrant, config.settings)
-    folder, (rank, ranks) = Path(output).expanduser().absolute(), process_rank()
+    folder, rank = Path(output).expanduser().absolute(), process_rank()[0]
     _check_format(folder)
     settings = dataclasses.asdict(config) | {"format": FORMAT}
-    validation = config.protocol == "validation"
-    # rows of the protocol "validation" say by themselves what they are of
-    free = (*FREE, "entrants") if validation else FREE
+    # rows say by themselves what they are of, so that a folder of them takes more entrants
+    free = FREE if config.protocol == "training" else (*FREE, "entrants")
     with claim_output(folder, settings, "benchmark", free=free) if rank == 0 else nullcontext():
         if rank == 0 and config.download:
             for name in dict.fromkeys(task.task.data for task in config.tasks):
                 download(name, config.data_root)
         tracker = make_tracker(config, folder) if rank == 0 else None
-        store = (
-            Rows(folder / "rows.jsonl", rank, config.done)
-            if validation
-            else Files(folder / "cells")
-        )
         runner = Runner(
-            store, config.processes, config.time_limit, _planned(config), tracker and tracker.log
+            Files(folder / "cells")
+            if config.protocol == "training"
+            else Rows(folder / "rows.jsonl", rank, config.done),
+            config.processes,
+            config.time_limit,
+            _planned(config),
+            tracker and tracker.log,
         )
         with runner:
             facts = _facts(config, runner)
-            if validation:
-                outcome = run_validation(config, runner.run)
-                results = outcome.rows
-            else:
-                tunings, results = _run_training(config, runner)
+            results, write = PROTOCOLS[config.protocol](config, facts, runner)
         if rank:
             return results
-        if validation:
-            text, report = write_validation_report(config, facts, outcome, folder)
-        else:
-            tried = tables.tuning_rows(tunings, len(config.tuning))
-            summary = tables.describe(config, facts, tunings, runner.records, ranks)
-            tables.write(folder, results, tried, summary)
-            text, report = summary_table(results), write_report(folder)
+        text, report = write(folder)
         if tracker:
             tracker.finish(results, report)
     print(f"{text}\n\n{report}")
     return results
 
 
-def _run_training(
-    config: BenchmarkConfig, runner: Runner
-) -> tuple[tables.Tunings, list[dict[str, Any]]]:
-    """The searches, and the rows of results.csv."""
+Facts = dict[str, dict[str, Any]]
+# The rows of results.csv, and what writes the report into a folder: to be printed, and its path.
+Outcome = tuple[list[dict[str, Any]], Callable[[Path], tuple[str, Path]]]
+
+
+def _training(config: BenchmarkConfig, facts: Facts, runner: Runner) -> Outcome:
     cell = partial(_cell, config)
     tunings = tune(config, runner.run, cell)
     cells = [
@@ -117,7 +113,29 @@ def _run_training(
         for entrant in config.entrants
         for seed in config.reporting
     ]
-    return tunings, tables.result_rows(cells, runner.run(cells), tunings)
+    results = tables.result_rows(cells, runner.run(cells), tunings)
+
+    def write(folder: Path) -> tuple[str, Path]:
+        tried = tables.tuning_rows(tunings, len(config.tuning))
+        summary = tables.describe(config, facts, tunings, runner.records, runner.ranks)
+        tables.write(folder, results, tried, summary)
+        report = write_report(folder)
+        return terminal_text(folder), report
+
+    return results, write
+
+
+def _validation(config: BenchmarkConfig, facts: Facts, runner: Runner) -> Outcome:
+    outcome = run_validation(config, runner.run)
+    return outcome.rows, partial(write_validation_report, config, facts, outcome)
+
+
+def _going_on(config: BenchmarkConfig, facts: Facts, runner: Runner) -> Outcome:
+    rows = run_going_on(config, runner.run)
+    return rows, partial(write_going_on_report, config, rows)
+
+
+PROTOCOLS = {"training": _training, "validation": _validation, "going_on": _going_on}
 
 
 def _cell(

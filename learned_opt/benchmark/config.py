@@ -74,9 +74,10 @@ class BenchmarkConfig:
 
     Attributes:
         name: what the report calls it.
-        protocol: "training", the training loss that the tuned Adam ends at, or "validation", the
-            validation loss of the tuned AdamW with warm-up and cosine; see docs/benchmark.md. The
-            second needs tasks with a validation split.
+        protocol: what is measured: "training", steps to the training loss that the tuned Adam ends
+            at; "validation", steps to the validation loss of the tuned AdamW with warm-up and
+            cosine; "going_on", how far the loss rises in runs that do not begin fresh. The last two
+            need tasks with a validation split.
         tasks: what is optimised, and for how many steps.
         entrants: the optimizers, each with its settings or one of those known by name: learned,
             learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam cosine, AdamW cosine,
@@ -87,7 +88,7 @@ class BenchmarkConfig:
         settings: hyperparameter settings that each tuned entrant tries on each task: its whole
             grid, or a random part of a larger one.
         max_grid_extensions: settings more, one at a time, while the best is at an end of a grid.
-        done: files of rows of earlier runs of the protocol "validation", which are not run again.
+        done: files of rows of earlier runs, which are not run again; of the last two protocols.
         data: folders or files to read in place of those that the tasks name, as in
             {cifar10: my_cifar}.
         data_root: folder of data sets; by default $LEARNED_OPT_DATA.
@@ -101,7 +102,7 @@ class BenchmarkConfig:
     """
 
     name: str = ""
-    protocol: Literal["training", "validation"] = "training"
+    protocol: Literal["training", "validation", "going_on"] = "training"
     tasks: list[BenchmarkTask] = field(default_factory=default_tasks)
     entrants: list[str | Entrant] = field(default_factory=lambda: list(DEFAULTS))
     reporting_seeds: int | list[int] = 5
@@ -155,17 +156,22 @@ class BenchmarkConfig:
     def _check_protocol(self) -> None:
         if self.protocol == "training":
             if self.done:
-                raise ConfigError(f"done={self.done} is for protocol: validation; drop it")
+                raise ConfigError(f"done={self.done} means nothing to protocol: training; drop it")
             if real := [t.label for t in self.tasks if t.task.kind in WORKLOADS]:
-                raise ConfigError(
-                    f"tasks {real} have no training protocol; use protocol: validation"
-                )
+                raise ConfigError(f"tasks {real} need protocol: validation or going_on; add it")
             return
         if small := [t.label for t in self.tasks if t.task.kind not in WORKLOADS]:
             raise ConfigError(
                 f"tasks {small} have no validation split; use kinds of {list(WORKLOADS)}, or "
                 "protocol: training"
             )
+        if self.protocol == "going_on":
+            if tuned := [e.name for e in self.entrants if e.search]:
+                raise ConfigError(
+                    f"entrants {tuned} are tuned, which protocol: going_on does not do; give them "
+                    "their settings in kwargs"
+                )
+            return
         if self.validation_baseline not in [e.name for e in self.entrants]:
             raise ConfigError(
                 f"protocol: validation compares with {self.validation_baseline!r}, which entrants "

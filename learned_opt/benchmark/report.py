@@ -32,7 +32,7 @@ from learned_opt.benchmark.summary import (
 )
 from learned_opt.benchmark.tables import read_rows, to_csv
 
-__all__ = ["meaning_of", "overview_of", "summary_table", "write_report"]
+__all__ = ["meaning_of", "overview_of", "summary_table", "terminal_text", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
@@ -57,6 +57,14 @@ def write_report(folder: Path) -> Path:
     raw["losses.csv.gz"] = gzip.compress(_losses(results), mtime=0)
     write_atomic(folder / "report.html", page(results, rows, provenance, raw).encode())
     return folder / "report.html"
+
+
+def terminal_text(folder: Path) -> str:
+    """What the terminal shows of a report: who won, and the tables."""
+    rows, scores = read_rows(folder / "results.csv"), read_scores(folder / "scores.csv")
+    facts = json.loads((folder / "benchmark.json").read_text())
+    together = [more | row for more, row in zip(scores, rows, strict=True)]
+    return "\n\n".join(filter(None, [sentence(facts, together), summary_table(rows)]))
 
 
 def overview_of(

@@ -4,4 +4,12 @@ Their modules keep state and draw random numbers, so that no family can batch th
 meta-training uses them.
 """
 
-from learned_opt.tasks.workloads import graph, images, language, patches, tabular  # noqa: F401
+from learned_opt.tasks.workloads import (  # noqa: F401
+    continued,
+    graph,
+    images,
+    language,
+    patches,
+    tabular,
+    unusual,
+)

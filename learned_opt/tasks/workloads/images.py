@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,12 +27,14 @@ class ImageOptions:
         shift: minibatches are moved by up to so many pixels in each direction, zeros coming in.
         flip: minibatches are mirrored left to right, each image with probability 1/2.
         dropout: probability, in training mode.
+        classes: only images of these, which become 0, 1, ...; all if empty.
     """
 
     pool: int = 1
     shift: int = 0
     flip: bool = False
     dropout: float = 0.0
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.pool < 1 or self.shift < 0 or not 0 <= self.dropout < 1:
@@ -80,7 +82,10 @@ class ImageWorkload(Workload):
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> ImageWorkload:
         no_draw(config.kind, draw)
-        return cls(config, load_images(config.data, data_root), draw.device)
+        images = load_images(config.data, data_root)
+        if kept := config.own.classes:
+            images = only(images, tuple(kept))
+        return cls(config, images, draw.device)
 
     def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
         own, (n, _, height, width) = self.config.own, inputs.shape
@@ -96,6 +101,18 @@ class ImageWorkload(Workload):
             channel = torch.arange(inputs.shape[1], device=y.device)[None, :, None, None]
             inputs = padded[image, channel, rows, columns]
         return inputs
+
+
+def only(images: ImageData, classes: tuple[int, ...]) -> ImageData:
+    """The images of some classes, which are numbered in this order."""
+    parts = {}
+    for split in ("train", "test"):
+        x, y = getattr(images, f"{split}_x"), getattr(images, f"{split}_y")
+        mine = torch.isin(y, torch.tensor(classes))
+        names = torch.zeros(images.num_classes, dtype=torch.int64)
+        names[list(classes)] = torch.arange(len(classes))
+        parts |= {f"{split}_x": x[mine], f"{split}_y": names[y[mine]]}
+    return replace(images, num_classes=len(classes), **parts)
 
 
 @register_workload("image_mlp")

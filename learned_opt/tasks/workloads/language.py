@@ -16,6 +16,8 @@ from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
 from learned_opt.tasks.workloads.base import SPLITS, Workload, no_draw
 from learned_opt.tasks.workloads.texts import Corpus, load_corpus
 
+LEVELS = ("char", "word", "ascii")
+
 
 @dataclass(frozen=True)
 class LanguageOptions:
@@ -23,7 +25,7 @@ class LanguageOptions:
 
     Attributes:
         context: tokens that an example gives to the model, and as many to predict.
-        level: "char" or "word".
+        level: "char", "word", or "ascii": see load_corpus.
         vocabulary: tokens at most.
         dropout: probability, in training mode.
         tied: the output layer's matrix is that of the embedding.
@@ -36,10 +38,10 @@ class LanguageOptions:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.context < 1 or self.vocabulary < 2 or self.level not in ("char", "word"):
+        if self.context < 1 or self.vocabulary < 2 or self.level not in LEVELS:
             raise ConfigError(
                 f"context={self.context} must be at least 1, vocabulary={self.vocabulary} at least "
-                f"2, level={self.level!r} 'char' or 'word'"
+                f"2, level={self.level!r} one of {LEVELS}"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; use at least 0 and less than 1")

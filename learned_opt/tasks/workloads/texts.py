@@ -43,18 +43,21 @@ def load_corpus(
         name: "python-docs", the documentation strings of the standard library that runs this
             program; "python-source", the source of some of its packages; or a UTF-8 file under
             `data_root`. The first two differ between versions of Python.
-        level: "char", or "word": what white space separates.
+        level: "char", or "word": what white space separates; or "ascii": characters by their
+            codes, so that texts share their numbers.
         vocabulary: tokens at most; the rarest of the training split become one.
 
     Raises:
         DataError: the file is missing or not UTF-8.
     """
     text = {DOCS: _docs, SOURCE: _source}.get(name, lambda: _file(name, data_root))()
-    symbols = list(text) if level == "char" else text.split()
+    symbols = text.split() if level == "word" else list(text)
     ends = [round(len(symbols) * share) for share in (SHARES[0], SHARES[0] + SHARES[1])]
     splits = symbols[: ends[0]], symbols[ends[0] : ends[1]], symbols[ends[1] :]
     # by frequency, then by alphabet: the same text gives the same numbers everywhere
     known = sorted(Counter(splits[0]).items(), key=lambda item: (-item[1], item[0]))
+    if level == "ascii":
+        known = [(symbol, 0) for symbol in ("\n", *map(chr, range(32, 127)))]
     known = [UNKNOWN, *(s for s, _ in known if s != UNKNOWN)][:vocabulary]
     number = {symbol: i for i, symbol in enumerate(known)}
     tokens = (torch.tensor([number.get(s, 0) for s in split]) for split in splits)

@@ -1,0 +1,94 @@
+"""The protocol of runs that do not begin fresh: how far the loss rises, and where it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from learned_opt.benchmark.cells import Record
+from learned_opt.benchmark.config import BenchmarkConfig
+from learned_opt.benchmark.validation import Run, ValidationCell
+from learned_opt.tasks.kinds import TaskConfig
+
+Row = dict[str, Any]
+Key = tuple[str, str, int]  # task, entrant, seed
+
+
+def change_of(task: TaskConfig) -> int:
+    """The step before which the task's new phase begins."""
+    return getattr(task.own, "change", 0)
+
+
+def undisturbed(task: TaskConfig) -> TaskConfig | None:
+    """The same task without what is done to its loss; None where nothing is."""
+    options = {k: v for k, v in task.options.items() if k not in ("scale", "first_scale")}
+    return replace(task, options=options) if options != task.options else None
+
+
+def run_going_on(config: BenchmarkConfig, run: Run) -> list[Row]:
+    """A row for each (task, entrant, reporting seed), see `outcome`.
+
+    `run` gives the records of cells, in their order.
+    """
+    cells: dict[tuple[Key, bool], ValidationCell] = {}
+    for task, entrant, seed in product(config.tasks, config.entrants, config.reporting):
+        twin = undisturbed(task.task)
+        for disturbed, of in ((True, task.task), (False, twin)):
+            if of is not None:
+                cells[(task.label, entrant.name, seed), disturbed] = ValidationCell(
+                    replace(task, task=of), entrant, {}, seed, config.data_root, config.threads,
+                    config.device,
+                )  # fmt: skip
+    records = dict(zip(cells, run(list(cells.values())), strict=True))
+    changes = {task.label: change_of(task.task) for task in config.tasks}
+    return [
+        outcome(record, changes[key[0]], records.get((key, False)))
+        for (key, disturbed), record in records.items()
+        if disturbed
+    ]
+
+
+def outcome(record: Record, change: int, undisturbed: Record | None) -> Row:
+    """What became of one run.
+
+    before       validation loss before the first update of the new phase
+    worst, end   the highest validation loss after it, and the last one, over `before`
+    behind       steps by which the run is behind the undisturbed one at its end: those which that
+                 one had still to go when it was as low; ∞ where it never was so high. None where
+                 nothing is disturbed
+    """
+    kept = ("task", "entrant", "seed", "steps", "validation_loss", "validation_accuracy",
+            "test_loss", "test_accuracy", "diverged", "error")  # fmt: skip
+    row = {key: record[key] for key in kept}
+    curve = np.array(record["validation"], dtype=float).reshape(-1, 2)
+    before = curve[curve[:, 0] == change, 1]
+    after = curve[curve[:, 0] > change, 1]
+    failed = record["diverged"] or record["error"] or not len(before)
+    row |= {
+        "change": change,
+        "before": float(before[0]) if len(before) else math.nan,
+        "worst": math.inf if failed else float(after.max() / before[0]),
+        "end": math.inf if failed else float(record["validation_loss"] / before[0]),
+        "behind": None,
+    }
+    if undisturbed is not None:
+        row["behind"] = math.inf if failed else behind(record["validation_loss"], undisturbed)
+    return row
+
+
+def behind(loss: float, undisturbed: Record) -> float:
+    """Steps that the undisturbed run still had to go when its validation loss first came down to
+    `loss`, linear between evaluations; 0 where it never did."""
+    curve = np.array(undisturbed["validation"], dtype=float)
+    steps, lowest = curve[:, 0], np.minimum.accumulate(curve[:, 1])
+    if lowest[-1] > loss:
+        return 0.0
+    if lowest[0] <= loss:
+        return float(steps[-1])
+    i = int((lowest <= loss).argmax())
+    share = (lowest[i - 1] - loss) / (lowest[i - 1] - lowest[i])
+    return float(steps[-1] - (steps[i - 1] + share * (steps[i] - steps[i - 1])))

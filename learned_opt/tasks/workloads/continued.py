@@ -1,0 +1,189 @@
+"""Runs that do not begin fresh: pretrained nets, adapters, frozen layers, disturbed losses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import seed_of
+from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, make_task, register_workload
+from learned_opt.tasks.trainee import Trainee
+from learned_opt.tasks.workloads.base import Workload, no_draw
+
+PRETRAINING_RATE = 1e-3  # Adam's
+# What is done to images: pixels are negated, which no net that is pretrained on them expects, or
+# turned by a quarter.
+SHIFTS = {
+    "": lambda x: x,
+    "negate": torch.neg,
+    "turn": lambda x: x.rot90(1, (-2, -1)),
+}
+
+
+@dataclass(frozen=True)
+class ContinuedOptions:
+    """How a run begins, and what happens on its way.
+
+    Attributes:
+        base: the workload that is trained, as its TaskConfig in YAML.
+        pretrained: the workload on which the same network was trained before, by Adam; none if {}.
+        pretraining_steps: how many of Adam's steps.
+        shift: what is done to the images of `base`: "", "negate" or "turn".
+        new_head: the last linear layer begins fresh.
+        rank: of adapters W + B A with B = 0 at each linear layer but the last (LoRA, Hu et al.
+            2021), the only ones that are trained then; 0 for none.
+        frozen: parameters whose names begin so are frozen until the step `change`.
+        change: the step at which the new phase begins, if it is not the first.
+        first_scale: multiplies the loss of the step `change` alone.
+        scale: multiplies the loss from the step `change` on.
+    """
+
+    base: dict[str, Any] = field(default_factory=dict)
+    pretrained: dict[str, Any] = field(default_factory=dict)
+    pretraining_steps: int = 500
+    shift: str = ""
+    new_head: bool = False
+    rank: int = 0
+    frozen: str = ""
+    change: int = 0
+    first_scale: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.base or self.base.get("kind") == "continued":
+            raise ConfigError(f"base={self.base}; give kind 'continued' the workload to train")
+        if self.shift not in SHIFTS:
+            raise ConfigError(f"shift is {self.shift!r}; use one of {list(SHIFTS)}")
+        if min(self.pretraining_steps, self.rank, self.change) < 0:
+            raise ConfigError(
+                f"pretraining_steps={self.pretraining_steps}, rank={self.rank} and "
+                f"change={self.change} must be at least 0"
+            )
+        if not (0 < self.scale < float("inf") and 0 < self.first_scale < float("inf")):
+            raise ConfigError(
+                f"scale={self.scale} and first_scale={self.first_scale} must be positive and finite"
+            )
+
+
+@register_workload("continued")
+class ContinuedWorkload(Workload):
+    """Another workload, with a history: see ContinuedOptions."""
+
+    Options = ContinuedOptions
+    unused = (*Workload.unused, "data", "hidden", "batch_size", "train_size", "test_size")
+
+    def __init__(
+        self, config: TaskConfig, data_root: str | Path | None, device: torch.device | str
+    ) -> None:
+        self._root, own = data_root, config.own
+        self.base = make_task(to_config(own.base), data_root, Draw(device=device))
+        if not isinstance(self.base, Workload):
+            raise ConfigError(f"base has kind {self.base.config.kind!r}, which is no workload")
+        shift = SHIFTS[own.shift]
+        data = {split: (shift(x), y) for split, (x, y) in self.base.data.items()}
+        self.base.data = data
+        super().__init__(config, data, self.base.chance, device)
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> ContinuedWorkload:
+        no_draw(config.kind, draw)
+        return cls(config, data_root, draw.device)
+
+    def network(self) -> nn.Module:
+        return self.base.network()
+
+    def trainee(self, seed: int) -> Trainee:
+        own, module = self.config.own, self._fresh(seed)
+        if own.pretrained:
+            weights = pretrained(json.dumps(own.pretrained), own.pretraining_steps, seed,
+                                 self._root, self.device)  # fmt: skip
+            _load(module, weights, own.new_head)
+        if own.rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of("adapters", seed))
+                _adapt(module, own.rank)
+        frozen = [
+            p for n, p in module.named_parameters() if own.frozen and n.startswith(own.frozen)
+        ]
+        if own.frozen and not frozen:
+            raise ConfigError(f"no parameter of the network begins with frozen={own.frozen!r}")
+        for p in frozen:
+            p.requires_grad_(False)
+        trainee = self.base.trainee_of(module, seed)
+
+        def loss(step: int) -> Tensor:
+            if step == own.change:
+                for p in frozen:
+                    p.requires_grad_()
+            scale = own.scale if step >= own.change else 1.0
+            scale *= own.first_scale if step == own.change else 1.0
+            return scale * trainee.loss(step)
+
+        return replace(trainee, loss=loss)
+
+
+def to_config(settings: dict[str, Any]) -> TaskConfig:
+    """Of the settings of a TaskConfig as YAML has them."""
+    try:
+        return TaskConfig(**settings | {"hidden": tuple(settings.get("hidden", ()))})
+    except TypeError as error:
+        raise ConfigError(f"base or pretrained is {settings}: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def pretrained(
+    settings: str, steps: int, seed: int, data_root: str | Path | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """State of the network of a workload, its config as JSON, after `steps` of Adam."""
+    workload = make_task(to_config(json.loads(settings)), data_root, Draw(device=device))
+    module = workload._fresh(seed)
+    trainee = workload.trainee_of(module, seed_of("pretraining", seed))
+    optimizer = torch.optim.Adam(module.parameters(), lr=PRETRAINING_RATE)
+    for step in range(steps):
+        optimizer.zero_grad()
+        trainee.loss(step).backward()
+        optimizer.step()
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], new_head: bool) -> None:
+    if new_head:
+        head = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)][-1]
+        weights = {name: w for name, w in weights.items() if not name.startswith(f"{head}.")}
+    try:
+        module.load_state_dict(weights, strict=not new_head)
+    except RuntimeError as error:
+        raise ConfigError(f"pretrained is not of the network of base: {error}") from error
+
+
+class LowRank(nn.Module):
+    """W ↦ W + B A, A as nn.Linear's weights begin and B = 0."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        out, inputs = weight.shape
+        self.a = nn.Parameter(torch.empty(rank, inputs, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def _adapt(module: nn.Module, rank: int) -> None:
+    """Freezes everything and adds adapters to the linear layers but the last."""
+    for p in module.parameters():
+        p.requires_grad_(False)
+    layers = [m for m in module.modules() if type(m) is nn.Linear]
+    for layer in layers[:-1]:
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
