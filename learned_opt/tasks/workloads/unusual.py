@@ -22,6 +22,7 @@ from learned_opt.tasks.workloads.texts import load_corpus
 
 SIZES = {"train": 4096, "validation": 512, "test": 512}  # of what is made here
 COMMON = 6  # tokens are numbered by how often they occur
+WRONG = 0.05  # share of labels, so that the loss to reach is no vanishing one
 OMEGA = 30.0  # of SIREN, Sitzmann et al. 2020
 
 
@@ -171,7 +172,9 @@ class EncoderWorkload(Workload):
 
     def _classified(self, windows: Tensor, middle: Tensor, split: str) -> Batch:
         if self.config.own.goal == "common":
-            return windows, ((windows <= COMMON).sum(1) > middle).long()
+            labels = (windows <= COMMON).sum(1) > middle
+            wrong = torch.rand(len(windows), generator=generator("wrong", split)) < WRONG
+            return windows, (labels ^ wrong).long()
         rng = generator("order", split)
         labels = torch.randint(2, (len(windows),), generator=rng)
         shuffled = windows.gather(1, torch.rand(windows.shape, generator=rng).argsort(1))
