@@ -260,7 +260,7 @@ NAMED = {
 # only, but where a published setting has it on all. Five half decades where a rate is tuned.
 _WARMUP = {"schedule": "warmup_cosine"}
 _RATES = {"lr": [3e-4, 3e-2]}
-_DECAY, _NO_DECAY = {"weight_decay": 0.1}, Group(("vector",), kwargs={"weight_decay": 0.0})
+_DECAY, NO_DECAY = {"weight_decay": 0.1}, Group(("vector",), kwargs={"weight_decay": 0.0})
 _SOAP = "pytorch_optimizer.SOAP"
 # As Vyas et al. 2024; sides longer than 1,024 keep their coordinates, as turning a vocabulary would
 # take seconds.
@@ -275,7 +275,7 @@ _SCHEDULE_FREE_ARGUMENTS = {"betas": (0.9, 0.9955), "weight_decay": 0.081,
                             "warmup_steps": "{0.02 * steps}"}  # fmt: skip
 FIELD = (
     Entrant(
-        "AdamW warm-up cosine", f"{_TORCH}AdamW", _DECAY, _RATES, groups=(_NO_DECAY,), **_WARMUP
+        "AdamW warm-up cosine", f"{_TORCH}AdamW", _DECAY, _RATES, groups=(NO_DECAY,), **_WARMUP
     ),
     # AlgoPerf's baseline of the self-tuning ruleset: one setting for all workloads.
     Entrant(
@@ -305,17 +305,17 @@ FIELD = (
                 "learned_opt.benchmark.muon.Muon",
                 {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"},
             ),
-            _NO_DECAY,
+            NO_DECAY,
         ),
         **_WARMUP,
     ),
-    Entrant("SOAP", _SOAP, _SOAP_ARGUMENTS | _DECAY | {"lr": 3e-3}, groups=(_NO_DECAY,), **_WARMUP),
-    Entrant("SOAP tuned", _SOAP, _SOAP_ARGUMENTS | _DECAY, _RATES, groups=(_NO_DECAY,), **_WARMUP),
+    Entrant("SOAP", _SOAP, _SOAP_ARGUMENTS | _DECAY | {"lr": 3e-3}, groups=(NO_DECAY,), **_WARMUP),
+    Entrant("SOAP tuned", _SOAP, _SOAP_ARGUMENTS | _DECAY, _RATES, groups=(NO_DECAY,), **_WARMUP),
     Entrant(
         "Prodigy",
         "prodigyopt.Prodigy",
         _DECAY | {"lr": 1.0, "safeguard_warmup": True, "use_bias_correction": True},
-        groups=(_NO_DECAY,),
+        groups=(NO_DECAY,),
         schedule="cosine",
     ),
     Entrant("learned decay", LEARNED, _DECAY),
