@@ -14,30 +14,27 @@ MNIST is read from $LEARNED_OPT_DATA.
 from __future__ import annotations
 
 import argparse
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rows import read, save
+from turns import TURN, TURNS, in_turn
 
 from learned_opt.benchmark import BenchmarkTask, Entrant
 from learned_opt.benchmark.entrants import NAMED, NO_DECAY
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.stores import Rows
 from learned_opt.benchmark.validation import ValidationCell
-from learned_opt.run import train
-from learned_opt.tasks.kinds import TaskConfig, make_task
+from learned_opt.tasks.kinds import TaskConfig
 
 RESULTS = Path(__file__).parent / "results" / "ladder"
 WIDTHS, LENGTHS = (1, 2, 4, 8), (500, 2000, 8000, 32_000)
 SIZE_STEPS, SEEDS = 300, (0, 1, 2)
-TURN, TURNS = 5, 6  # steps at a time, and how often each has its turn, to measure seconds
 
 TEXT = {"data": "python-docs", "batch_size": 8, "test_size": 200}
 NETS = {
@@ -95,40 +92,16 @@ def losses(
         runner.run(wanted)
 
 
-def in_turn(task: BenchmarkTask, turns: int = TURNS) -> Iterator[dict]:
-    """A row for each optimizer: seconds of a step, median over its turns."""
-    made = make_task(task.task)
-    runs = []
-    for entrant in ENTRANTS:
-        trainee = made.trainee(0)
-        optimizer = entrant.make_optimizer(trainee.params, {}, task.steps)
-        runs.append(train(trainee, optimizer, TURN * (turns + 1)))
-    seconds = np.zeros((turns + 1, len(runs)))
-    for turn, (i, run) in product(range(turns + 1), enumerate(runs)):
-        start = time.perf_counter()
-        deque(islice(run, TURN), maxlen=0)
-        seconds[turn, i] = (time.perf_counter() - start) / TURN
-    medians = np.median(seconds[1:], 0)  # without the first, in which memory is had
-    for entrant, value in zip(ENTRANTS, medians, strict=True):
-        yield {
-            "rung": task.label,
-            "parameters": made.dim,
-            "entrant": entrant.name,
-            "ms": 1e3 * value,
-            "times_adamw": value / medians[-1],
-        }
-
-
 def seconds(output: Path, tasks: Sequence[BenchmarkTask]) -> None:
     torch.set_num_threads(1)
-    rows = [row for task in tasks for row in in_turn(task)]
+    rows = [row for task in tasks for row in in_turn(task, ENTRANTS)]
     save(output, "ladder_seconds", rows, turn=TURN, turns=TURNS)
 
 
 def plot(output: Path, picture: Path) -> None:
     """Loss, seconds and memory by size, and loss by length; of AdamW at the better rate."""
     store = Rows(output / "rows.jsonl")
-    timed = {(r["rung"], r["entrant"]): float(r["times_adamw"])
+    timed = {(r["task"], r["entrant"]): float(r["times_last"])
              for r in read(output / "ladder_seconds.csv")}  # fmt: skip
     figure = Figure(figsize=(11, 6), layout="constrained")
     grid = figure.subplots(2, 3)

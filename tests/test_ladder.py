@@ -1,34 +1,39 @@
-"""The ladder of sizes and lengths: a smoke run of its command, and what it promises."""
+"""The ladder of sizes and lengths: what it runs, that it goes on, and how seconds are taken."""
 
 from __future__ import annotations
 
-import csv
+import importlib
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-STUDY = Path(__file__).parents[1] / "experiments" / "ladder.py"
+import pytest
 
 
-def study(what: str, output: Path) -> None:
-    command = [sys.executable, str(STUDY), what, "--output", str(output), "--smoke"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
+@pytest.fixture
+def ladder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    return importlib.import_module("ladder")
 
 
-def test_losses_go_on_where_they_were_and_seconds_are_taken_in_turns(tmp_path: Path) -> None:
-    study("losses", tmp_path)
+def test_rungs_double_in_width_and_quadruple_in_length(ladder) -> None:
+    tasks = ladder.rungs()
+    assert len({task.label for task in tasks}) == len(tasks) == 16
+    for name in ladder.NETS:
+        widths = [t.task.hidden[-1] for t in tasks if t.label.startswith(f"{name}, ")]
+        assert [w / widths[0] for w in widths] == [1, 2, 4, 8]
+    assert [t.steps for t in tasks if t.task == ladder.SMALL] == [500, 2000, 8000, 32000]
+
+
+def test_losses_go_on_where_they_were_and_seconds_are_taken_in_turns(ladder, tmp_path) -> None:
+    task = replace(ladder.rungs()[-1], steps=3)
+    ladder.losses(tmp_path, [task], (0,), 1)
     lines = (tmp_path / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
-    assert len(rows) == 8 and not [row["error"] for row in rows if row["error"]]
-    assert {row["entrant"] for row in rows} == {
-        "learned", "learned decay", "AdamW 0.001", "AdamW 0.003",
-    }  # fmt: skip
-    study("losses", tmp_path)
+    assert [row["error"] for row in rows] == [None] * 4
+    assert {row["entrant"] for row in rows} == {entrant.name for entrant in ladder.ENTRANTS}
+    ladder.losses(tmp_path, [task], (0,), 1)
     assert (tmp_path / "rows.jsonl").read_text() == lines
-    study("seconds", tmp_path)
-    with open(tmp_path / "ladder_seconds.csv", newline="") as file:
-        timed = list(csv.DictReader(file))
-    assert [float(row["times_adamw"]) for row in timed[3::4]] == [1.0, 1.0]
-    assert all(float(row["ms"]) > 0 for row in timed)
+    timed = list(ladder.in_turn(task, ladder.ENTRANTS, turns=1))
+    assert timed[-1]["times_last"] == timed[-1]["optimizer_times_last"] == 1.0
+    assert all(0 < row["optimizer_ms"] < row["ms"] for row in timed)

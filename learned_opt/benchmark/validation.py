@@ -26,7 +26,7 @@ EVALUATIONS = 50  # of a run, at equal distances
 FEW_EVALUATIONS = 10  # of a run of which only the end counts
 TRIAL = 0.25  # of a run, after which one that is above chance is given up in tuning
 # An entrant whose full run was never within this share of the target is not run for fewer steps.
-HOPELESS = 0.1
+HOPELESS = 0.05
 
 Run = Callable[[Sequence[Cell]], list[Record]]
 Row = dict[str, Any]

@@ -97,12 +97,18 @@ def page(
 
 def _heat_map(rows: list[dict[str, Any]], entrants: list[str]) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    values = np.array([geometric_mean(runs(rows, n, "speed_up")[:, None]) for n in entrants])
+    scores = [runs(rows, name, "speed_up") for name in entrants]
+    values = np.array([np.where(s.any(1), geometric_mean(s[:, None]), 0.0) for s in scores])
     body = [
-        [Entry(task, task), *(Entry(score_text(v), float(v), v == line.max()) for v in line)]
+        [Entry(task, task), *(_score(v, v == line.max()) for v in line)]
         for task, line in zip(tasks, values.T, strict=True)
     ]
     return heat_table("speed-up", Table(["task", *entrants], body, range(1, len(entrants) + 1)))
+
+
+def _score(value: float, best: bool) -> Entry:
+    """Of one task; 0 where every run missed."""
+    return Entry(score_text(value), float(value), best) if value else Entry("missed", 0.0)
 
 
 def _plain(config: BenchmarkConfig) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Seconds of an optimizer's training steps beside others', all taking turns on one machine.
+
+    python experiments/turns.py real_dev     # a suite of configs/benchmark, on an idle machine
+
+Runs that are minutes apart meet a machine in different moods; here all train the same task at once,
+TURN steps each in turn. Writes results/<suite>/seconds.csv, a row for each task and entrant, with
+the milliseconds of a whole training step and of the optimizer's own step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from rows import save
+
+from learned_opt.benchmark import BenchmarkTask, Entrant
+from learned_opt.cli import parse
+from learned_opt.tasks.kinds import make_task
+
+ROOT = Path(__file__).resolve().parents[1]
+TURN, TURNS = 10, 8  # steps at a time, and how often each has its turn
+TUNED = {"lr": 1e-3}  # of those whose rate is tuned: seconds do not depend on it
+
+
+def in_turn(
+    task: BenchmarkTask,
+    entrants: Sequence[Entrant],
+    turns: int = TURNS,
+    data_root: str | None = None,
+) -> Iterator[dict]:
+    """A row for each entrant: medians over its turns, and how many times those of the last one."""
+    made = make_task(task.task, data_root)
+    runs = []
+    for entrant in entrants:
+        trainee = made.trainee(0)
+        chosen = TUNED if entrant.search else {}
+        runs.append((trainee, entrant.make_optimizer(trainee.params, chosen, task.steps)))
+    seconds = np.zeros((2, turns + 1, len(runs)))  # whole steps, the optimizer's
+    for turn, (i, (trainee, optimizer)) in product(range(turns + 1), enumerate(runs)):
+        for step in range(turn * TURN, (turn + 1) * TURN):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss = trainee.loss(step)
+            loss.item()
+            loss.backward()
+            before = time.perf_counter()
+            optimizer.step()
+            end = time.perf_counter()
+            seconds[:, turn, i] += np.array([end - start, end - before]) / TURN
+    whole, own = np.median(seconds[:, 1:], 1)  # without the first, in which memory is had
+    for i, entrant in enumerate(entrants):
+        yield {
+            "task": task.label,
+            "parameters": made.dim,
+            "entrant": entrant.name,
+            "ms": 1e3 * whole[i],
+            "optimizer_ms": 1e3 * own[i],
+            "times_last": whole[i] / whole[-1],
+            "optimizer_times_last": own[i] / own[-1],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", help="a file of configs/benchmark, without .yaml")
+    parser.add_argument("--data_root", help="by default $LEARNED_OPT_DATA")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    path = ROOT / "configs" / "benchmark" / f"{args.suite}.yaml"
+    _, config, _ = parse(["benchmark", "--config", str(path), "--output", "unused"])
+    last = [e for e in config.entrants if e.name == config.validation_baseline]
+    entrants = [e for e in config.entrants if e not in last] + last
+    rows = [row for task in config.tasks for row in in_turn(task, entrants, TURNS, args.data_root)]
+    save(ROOT / "experiments" / "results" / args.suite, "seconds", rows, turn=TURN, turns=TURNS)
+
+
+if __name__ == "__main__":
+    main()
