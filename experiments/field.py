@@ -1,0 +1,126 @@
+"""Tables of docs/results.md: suites of real training and of runs that go on, from committed rows.
+
+The rows are those that `learned-opt benchmark` appends to rows.jsonl; to take them over:
+
+    python experiments/field.py keep runs/real_dev/rows.jsonl real_dev
+
+adds those that results/<suite>/rows.jsonl lacks, without runs that failed and without runs of tasks
+or optimizers that have changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.benchmark.going_on import run_going_on, undisturbed
+from learned_opt.benchmark.going_on_report import sentence as going_on_sentence
+from learned_opt.benchmark.going_on_report import table as going_on_table
+from learned_opt.benchmark.stores import Rows
+from learned_opt.benchmark.summary import markdown
+from learned_opt.benchmark.validation import (
+    EVALUATIONS,
+    FEW_EVALUATIONS,
+    ValidationCell,
+    run_validation,
+)
+from learned_opt.benchmark.validation_report import overview, sentence
+from learned_opt.cli import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
+
+class Lacking(Exception):
+    """Some runs of a suite are not there yet."""
+
+
+def suite(name: str) -> BenchmarkConfig:
+    path = ROOT / "configs" / "benchmark" / f"{name}.yaml"
+    return parse(["benchmark", "--config", str(path), "--output", "unused"])[1]
+
+
+def known(name: str):
+    """What gives the records of cells that have run, and raises Lacking for others."""
+    store = Rows(RESULTS / name / "rows.jsonl")
+
+    def run(cells: Iterable) -> list[dict[str, Any]]:
+        records = [store.load(cell) for cell in cells]
+        if missing := records.count(None):
+            raise Lacking(f"{name}: {missing} of {len(records)} runs are missing")
+        return records
+
+    return run
+
+
+def real(name: str) -> str:
+    """Who won, and the table over all tasks."""
+    config = suite(name)
+    rows = run_validation(config, known(name)).rows
+    baseline = config.validation_baseline
+    return f"{sentence(rows, baseline)}\n\n{markdown(overview(rows, baseline))}"
+
+
+def going_on(name: str) -> str:
+    """Who kept what it had, and the table of all tasks."""
+    config = suite(name)
+    rows = run_going_on(config, known(name))
+    return f"{going_on_sentence(config, rows)}\n\n{markdown(going_on_table(config, rows))}"
+
+
+def keep(path: Path, name: str) -> int:
+    """Adds new rows to the committed ones, in the order of their names; how many."""
+    target, config, rows = RESULTS / name / "rows.jsonl", suite(name), {}
+    for file in (target, path):
+        for line in file.read_text().splitlines() if file.exists() else ():
+            row = json.loads(line)
+            if row["error"] is None and asked_for(config, row):
+                rows.setdefault(row["cell"], line)
+    before = len(target.read_text().splitlines()) if target.exists() else 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(f"{rows[cell]}\n" for cell in sorted(rows)))
+    return len(rows) - before
+
+
+def asked_for(config: BenchmarkConfig, row: dict[str, Any]) -> bool:
+    """Whether a cell of the suite as it is now has this row; of any weights, if it is learned."""
+    tasks = [task for task in config.tasks if task.label == row["task"]]
+    entrants = [entrant for entrant in config.entrants if entrant.name == row["entrant"]]
+    if not tasks or not entrants or row["weights"]:
+        return bool(tasks and row["weights"])
+    without = undisturbed(tasks[0].task)
+    for task, few in product([tasks[0].task, *([without] if without else [])], (True, False)):
+        cell = ValidationCell(
+            replace(tasks[0], task=task, steps=row["steps"]),
+            entrants[0],
+            row["hyperparameters"],
+            row["seed"],
+            evaluations=FEW_EVALUATIONS if few else EVALUATIONS,
+            trial=config.protocol == "validation" and row["seed"] in config.tuning,
+        )
+        if cell.name == row["cell"]:
+            return True
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("keep", "show"))
+    parser.add_argument("path", type=Path, nargs="?", help="rows to keep")
+    parser.add_argument("suite")
+    args = parser.parse_args()
+    if args.what == "keep":
+        print(f"{keep(args.path, args.suite)} new rows")
+    else:
+        make = real if suite(args.suite).protocol == "validation" else going_on
+        print(make(args.suite))
+
+
+if __name__ == "__main__":
+    main()
