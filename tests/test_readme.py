@@ -98,3 +98,16 @@ def test_the_figures_are_those_of_the_committed_results() -> None:
     check = [sys.executable, str(ROOT / "experiments" / "readme.py"), "--check"]
     process = subprocess.run(check, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_the_entrants_of_the_page_on_benchmarks_take_part(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    (entrants,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    task = "{kind: regression, data: breast_cancer, hidden: [8], batch_size: 16}"
+    config = tmp_path / "suite.yaml"
+    config.write_text(
+        f"protocol: validation\nsettings: 5\ntasks:\n  - {{steps: 30, task: {task}}}\n{entrants}"
+    )
+    main(["benchmark", "--config", str(config), "--output", str(tmp_path / "out"), "--smoke"])
+    rows = (tmp_path / "out" / "rows.jsonl").read_text()
+    assert '"entrant": "Lion"' in rows and rows.count('"error": null') == rows.count("\n")
