@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/model_card.md, from the suites of `learned-opt benchmark`."""
+"""Tables and a picture of README.md and docs/, from the suites of `learned-opt benchmark`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from rows import markdown_table, read
 
 from learned_opt.benchmark.report import meaning_of, overview_of
+from learned_opt.benchmark.stats import iqm, probability_of_improvement, stratified_bootstrap
+from learned_opt.benchmark.summary import runs
 
 SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
 OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lower final loss)",
@@ -19,6 +22,25 @@ SCORES = {
     "final_train_loss_ratio": "× lower final loss",
     "mean_loss_ratio": "× lower mean loss",
     "test_loss_ratio": "× lower test loss",
+}
+
+PLAIN = {
+    "cifar10_jpeg": "CIFAR-10",
+    "ptb/ptb.valid.txt": "Penn Treebank",
+    "mnist": "MNIST",
+    " context=32": "",
+    "norm=batch": "batch norm",
+}
+KINDS = {
+    "logistic": "logistic regression",
+    "matrix_factorization": "matrix factorization",
+    "quadratic": "least squares",
+}
+# Entrants of the picture: colour (Okabe & Ito's) and what it calls them.
+SHOWN = {
+    "Adam cosine": ("#E69F00", "Adam, cosine (tuned)"),
+    "SGD momentum": ("#999999", "SGD with momentum (tuned)"),
+    "learned": ("#0072B2", "learned (nothing tuned)"),
 }
 
 
@@ -39,6 +61,101 @@ def benchmark(results: Path) -> str:
     for path in found:
         parts += [heading(path), overview_of([path], OVERVIEW)]
     return "\n\n".join([*parts, *map(meaning_of, found[:1])])
+
+
+def held_out(results: Path) -> list[dict]:
+    """Runs of all suites on tasks that are held out, with their scores."""
+    rows = []
+    for path in folders(results):
+        tasks = json.loads((path / "benchmark.json").read_text())["tasks"]
+        labels = {task["label"] for task in tasks if task["family"].startswith("held-out")}
+        files = read(path / "results.csv"), read(path / "scores.csv")
+        together = (more | row for more, row in zip(*files, strict=True))
+        rows += [row for row in together if row["task"] in labels]
+    return rows
+
+
+def headline(results: Path) -> str:
+    """The main figures of the shipped weights, with what they are compared with."""
+    rows = held_out(results)
+    steps = runs(rows, "learned", "steps_speed_up")
+    turns = read(results / "paired_seconds.csv")
+    tasks = list(dict.fromkeys(row["task"] for row in turns))
+    seconds = np.array(
+        [[float(r["seconds_speed_up"]) for r in turns if r["task"] == task] for task in tasks]
+    )
+    where = f"{steps.shape[0]} small networks on data it never saw, {steps.shape[1]} runs each"
+    cost = {
+        (r["parameters"], r["tensors"], r["optimizer"]): r for r in read(results / "throughput.csv")
+    }
+    step, behind = cost["1000000", "100", "geodesic_rnn as shipped"], missed(results)
+    lines = [
+        [f"Steps to the final training loss of a tuned Adam: {where}",
+         f"{_estimate(iqm, steps)} times fewer (IQM)"],
+        ["The same in seconds, both training in turns",
+         f"{_estimate(iqm, seconds)} times fewer (IQM)"],
+        ["Probability of a lower final training loss than a tuned Adam, than Adam with cosine",
+         f"{_lower(rows, 'final_train_loss', 'Adam')}, "
+         f"{_lower(rows, 'final_train_loss', 'Adam cosine')}"],
+        ["Probability of a lower *test* loss, beside the same two",
+         f"{_lower(rows, 'test_loss', 'Adam')}, {_lower(rows, 'test_loss', 'Adam cosine')}"],
+        ["Tasks of kinds it was trained on where most runs miss Adam's loss",
+         f"{len(behind)}: {', '.join(behind)}"],
+        ["Cost of the optimizer's own step on 100 tensors of 10,000 parameters, and its state",
+         f"{float(step['ratio_to_adam_foreach']):.1f} times Adam's (foreach), "
+            f"{float(step['state_bytes_per_parameter']):.0f} bytes a parameter"],
+    ]  # fmt: skip
+    return markdown_table(["what", "shipped weights, nothing tuned"], lines)
+
+
+def missed(results: Path) -> list[str]:
+    """Kinds of task that were trained on, where the median run misses Adam's loss."""
+    found = []
+    for path in folders(results):
+        scores = [row for row in read(path / "scores.csv") if row["entrant"] == "learned"]
+        for task in json.loads((path / "benchmark.json").read_text())["tasks"]:
+            mine = [float(r["steps_speed_up"]) for r in scores if r["task"] == task["label"]]
+            found += [KINDS.get(task["kind"], task["label"])] if np.median(mine) == 0 else []
+    return found
+
+
+def speed_ups(results: Path, picture: Path) -> None:
+    """Each run's speed-up in steps on the held-out tasks, and the median of each task."""
+    rows = held_out(results)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (colour, label) in SHOWN.items():
+        for place, values in enumerate(runs(rows, name, "steps_speed_up")):
+            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.3, ms=4, mew=0)
+            axes.plot(np.median(values), place, "o", color=colour, ms=8,
+                      label=label if place == 0 else None)  # fmt: skip
+    axes.axvline(1, color="0.2", lw=1)
+    axes.set_yticks(range(len(tasks)), [plain_name(task) for task in tasks])
+    axes.invert_yaxis()
+    axes.set(xlabel="times fewer steps to the final training loss of a tuned Adam (0: missed)")
+    axes.set_xlim(left=-0.1)
+    axes.grid(axis="x", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(picture, dpi=130, metadata={"Software": None})
+
+
+def plain_name(task: str) -> str:
+    """A task's label for readers: data, network."""
+    for old, new in PLAIN.items():
+        task = task.replace(old, new)
+    return task
+
+
+def _estimate(statistic, scores: np.ndarray) -> str:
+    low, high = stratified_bootstrap(statistic, scores)
+    return f"**{float(statistic(scores)):.2f}** [{low:.2f}, {high:.2f}]"
+
+
+def _lower(rows: list[dict], column: str, than: str) -> str:
+    mine, theirs = (-runs(rows, name, column) for name in ("learned", than))
+    return f"{float(probability_of_improvement(mine, theirs)):.2f}"
 
 
 def heading(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and docs/ from the committed results, and a picture.
+"""Writes the tables of README.md and docs/ from the committed results, and two pictures.
 
-python experiments/readme.py           # rewrites the pages and docs/validation.png
+python experiments/readme.py           # rewrites the pages, validation.png and speed_up.png
 python experiments/readme.py --check   # exit code 1 if a page is not up to date
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ablation import paths_table
 from ablation import table as ablation_table
-from benchmark_tables import benchmark, task_by_task
+from benchmark_tables import benchmark, headline, speed_ups, task_by_task
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
@@ -77,7 +77,7 @@ def results(cells: Cells) -> str:
         "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
         f"tuned for the mean loss, on the very runs reported; the best factor is {scale:g}.\n\n"
         + losses(cells, {b: b for b in BASELINES} | ARMS)
-        + "\n\n![Losses of the learned rules relative to tuned Adam](docs/validation.png)\n\n"
+        + "\n\n![Losses of the learned rules relative to tuned Adam](validation.png)\n\n"
         + long_runs()
     )
 
@@ -272,6 +272,7 @@ def main() -> None:
     check = parser.parse_args().check
     cells = load()
     blocks = {
+        "headline": headline(RESULTS),
         "results": results(cells),
         "feasibility": feasibility_table(),
         "trajectories": trajectories_table(),
@@ -299,7 +300,7 @@ def main() -> None:
     }
     docs = ROOT / "docs"
     pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md",
-             "model_card.md", "ablation.md")  # fmt: skip
+             "model_card.md", "ablation.md", "results.md", "performance.md")  # fmt: skip
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(
@@ -314,6 +315,7 @@ def main() -> None:
             page.write_text(text)
     if not check:
         picture(cells)
+        speed_ups(RESULTS, ROOT / "docs" / "speed_up.png")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         words[words.index("--output") + 1] += str(number)
         main([*words, "--smoke"])
     torch.set_num_threads(threads)
-    assert (tmp_path / "runs" / "benchmark2" / "report.html").exists()
+    assert list(tmp_path.glob("runs/benchmark*/report.html"))
 
 
 def test_the_figures_are_those_of_the_committed_results() -> None:
@@ -111,3 +111,23 @@ def test_the_entrants_of_the_page_on_benchmarks_take_part(tmp_path: Path) -> Non
     main(["benchmark", "--config", str(config), "--output", str(tmp_path / "out"), "--smoke"])
     rows = (tmp_path / "out" / "rows.jsonl").read_text()
     assert '"entrant": "Lion"' in rows and rows.count('"error": null') == rows.count("\n")
+
+
+def test_no_link_within_the_pages_is_broken() -> None:
+    def anchors(page: Path) -> set[str]:
+        """As GitHub makes them of headings."""
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
+
+    broken = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {link}")
+    assert not broken
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
