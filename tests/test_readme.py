@@ -32,11 +32,16 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "loss_fn": lambda x: (-x.square().sum() / 2).exp(),
         "theta_a": start.double(),
         "theta_b": end.double(),
+        "make_model": lambda: torch.nn.Linear(4, 2),
+        "train_loader": [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(5)],
+        "validation_loader": [(torch.randn(8, 4), torch.randint(2, (8,)))],
     }
     for block in blocks(README):
         exec(block, names)  # the README's own
     assert names["result"].certified and names["result"].normalized_length > 1
     assert len(names["optimizer"].param_groups) == 1
+    assert "AdamW warm-up cosine" in str(names["report"])
+    assert Path("runs/compare/report.html").exists()
 
 
 def test_the_page_on_geodesics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

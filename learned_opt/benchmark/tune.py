@@ -73,14 +73,19 @@ def half_decades(low: float, high: float) -> list[float]:
     return [half_decade(k) for k in range(_index(low), _index(high) + 1)]
 
 
+def grid_of(entrant: Entrant) -> list[Setting]:
+    """All settings of what `entrant` has tuned, numbers by size."""
+    grids = [half_decades(*s) if is_range(s) else choices(s) for s in entrant.search.values()]
+    return [tuple(zip(entrant.search, values, strict=True)) for values in product(*grids)]
+
+
 def settings_of(entrant: Entrant, count: int) -> list[Setting]:
     """The `count` settings that `entrant` tries first: its grid, or a random part of a larger one.
 
     Raises:
         ConfigError: the grid has fewer, so that its budget would not be that of the others.
     """
-    grids = [half_decades(*s) if is_range(s) else choices(s) for s in entrant.search.values()]
-    grid = [tuple(zip(entrant.search, values, strict=True)) for values in product(*grids)]
+    grid = grid_of(entrant)
     if len(grid) < count:
         raise ConfigError(
             f"entrant {entrant.name!r} has {len(grid)} settings to try, settings={count} for all "

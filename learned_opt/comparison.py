@@ -1,0 +1,262 @@
+"""Optimizers side by side on a model of one's own."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import seed_of
+from learned_opt.tasks.trainee import Parameters, Trainee
+
+DEFAULT = ("learned", "AdamW warm-up cosine")
+EVALUATIONS = 20  # of a run, at equal distances
+NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # of a row
+Batch = Any
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; printed, it is a table.
+
+    Attributes:
+        rows: a dict for each optimizer, the lowest final validation loss first: `optimizer`,
+            `setting` (what was tuned), `final_loss` and `lowest_loss` on the validation data, ∞ for
+            a run that diverged, `steps_to_match`, the steps in which it came down to the final loss
+            of the last of the optimizers that were asked for, ∞ if it never did, `ms_per_step`.
+        curves: by optimizer: steps and validation loss, (evaluations, 2), of its best run.
+        baseline: the last of the optimizers that were asked for.
+    """
+
+    rows: list[dict[str, Any]]
+    curves: dict[str, np.ndarray]
+    baseline: str
+
+    def table(self) -> Any:
+        """As `learned_opt.benchmark` has tables."""
+        from learned_opt.benchmark.summary import Entry, Table, number
+
+        headings = ["optimizer", "setting", "final validation loss", "lowest",
+                    f"steps to the final loss of {self.baseline}", "ms a step"]  # fmt: skip
+        lowest = self.rows[0]["final_loss"]
+        lines = []
+        for row in self.rows:
+            setting = ", ".join(f"{k} {number(v)}" for k, v in row["setting"].items()) or "–"
+            numbers = [
+                row[k] for k in ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")
+            ]
+            entries = [Entry(f"{x:.4g}" if math.isfinite(x) else "–", x) for x in numbers]
+            entries[0] = entries[0]._replace(best=row["final_loss"] == lowest)
+            lines.append([Entry(t, t) for t in (row["optimizer"], setting)] + entries)
+        return Table(headings, lines)
+
+    def __str__(self) -> str:
+        from learned_opt.benchmark.summary import markdown
+
+        return markdown(self.table())
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes results.csv, curves.csv and report.html into `folder`; returns the report's path.
+
+        Raises:
+            OutputError: there is a report in `folder` already.
+        """
+        from geodesic.files import write_atomic
+        from learned_opt.benchmark.curves import evaluation_curves
+        from learned_opt.benchmark.html import html_table, legend
+        from learned_opt.benchmark.tables import to_csv
+        from learned_opt.errors import OutputError
+
+        folder = Path(folder).expanduser()
+        if (folder / "report.html").exists():
+            raise OutputError(f"folder={str(folder)!r} has a report already; use another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        points = [
+            {"optimizer": name, "step": int(step), "validation_loss": loss}
+            for name, curve in self.curves.items()
+            for step, loss in curve
+        ]
+        target = next(r["final_loss"] for r in self.rows if r["optimizer"] == self.baseline)
+        curves = {name: [curve] for name, curve in self.curves.items()}
+        page = (
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><title>Comparison</title>'
+            "<style>body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+            "td,th{padding:.3rem .6rem;text-align:left}.wide{overflow-x:auto}"
+            "ul{list-style:none;padding:0}svg{max-width:100%;height:auto}</style>"
+            f"<h1>Optimizers on your model</h1><p>{html.escape(self.sentence())}</p>"
+            f"{html_table(self.table())}{legend(list(curves))}"
+            f"{evaluation_curves(curves, target, 'Validation loss')}</html>"
+        )
+        write_atomic(folder / "results.csv", to_csv(self.rows))
+        write_atomic(folder / "curves.csv", to_csv(points))
+        write_atomic(folder / "report.html", page.encode())
+        return folder / "report.html"
+
+    def sentence(self) -> str:
+        """Which optimizer ended lowest, and by how much."""
+        first, *others = self.rows
+        if not math.isfinite(first["final_loss"]):
+            return "Every run diverged."
+        if not others:
+            return f"{first['optimizer']} ended at a validation loss of {first['final_loss']:.4g}."
+        second = others[0]
+        return (
+            f"{first['optimizer']} ended lowest, at a validation loss of "
+            f"{first['final_loss']:.4g}; {second['optimizer']} ended at {second['final_loss']:.4g}."
+        )
+
+
+def compare(
+    make_model: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    train_loader: Iterable[Batch],
+    validation_loader: Iterable[Batch],
+    steps: int,
+    optimizers: Sequence[Any] = DEFAULT,
+    tuning_runs: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Trains a model with several optimizers and compares their validation losses.
+
+    Every run starts from the same initial weights and sees the same minibatches, if `make_model`
+    and `train_loader` draw from torch's global random numbers, as a DataLoader with shuffle=True
+    does. An optimizer with a learning rate to tune is run `tuning_runs` times, and the rate with
+    the lowest final validation loss is shown. So its figure is slightly flattered; that of an
+    optimizer with nothing to tune is not.
+
+    Args:
+        make_model: makes the model with fresh weights, on the device that it is to be trained on.
+        loss: of the model and a batch, a scalar to minimise, a mean over the batch.
+        train_loader: batches to train on, gone through again and again.
+        validation_loader: batches to evaluate on, in evaluation mode and without gradients.
+        steps: of each run.
+        optimizers: names that benchmarks know (docs/benchmarks.md), or `Entrant`s. Speed is
+            relative to the last of them.
+        tuning_runs: half decades to try of a learning rate, those in the middle of its range.
+        seed: of initial weights, minibatches and dropout.
+        progress: says first how many steps will be taken, then shows a bar.
+
+    Raises:
+        ConfigError: an optimizer is unknown, its package is missing, or a number is below 1.
+    """
+    from learned_opt.benchmark.entrants import named
+    from learned_opt.run import run_optimizer
+
+    if steps < 1 or tuning_runs < 1 or not optimizers:
+        raise ConfigError(
+            f"steps={steps} and tuning_runs={tuning_runs} must be at least 1, and "
+            f"optimizers={list(optimizers)} not be empty"
+        )
+    entrants = [named(e) if isinstance(e, str) else e for e in optimizers]
+    for entrant in entrants:
+        entrant.check()
+    plan = [(entrant, chosen) for entrant in entrants for chosen in _settings(entrant, tuning_runs)]
+    if progress:
+        print(f"{len(plan)} runs of {steps} steps, {len(plan) * steps} in all")
+    task = _Own(make_model, loss, train_loader, validation_loader)
+    points = sorted({*np.linspace(0, steps, EVALUATIONS + 1).round().astype(int).tolist()})
+    best: dict[str, tuple[float, dict[str, Any], Any]] = {}
+    for entrant, chosen in tqdm(plan, desc="runs", disable=None if progress else True):
+        run = run_optimizer(
+            task, lambda p, e=entrant, c=chosen: e.make_optimizer(p, c, steps), seed, steps, points
+        )
+        final = math.inf if run.diverged else run.evaluation["validation_loss"]
+        if entrant.name not in best or final < best[entrant.name][0]:
+            best[entrant.name] = final, chosen, run
+    baseline = entrants[-1].name
+    goal = best[baseline][0]
+    rows = []
+    for name, (final, chosen, run) in best.items():
+        reached = run.validation[run.validation[:, 1] <= goal, 0]
+        rows.append({
+            "optimizer": name,
+            "setting": chosen,
+            "final_loss": final,
+            "lowest_loss": float(np.nanmin(run.validation[:, 1])),
+            "steps_to_match": float(reached[0]) if len(reached) and final < math.inf else math.inf,
+            "ms_per_step": 1e3 * run.seconds / steps,
+        })  # fmt: skip
+    rows.sort(key=lambda row: row["final_loss"])
+    return Comparison(rows, {name: run.validation for name, (*_, run) in best.items()}, baseline)
+
+
+def _settings(entrant: Any, count: int) -> list[dict[str, Any]]:
+    """The middle of the grid of what is tuned, `count` settings of it."""
+    from learned_opt.benchmark.tune import grid_of
+
+    if not entrant.search:
+        return [{}]
+    grid = grid_of(entrant)
+    count = min(count, len(grid))
+    first = (len(grid) - count) // 2
+    return [dict(setting) for setting in grid[first : first + count]]
+
+
+class _Own:
+    """A user's model and data as a task to run optimizers on."""
+
+    def __init__(
+        self, make_model: Callable, loss: Callable, train: Iterable, validation: Iterable
+    ) -> None:
+        self._make, self._loss, self._train, self._validation = make_model, loss, train, validation
+
+    def trainee(self, seed: int) -> Trainee:
+        torch.manual_seed(seed_of("init", seed))
+        model = self._make()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"make_model gave a {type(model).__name__}; it must give a module")
+        batches = self._batches(seed)
+        model.train()
+
+        def loss(step: int) -> Tensor:
+            batch = next(batches)
+            torch.manual_seed(seed_of("noise", seed, step))  # of dropout
+            return self._loss(model, batch)
+
+        @torch.no_grad()
+        def validate(_: bool = False) -> float:
+            model.eval()
+            total = count = 0.0
+            for batch in self._validation:
+                size = _size(batch)
+                total, count = total + size * float(self._loss(model, batch)), count + size
+            model.train()
+            if not count:
+                raise ConfigError("validation_loader gave no batch")
+            return total / count
+
+        trainee = Trainee(Parameters.of(model), loss, lambda _: {}, validate)
+        return replace(trainee, evaluate=lambda averages: {"validation_loss": validate(averages)})
+
+    def _batches(self, seed: int) -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            torch.manual_seed(seed_of("epoch", seed, epoch))
+            empty = True
+            for batch in self._train:
+                empty = False
+                yield batch
+            if empty:
+                raise ConfigError("train_loader gave no batch; a generator serves one epoch only")
+            epoch += 1
+
+
+def _size(batch: Batch) -> int:
+    """Examples in a batch: the first size of the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    values = batch.values() if hasattr(batch, "values") else batch
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        return 1
+    return next((_size(v) for v in values if isinstance(v, (Tensor, Sequence, dict))), 1)
