@@ -91,9 +91,9 @@ def headline(results: Path) -> str:
     step, behind = cost["1000000", "100", "geodesic_rnn as shipped"], missed(results)
     lines = [
         [f"Steps to the final training loss of a tuned Adam: {where}",
-         f"{_estimate(iqm, steps)} times fewer (IQM)"],
+         f"{_estimate(iqm, steps)} times fewer (interquartile mean)"],
         ["The same in seconds, both training in turns",
-         f"{_estimate(iqm, seconds)} times fewer (IQM)"],
+         f"{_estimate(iqm, seconds)} times fewer (interquartile mean)"],
         ["Probability of a lower final training loss than a tuned Adam, than Adam with cosine",
          f"{_lower(rows, 'final_train_loss', 'Adam')}, "
          f"{_lower(rows, 'final_train_loss', 'Adam cosine')}"],

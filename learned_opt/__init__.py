@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from learned_opt.optimizer import LearnedOptimizer
@@ -11,10 +12,12 @@ from learned_opt.weights import load_rule, save_rule
 if TYPE_CHECKING:
     from learned_opt.comparison import Comparison, compare
 
+__version__ = version("learned-opt")
 __all__ = [
     "Comparison",
     "LearnedOptimizer",
     "UpdateRule",
+    "__version__",
     "compare",
     "load_rule",
     "make_rule",

@@ -167,13 +167,18 @@ def compare(
     task = _Own(make_model, loss, train_loader, validation_loader)
     points = sorted({*np.linspace(0, steps, EVALUATIONS + 1).round().astype(int).tolist()})
     best: dict[str, tuple[float, dict[str, Any], Any]] = {}
-    for entrant, chosen in tqdm(plan, desc="runs", disable=None if progress else True):
-        run = run_optimizer(
-            task, lambda p, e=entrant, c=chosen: e.make_optimizer(p, c, steps), seed, steps, points
-        )
-        final = math.inf if run.diverged else run.evaluation["validation_loss"]
-        if entrant.name not in best or final < best[entrant.name][0]:
-            best[entrant.name] = final, chosen, run
+    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been
+        for entrant, chosen in tqdm(plan, desc="runs", disable=None if progress else True):
+            run = run_optimizer(
+                task,
+                lambda p, e=entrant, c=chosen: e.make_optimizer(p, c, steps),
+                seed,
+                steps,
+                points,
+            )
+            final = math.inf if run.diverged else run.evaluation["validation_loss"]
+            if entrant.name not in best or final < best[entrant.name][0]:
+                best[entrant.name] = final, chosen, run
     baseline = entrants[-1].name
     goal = best[baseline][0]
     rows = []

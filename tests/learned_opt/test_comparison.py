@@ -59,7 +59,9 @@ def test_the_best_rate_of_each_and_the_lowest_loss_first(found) -> None:
 def test_all_see_the_same_and_a_second_time_gives_the_same(found, loaders) -> None:
     first = {name: curve[0, 1] for name, curve in found.curves.items()}
     assert len(set(first.values())) == 1
+    before = torch.random.get_rng_state()
     again = learned_opt.compare(make_model, loss, *loaders, 40, ("learned", SGD), progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
     for name in ("learned", "SGD"):
         assert (again.curves[name] == found.curves[name]).all()
 
