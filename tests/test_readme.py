@@ -105,6 +105,14 @@ def test_the_figures_are_those_of_the_committed_results() -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+def test_the_page_on_benchmarks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks((ROOT / "docs" / "benchmarks.md").read_text()):
+        exec(block, names)  # the page's own
+    assert names["report"].baseline == "AdamW warm-up cosine" and len(names["report"].rows) == 3
+
+
 def test_the_entrants_of_the_page_on_benchmarks_take_part(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     (entrants,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
