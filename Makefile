@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 demo: .venv/.installed
 	$(BIN)/learned-opt train --config configs/train/demo.yaml --output runs/demo
@@ -13,6 +13,9 @@ demo: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .
@@ -33,6 +36,10 @@ clean:
 
 .venv/.installed-test: .venv/.installed
 	$(INSTALL) -e ".[test]"
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(INSTALL) -e ".[docs]"
 	@touch $@
 
 .venv/.installed-lint: .venv/.installed
