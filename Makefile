@@ -15,7 +15,7 @@ test: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .

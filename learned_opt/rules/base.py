@@ -368,7 +368,8 @@ class UpdateRule(nn.Module, ABC):
         """One step.
 
         Args:
-            grads, params: (*tasks, d).
+            grads: (*tasks, d).
+            params: (*tasks, d).
             state: of these parameters; its tensors are overwritten if `in_place`.
 
         Returns:
