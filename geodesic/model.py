@@ -23,6 +23,11 @@ class ModelLoss:
     deterministic and works under `torch.func.vmap` and `torch.func.grad`; in more than one chunk
     not under forward-mode `torch.func.jvp`.
 
+    F reads θ and never writes to it. A forward pass that changes its own weights, such as that of
+    ``nn.Embedding(max_norm=1.0)``, changes a copy made for that call: F(θ) is the loss after the
+    change, and gradients pass through it as if it were the identity, as they do in training. A
+    forward pass that writes into its inputs or its buffers is refused.
+
     F holds a copy of the module in eval mode, so dropout is the identity. What stays random there
     (``F.dropout`` that is always on, `nn.FractionalMaxPool2d`, ``torch.rand`` in ``forward``) is
     found by two evaluations and refused.
@@ -57,8 +62,8 @@ class ModelLoss:
             θ: right only where θ moves little from the module's own.
 
     Raises:
-        ValueError: for shuffled or one-off data, batch norm without a choice, randomness, and
-            wrong shapes or dtypes.
+        ValueError: for shuffled or one-off data, batch norm without a choice, randomness, writes
+            into inputs or buffers, and wrong shapes or dtypes.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class ModelLoss:
             )
         ((self.dtype, self.device),) = kinds
         self.shapes = {name: p.shape for name, p in parameters.items()}
-        self.loss_fn, self._module = loss_fn, deepcopy(module).eval()
+        self.loss_fn, self._module = loss_fn, _copy(module).eval()
         # Each chunk: its share of the data, then (inputs, targets).
         self._chunks = self._split(*_read(inputs, targets), chunk_size)
         self._layers = _recalibrated(self._module, recalibrate)
@@ -88,7 +93,9 @@ class ModelLoss:
         self._recurrent = any(
             isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in self._module.modules()
         )
-        check_deterministic(self, self.flatten(module))
+        theta = self.flatten(module)
+        self._check_pure(theta)
+        check_deterministic(self, theta)
 
     def __call__(self, theta: Tensor) -> Tensor:
         """The loss over all the data, a scalar, at ``theta`` ``(d,)``."""
@@ -135,6 +142,33 @@ class ModelLoss:
                 f"{theta.dtype} on {theta.device}; flatten(module) gives it, vmap takes a batch"
             )
 
+    @torch.no_grad()
+    def _check_pure(self, theta: Tensor) -> None:
+        """Refuse a forward pass that writes into its inputs or its buffers.
+
+        F would depend on the calls before it, `torch.func` could not differentiate it, and the
+        inputs are the caller's own tensors.
+        """
+        share, inputs, targets = self._chunks[0]
+        inputs = tuple(tensor.clone() for tensor in inputs)
+        for _ in range(2):  # the first pass may fill a cache that later ones only read
+            buffers = {n: (b, b._version) for n, b in self._module.named_buffers()}
+            versions = [tensor._version for tensor in inputs]
+            self._run((share, inputs, targets), self._loss, theta)
+        after = dict(self._module.named_buffers())
+        written = [
+            f"buffer {name!r}"
+            for name, (buffer, version) in buffers.items()
+            if after.get(name) is not buffer or buffer._version != version
+        ]
+        written += [f"inputs[{i}]" for i, x in enumerate(inputs) if x._version != versions[i]]
+        if written:
+            raise ValueError(
+                f"module must write into parameters at most, got a forward pass that writes into "
+                f"{', '.join(written)} in eval mode; give that layer inplace=False, or update "
+                "buffers only `if self.training`"
+            )
+
     def _matching(self, source: nn.Module | Mapping[str, Tensor]) -> list[Tensor]:
         """The tensors of ``source``, in the order of θ."""
         module = isinstance(source, nn.Module)
@@ -149,9 +183,10 @@ class ModelLoss:
         return [tensors[name] for name in self.shapes]
 
     def _unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """The parameters as copies, into which a forward pass may write."""
         parts = theta.split([shape.numel() for shape in self.shapes.values()])
         return {
-            name: part.view(shape)
+            name: part.view(shape).clone()
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
@@ -226,6 +261,17 @@ class ModelLoss:
     def _by_call(self, pooled: Tensor):
         parts = pooled.split([layer.num_features for layer in self._calls], dim=1)
         return zip(self._calls, parts, strict=True)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(module)
+    except RuntimeError as error:
+        raise ValueError(
+            f"module must be one that copy.deepcopy can copy, got {error}; replace "
+            "torch.nn.utils.weight_norm and spectral_norm, which keep a computed weight, by those "
+            "in torch.nn.utils.parametrizations"
+        ) from error
 
 
 def _recompute(function: Callable, *tensors: Tensor) -> Tensor:

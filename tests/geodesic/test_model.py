@@ -218,6 +218,91 @@ def test_the_module_is_not_changed_nor_followed():
     assert torch.equal(F(theta), loss)
 
 
+class Clamped(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Counting(nn.Linear):
+    """Keeps a mean of its outputs that the loss does not depend on."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mean", torch.zeros(sizes[1]))
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.mean.lerp_(y.detach().mean(0), 0.1)
+        return y
+
+
+class Caching(nn.Linear):
+    """Fills a buffer at its first call, as position encodings do."""
+
+    def forward(self, x):
+        if not hasattr(self, "shift"):
+            self.register_buffer("shift", torch.ones(self.out_features, dtype=x.dtype))
+        return super().forward(x) + self.shift
+
+
+def writing(name):
+    """A module that writes into its own weights in the forward pass, and its data."""
+    torch.manual_seed(0)
+    _, x, y = data("vectors")
+    words = torch.randint(11, (N, 4), generator=torch.Generator().manual_seed(3))
+    module, x = {
+        "embedding": (
+            nn.Sequential(nn.Embedding(11, 5, max_norm=1.0), nn.Flatten(), nn.Linear(20, 3)),
+            words,
+        ),
+        "bag": (nn.Sequential(nn.EmbeddingBag(11, 5, max_norm=1.0), nn.Linear(5, 3)), words),
+        "clamped": (Clamped(6, 3), x),
+        "spectral norm": (nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)), x),
+        "spectral norm by a hook": (nn.utils.spectral_norm(nn.Linear(6, 3)), x),
+    }[name]
+    return module.double(), x, y
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize(
+    "name", ["embedding", "bag", "clamped", "spectral norm", "spectral norm by a hook"]
+)
+def test_theta_is_never_written_to(name, chunk_size):
+    module, x, y = writing(name)
+    F = ModelLoss(module, cross_entropy, x, y, chunk_size)
+    theta = 3 * F.flatten(module)
+    thetas = torch.stack((theta, 2 * theta))
+    kept = theta.clone(), thetas.clone()
+    loss, again = F(theta), F(theta)
+    gradient, losses = grad(F)(theta), vmap(F)(thetas)
+    gradients = vmap(grad(F))(thetas)
+    assert torch.equal(theta, kept[0]) and torch.equal(thetas, kept[1])
+    assert torch.equal(loss, again) and losses[0].item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(gradients[0], gradient)
+    # The module by itself, which does change its weights.
+    F.load(theta, module)
+    own = cross_entropy(module.eval()(x), y)
+    own_gradient = torch.autograd.grad(own, list(module.parameters()))
+    assert loss.item() == pytest.approx(own.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in own_gradient]))
+
+
+def test_refuses_a_forward_pass_that_writes_elsewhere():
+    _, x, y = data("vectors")
+    kept = x.clone()
+    first = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
+    refused(r"writes into inputs\[0\].*inplace=False", ModelLoss, first, cross_entropy, x, y)
+    assert torch.equal(x, kept)
+    counting = nn.Sequential(Counting(6, 3)).double()
+    refused("writes into buffer '0.mean'", ModelLoss, counting, cross_entropy, x, y)
+    hooked = nn.utils.weight_norm(nn.Linear(6, 3).double())
+    hooked(x)
+    refused("copy.deepcopy.*parametrizations", ModelLoss, hooked, cross_entropy, x, y)
+    ModelLoss(Caching(6, 3).double(), cross_entropy, x, y)
+
+
 def test_several_inputs():
     module = nn.Bilinear(3, 2, 4).double()
     generator = torch.Generator().manual_seed(0)
