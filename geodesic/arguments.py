@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from geodesic.level_set import TOLERANCE, SublevelSet
+from geodesic.level_set import TOLERANCE, SublevelSet, allowance
 
 Level = float | Tensor | Callable[[Tensor], Tensor] | None
 
@@ -48,7 +48,7 @@ def set_level(
     sublevel: SublevelSet, level: Level, start_loss: Tensor, end_loss: Tensor, errors: list[str]
 ) -> None:
     """Sets λ, and notes in `errors` the pairs for which it cannot be."""
-    pairs, dtype = len(start_loss), start_loss.dtype
+    pairs = len(start_loss)
     if level is None:
         level = start_loss
     elif not callable(level):
@@ -62,7 +62,7 @@ def set_level(
             f"level must map a ({pairs}, m) tensor of fractions to levels, got {error!r}; write it "
             "with tensor operations, and a LevelProfile with one profile a pair"
         ) from error
-    allowed = TOLERANCE[dtype] * values.abs().clamp_min(1)
+    allowed = allowance(values)
     for i, (a, b) in enumerate(zip(start_loss.tolist(), end_loss.tolist(), strict=True)):
         errors[i] = errors[i] or _error_of_level(a, b, values[i], allowed[i])
 
@@ -85,7 +85,10 @@ def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed:
     ends = (("theta_a", start_loss, 0, 0), ("theta_b", end_loss, -1, 1))
     for name, loss, _, _ in ends:
         if not math.isfinite(loss):
-            return f"loss_fn({name}) must be finite, got inf or nan; drop pairs from a diverged run"
+            return (
+                f"loss_fn({name}) must be finite, got inf, -inf or nan; drop pairs from a diverged "
+                "run"
+            )
     if not values.isfinite().all():
         return f"level must be finite, got {values[0].item()}; None is F(theta_a)"
     rise = values.diff() - allowed[1:]

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
 from geodesic.arguments import check_pairs, constant_level, errors_of_points
-from geodesic.level_set import TOLERANCE, SublevelSet
+from geodesic.device import makes_tensors_on_cpu
+from geodesic.level_set import SublevelSet, allowance
 from geodesic.path import fractions, length, normalized_length
 
 
@@ -119,6 +120,7 @@ class Strings:
 
 
 @torch.no_grad()
+@makes_tensors_on_cpu
 def sample_strings(
     loss_fn: Callable[..., Tensor],
     theta_a: Tensor,
@@ -320,7 +322,7 @@ def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSamp
     s = torch.lerp(knots[:-1, None], knots[1:, None], t)
     level = sublevel.level(s.view(1, -1), pair).view_as(s)
     excess = string.losses - level - (settings.slack - 1) * level.abs()
-    over = ~(excess <= TOLERANCE[path.dtype] * level.abs().clamp_min(1))
+    over = ~(excess <= allowance(level))
     if string.rounds == 0:
         _check_ends(string.losses[0], level[0], over[0], row)
 

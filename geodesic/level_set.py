@@ -11,14 +11,47 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from geodesic.device import makes_tensors_on_cpu
 from geodesic.path import fractions, points_at, subdivide
 
 # Evaluations of F between the samples around the largest of a segment, see `certify`.
 REFINEMENT = 8
 # Samples of a segment between recorded iterates in `sgd_profile`, as many as the certificate's.
 PROFILE_SAMPLES = 16
-# F - λ(s) ≤ tolerance · max(1, |λ(s)|) counts as inside.
+# Of the dtypes that a level can be certified in, see `allowance`: 16 units of rounding in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+# Most of a level that F may exceed it by, however close the level is to zero.
+LARGEST_SHARE = 1e-3
+
+
+def allowance(level: Tensor) -> Tensor:
+    """What F may exceed levels λ by and count as inside, of any shape.
+
+        min(tol · max(1, |λ|), |λ| / 1000)        tol = 1e-9 in float64, 1e-6 in float32
+
+    The first is the rounding of a loss made of terms of size one, or of the size of the level. A
+    level near zero may be finer than that rounding, or belong to a loss whose terms are as small as
+    it is, which the level alone does not tell. The second decides for the strict reading: nothing
+    that is a thousandth above its level is inside. A level of zero allows nothing.
+    """
+    size = level.abs()
+    return torch.minimum(TOLERANCE[level.dtype] * size.clamp_min(1), LARGEST_SHARE * size)
+
+
+def check_loss(loss: object) -> Tensor:
+    """``loss`` as F returned it, refused unless it is a scalar that can be certified."""
+    if not torch.is_tensor(loss) or loss.dtype not in TOLERANCE:
+        got = loss.dtype if torch.is_tensor(loss) else f"a {type(loss).__name__}"
+        raise ValueError(
+            f"loss_fn must return a float32 or float64 tensor, got {got}; compute the loss with "
+            "torch operations on theta, in its dtype, and return it"
+        )
+    if loss.ndim:
+        raise ValueError(
+            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}; sum it or average it "
+            "(of a torch loss, use reduction='mean')"
+        )
+    return loss
 
 
 class LevelProfile:
@@ -72,6 +105,7 @@ class LevelProfile:
         return torch.lerp(values.gather(1, cell), values.gather(1, cell + 1), weight)
 
 
+@makes_tensors_on_cpu
 def sgd_profile(
     loss_fn: Callable[..., Tensor],
     trajectory: Tensor,
@@ -121,7 +155,7 @@ class Samples:
     peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
     inner: Tensor  # (rows, K): the same off the beads
     max_loss: Tensor  # (rows,): the largest F that was computed
-    feasible: Tensor  # (rows,): peak ≤ tolerance · max(1, |λ|) on every segment
+    feasible: Tensor  # (rows,): peak ≤ allowance(λ) on every segment
 
 
 class SublevelSet:
@@ -136,8 +170,12 @@ class SublevelSet:
     ):
         self.loss_args, self.chunk_size = loss_args, chunk_size
         unbatched = (0, *(None for _ in loss_args))
-        self._loss = vmap(vmap(loss_fn, unbatched, chunk_size=chunk_size))
-        self._gradient = vmap(vmap(grad_and_value(loss_fn), unbatched, chunk_size=chunk_size))
+
+        def checked(*arguments: Tensor) -> Tensor:
+            return check_loss(loss_fn(*arguments))
+
+        self._loss = vmap(vmap(checked, unbatched, chunk_size=chunk_size))
+        self._gradient = vmap(vmap(grad_and_value(checked), unbatched, chunk_size=chunk_size))
         self.loss_evaluations = torch.zeros(num_pairs, dtype=torch.long)
         self.gradient_evaluations = torch.zeros(num_pairs, dtype=torch.long)
         self._level: Callable[[Tensor], Tensor] | None = None
@@ -175,7 +213,7 @@ class SublevelSet:
         return losses, gradients
 
     def losses(self, path: Tensor, per_segment: int, rows: Tensor) -> Tensor:
-        """F at every sample of the paths, ``(rows, K, n + 1)``; where it is not a number, inf."""
+        """F at every sample of the paths, ``(rows, K, n + 1)``; where it is not finite, inf."""
         count = (path.shape[1] - 1) * per_segment + 1
         losses = self._evaluate(lambda part: subdivide(path[part], per_segment), count, rows)
         return losses.unfold(1, per_segment + 1, per_segment)
@@ -188,10 +226,8 @@ class SublevelSet:
             for part in self._chunks(count, len(rows))
         ]
         losses = torch.cat(parts)
-        if losses.ndim > 2:
-            shape = tuple(losses.shape[2:])
-            raise ValueError(f"loss_fn must return a scalar, got shape {shape}; sum or average it")
-        return losses.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        # -inf is no low loss, but one that has left its domain: outside, as NaN is.
+        return losses.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
     def sample(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
@@ -218,7 +254,7 @@ class SublevelSet:
     @staticmethod
     def _allowed(level: Tensor) -> Tensor:
         """What F may exceed the levels ``(rows, K, ...)`` of each segment by, ``(rows, K)``."""
-        return TOLERANCE[level.dtype] * level.abs().clamp_min(1).amin(-1)
+        return allowance(level).amin(-1)
 
     def certify(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None

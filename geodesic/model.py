@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from geodesic.level_set import TOLERANCE
+from geodesic.level_set import TOLERANCE, check_loss
 
 # Subclasses may do more in their forward pass, which recalibration replaces.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -218,12 +218,7 @@ class ModelLoss:
         return vjp(forward, *arguments)[0] if self._recurrent else forward(*arguments)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        loss = self.loss_fn(outputs, targets)
-        if loss.ndim:
-            raise ValueError(
-                f"loss_fn must return a scalar, got shape {tuple(loss.shape)}; use reduction='mean'"
-            )
-        return loss
+        return check_loss(self.loss_fn(outputs, targets))
 
     def _normalize(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The forward pass of a batch-norm layer that is recalibrated."""

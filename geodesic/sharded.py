@@ -20,6 +20,7 @@ from torch import Tensor
 
 from geodesic.arguments import check_initial_path, check_pairs, constant_level
 from geodesic.dataset import PathDataset
+from geodesic.device import makes_tensors_on_cpu
 from geodesic.solve import Geodesic, Level, find_geodesics
 
 SETTINGS = ("num_segments", "seed", "chunk_size", "max_iterations")  # of find_geodesics
@@ -34,6 +35,7 @@ def process_rank() -> tuple[int, int]:
     return 0, 1
 
 
+@makes_tensors_on_cpu
 def find_geodesics_on_disk(
     folder: str | Path,
     loss_fn: Callable[..., Tensor],

@@ -16,6 +16,7 @@ from geodesic.arguments import (
     errors_of_points,
     set_level,
 )
+from geodesic.device import makes_tensors_on_cpu
 from geodesic.dss import StringSampling, sample_strings
 from geodesic.level_set import Samples, SublevelSet
 from geodesic.path import chord, length, refine, resample
@@ -44,10 +45,11 @@ class Geodesic:
         length: |γ|, an upper bound on the geodesic's if certified.
         normalized_length: |γ| / |θ_a - θ_b|, exactly 1 for the chord.
         max_loss: largest F among the dense samples.
-        certified: F - λ(s) ≤ tol · max(1, |λ|) at every dense sample on the segments, at 8 more
-            around the largest of each, at the knots of a `LevelProfile` and at the estimated
-            maximum between samples; tol is 1e-9 in float64, 1e-6 in float32. False: no such path
-            was found, not that there is none.
+        certified: F is finite and F - λ(s) ≤ min(tol · max(1, |λ|), |λ| / 1000) at every dense
+            sample on the segments, at 8 more around the largest of each, at the knots of a
+            `LevelProfile` and at the estimated maximum between samples; tol is 1e-9 in float64,
+            1e-6 in float32. False: no such path was found, not that there is none. Near a level of
+            zero rounding alone may exceed a thousandth of it: use float64 there.
         chord_feasible: the chord is certified; the geodesic is then the chord.
         level: λ(0).
         loss_evaluations, gradient_evaluations: points at which F, and F with its gradient, was
@@ -105,6 +107,7 @@ def find_geodesic(
     return Geodesic(**{k: v if k in ("path", "error") else v.item() for k, v in first.items()})
 
 
+@makes_tensors_on_cpu
 def find_geodesics(
     loss_fn: Callable[..., Tensor],
     theta_a: Tensor,
@@ -177,7 +180,7 @@ def find_geodesics(
         warnings.warn(
             f"{int((~good).sum())} of {pairs} pairs are not searched, see `error`; pair {first}: "
             f"{errors[first]}",
-            stacklevel=2,
+            stacklevel=3,  # of the caller of the decorated function
         )
     samples = sublevel.certify(straight, losses.shape[2] - 1, every, losses)
     samples.feasible &= good

@@ -81,6 +81,34 @@ def test_tolerance_is_relative_to_large_levels(dtype, tolerance):
         assert sublevel.sample(path, 4, ROWS).feasible.item() is inside
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("height", [1e-30, 1e-12, 1e-7, 1e-4])
+def test_tolerance_is_a_thousandth_of_small_levels_at_most(dtype, height):
+    path = chord(torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype), 2)
+    for factor, inside in ((1.0, True), (1.002, False), (5.0, False)):
+        level = torch.tensor([height], dtype=dtype)
+        sublevel = sublevel_set(lambda x, f=factor: 0 * x[0] + f * height, level)
+        assert sublevel.sample(path, 4, ROWS).feasible.item() is inside
+
+
+def test_a_level_of_zero_allows_nothing():
+    path = chord(torch.zeros(1, 1), torch.ones(1, 1), 2)
+    for height, inside in ((0.0, True), (1e-30, False)):
+        sublevel = sublevel_set(lambda x, h=height: 0 * x[0] + h, torch.zeros(1))
+        assert sublevel.certify(path, 4, ROWS).feasible.item() is inside
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.nan, torch.inf])
+def test_what_is_not_finite_is_outside(low):
+    def loss(x):
+        return torch.where((x[0] - 0.5).abs() < 0.2, low, 0 * x[0])
+
+    samples = sublevel_set(loss, torch.ones(1)).certify(
+        chord(torch.zeros(1, 1), torch.ones(1, 1), 2), 4, ROWS
+    )
+    assert not samples.feasible and samples.max_loss == torch.inf
+
+
 def test_what_is_not_a_number_is_outside():
     sublevel = sublevel_set(lambda x: x[0].sub(0.5).sqrt(), torch.ones(1))
     samples = sublevel.sample(chord(torch.zeros(1, 1), torch.ones(1, 1), 2), 2, ROWS)

@@ -476,3 +476,5 @@ def test_refuses_wrong_shapes_and_dtypes():
     refused("one dtype", ModelLoss, nn.Sequential(mlp(), nn.Linear(1, 1).double()), loss_fn, x, y)
     refused("one dtype", ModelLoss, nn.Sequential(), loss_fn, x, y)
     refused("reduction='mean'", ModelLoss, module, nn.CrossEntropyLoss(reduction="none"), x, y)
+    refused("got a float;", ModelLoss, module, lambda outputs, targets: 1.0, x, y)
+    refused("got torch.int64;", ModelLoss, module, lambda outputs, _: outputs.argmax(), x, y)

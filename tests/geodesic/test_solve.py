@@ -275,12 +275,49 @@ A, B = torch.tensor([1.5, 0.0]), torch.tensor([-1.6, 0.0])
         (dict(initial_path=torch.stack((B, A))), "initial_path must start"),
         (dict(initial_path=torch.stack((A, A * torch.nan, B))), "initial_path must be finite"),
         (dict(loss_fn=lambda x: x.sum() / 0), r"loss_fn\(theta_a\) must be finite"),
+        (dict(loss_fn=lambda x: x.sum() * 0 - math.inf), r"loss_fn\(theta_a\) must be finite"),
+        (dict(loss_fn=lambda x: x.sum().int()), "must return a float32 .* got torch.int32"),
+        (dict(loss_fn=lambda x: x.sum() > 0), "must return a float32 .* got torch.bool"),
+        (dict(loss_fn=lambda x: x.sum().half()), "must return a float32 .* got torch.float16"),
+        (dict(loss_fn=lambda x: x.sum() + 0j), "must return a float32 .* got torch.complex64"),
+        (dict(loss_fn=lambda x: 1.0), "must return a float32 .* got a float;"),
+        (dict(loss_fn=lambda x: None), "must return a float32 .* got a NoneType;"),
+        (dict(loss_fn=lambda x: (x.sum(), x)), "must return a float32 .* got a tuple;"),
         (dict(loss_fn=lambda x: x.square()), r"loss_fn must return a scalar, got shape \(2,\)"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         find_geodesic(**{"loss_fn": bump, "theta_a": A, "theta_b": B, **arguments})
+
+
+@pytest.mark.parametrize("height", [1e-12, 1e-7, 1e-3])
+def test_a_wall_five_times_as_high_as_a_small_level_is_seen(height):
+    """Across the whole line there is no way round; in float32, where 1e-7 is close to rounding."""
+
+    def loss_fn(x):
+        return height * (1 + 4 * torch.exp(-(((x[0] - 0.5) / 0.1) ** 2)))
+
+    a, b = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    walled = find_geodesic(loss_fn, a, b)
+    assert not walled.certified and walled.max_loss > 4 * walled.level
+    assert find_geodesic(loss_fn, a, b, 6 * height).chord_feasible
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    def loss_fn(x):  # with a tensor that names no device
+        return bump(x - torch.zeros(5))
+
+    a, b = ends(1.5, 2.6, 5)
+    trajectory = chord(a, b, 4) * torch.tensor([1, 1.3, 1.5, 1.3, 1]).double()[:, None]
+    expected = find_geodesic(loss_fn, a, b, BALL), sgd_profile(loss_fn, trajectory)
+    torch.set_default_device("meta")
+    try:
+        found, profile = find_geodesic(loss_fn, a, b, BALL), sgd_profile(loss_fn, trajectory)
+    finally:
+        torch.set_default_device(None)
+    assert found.certified and torch.equal(found.path, expected[0].path)
+    assert torch.equal(profile.values, expected[1].values)
 
 
 def test_loss_args_must_be_batched():
