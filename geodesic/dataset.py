@@ -9,18 +9,24 @@ that fits its record is whole, any other one is missing, and a run that was kill
 missing ones. Writers share no other file: several processes may fill one folder at once, each its
 own shards. Equal contents give equal bytes (sorted keys, no time stamps).
 
+Each shard carries a digest of the header that it was made under, in the metadata of its file. One
+of another header is refused, and so is one without a digest, as earlier versions wrote them, unless
+the manifest of a finished dataset records its checksum. A writer whose folder was deleted and made
+again under another header stops.
+
 The store is generic: what the header, the facts and the tensors mean is up to its writer.
 """
 
 import hashlib
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, contiguous_format
 
@@ -28,6 +34,8 @@ from geodesic.files import write_atomic
 
 FORMAT = "geodesic-paths"
 VERSION = 1
+ORIGIN = "header"  # in the metadata of a shard: the digest of its dataset's header
+NAMED = 8  # of the shards of another dataset, to be deleted one by one; of more, the folder
 NEWS = 30.0  # seconds after which a process says what it is waiting for
 
 _RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "facts": dict}
@@ -56,6 +64,7 @@ class PathDataset:
         self._num_shards: int = manifest["num_shards"]
         self._records: list[dict[str, Any]] | None = manifest["shards"]
         self._check = check
+        self._origin = hashlib.sha256(_to_json(self.header, "header")).hexdigest()
         self._verified: dict[int, str] = {}  # shard index -> the sha256 that its file was seen with
 
     @classmethod
@@ -88,13 +97,11 @@ class PathDataset:
                 )
             write_atomic(folder / "manifest.json", _to_json(manifest, "manifest"))
         found = _read_manifest(folder)
-        for key in ("header", "num_shards"):
-            difference = _first_difference(found[key], manifest[key], key)
-            if difference:
-                raise DatasetError(
-                    f"{folder} holds another dataset: {difference}; write to another folder, or "
-                    "delete this one"
-                )
+        if difference := _difference(found, manifest):
+            raise DatasetError(
+                f"{folder} holds another dataset: {difference}; write to another folder, or "
+                "delete this one"
+            )
         return cls(folder, found, check=True)
 
     @classmethod
@@ -144,6 +151,8 @@ class PathDataset:
                     fault = "holds other tensors than its record says"
         if fault is not None:
             raise self._error(index, fault)
+        if self._is_foreign(index, record):
+            raise self._foreign_error([index])
         return tensors
 
     def verify(self) -> None:
@@ -157,6 +166,8 @@ class PathDataset:
             fault = self._fault(index, self._record(index), checksum=True)
             if fault is not None:
                 raise self._error(index, fault)
+            if self._is_foreign(index, self._record(index)):
+                raise self._foreign_error([index])
 
     @property
     def finished(self) -> bool:
@@ -164,14 +175,19 @@ class PathDataset:
         return self._records is not None
 
     def missing(self) -> list[int]:
-        """The shards to write: those never written, half written, or damaged since."""
-        return [index for index in range(len(self)) if self._written(index) is None]
+        """The shards to write: those never written, half written, or damaged since.
+
+        Raises:
+            DatasetError: some are of another header, or the folder is by now.
+        """
+        return [index for index, record in enumerate(self._found()) if record is None]
 
     def write_shard(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write shard `index`, replacing what is there; it is whole on disk when this returns.
 
         Raises:
-            DatasetError: `facts` is not JSON (NaN and infinity are not; None is).
+            DatasetError: `facts` is not JSON (NaN and infinity are not; None is), or the folder was
+                deleted or given to another dataset meanwhile.
             IndexError: `index` is not in [0, len(self)).
         """
         self._check_index(index)
@@ -180,7 +196,7 @@ class PathDataset:
             name: tensor.detach().cpu().clone(memory_format=contiguous_format)
             for name, tensor in tensors.items()
         }
-        content = save(tensors)
+        content = save(tensors, {ORIGIN: self._origin})
         record = {
             "file": _shard_name(index),
             "bytes": len(content),
@@ -189,6 +205,7 @@ class PathDataset:
             "facts": facts,
         }
         encoded = _to_json(record, f"facts of shard {index}")
+        self._check_folder()
         write_atomic(self.folder / _shard_name(index), content)
         write_atomic(self.folder / _record_name(index), encoded)
         self._verified[index] = record["sha256"]
@@ -209,7 +226,8 @@ class PathDataset:
             patience: seconds without a new shard after which the other processes are given up.
 
         Raises:
-            DatasetError: another process did not make its shards.
+            DatasetError: another process did not make its shards, the folder holds shards of
+                another header, or was deleted or given to another dataset meanwhile.
         """
         if self.finished and not self.missing():
             return
@@ -235,7 +253,7 @@ class PathDataset:
             )
         if rank == 0:
             self.finish()
-        self._records = [self._written(index) for index in range(len(self))]
+        self._records = self._found()
 
     def finish(self) -> None:
         """Put the records of all shards into the manifest: the dataset can now be opened.
@@ -243,10 +261,11 @@ class PathDataset:
         One process calls it, when all writers are done.
 
         Raises:
-            DatasetError: shards are missing.
+            DatasetError: shards are missing or of another header, or the folder was deleted or
+                given to another dataset meanwhile.
         """
-        records = {index: self._written(index) for index in range(len(self))}
-        missing = [index for index, record in records.items() if record is None]
+        records = self._found()
+        missing = [index for index, record in enumerate(records) if record is None]
         if missing:
             raise DatasetError(
                 f"{self.folder} lacks {len(missing)} of {len(self)} shards, the first of them "
@@ -257,7 +276,7 @@ class PathDataset:
             "version": VERSION,
             "header": self.header,
             "num_shards": len(self),
-            "shards": list(records.values()),
+            "shards": records,
         }
         write_atomic(self.folder / "manifest.json", _to_json(manifest, "manifest"))
         self._records = manifest["shards"]
@@ -271,6 +290,44 @@ class PathDataset:
         if self._records is None:
             raise DatasetError(f"{self.folder} is unfinished; call finish() before reading")
         return self._records[index]
+
+    def _found(self) -> list[dict[str, Any] | None]:
+        """The record of each shard, None where it is missing; all are of this dataset."""
+        self._check_folder()
+        records = [self._written(index) for index in range(len(self))]
+        foreign = [i for i, record in enumerate(records) if record and self._is_foreign(i, record)]
+        if foreign:
+            raise self._foreign_error(foreign)
+        return records
+
+    def _check_folder(self) -> None:
+        """That the folder still is this dataset's: another process may have made it anew."""
+        found = _read_manifest(self.folder)
+        if difference := _difference(found, {"header": self.header, "num_shards": len(self)}):
+            raise DatasetError(
+                f"{self.folder} was deleted and made again as another dataset while this process "
+                f"wrote to it: {difference}; run the command again with another folder"
+            )
+
+    def _is_foreign(self, index: int, record: dict[str, Any]) -> bool:
+        """Whether a whole shard was made under another header, or says none and is not known."""
+        with safe_open(self.folder / _shard_name(index), "pt") as file:
+            origin = (file.metadata() or {}).get(ORIGIN)
+        if origin is None and self._records is not None:  # finished by an earlier version
+            return self._records[index]["sha256"] != record["sha256"]
+        return origin != self._origin
+
+    def _foreign_error(self, indices: list[int]) -> DatasetError:
+        names = [Path(_shard_name(index)).stem for index in indices]
+        files = shlex.join(str(self.folder / f"{name}{end}") for name in names
+                           for end in (".safetensors", ".json"))  # fmt: skip
+        remove = f"rm {files}" if len(names) <= NAMED else f"rm -r {shlex.quote(str(self.folder))}"
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        return DatasetError(
+            f"{self.folder}: {names[0]}{more} came from another dataset, or from an earlier "
+            f"version, which did not say from which; run `{remove}` and then the command that "
+            "writes this folder, which makes only the missing shards"
+        )
 
     def _written(self, index: int) -> dict[str, Any] | None:
         """The record of a shard that is whole on disk, else None."""
@@ -382,6 +439,12 @@ def _check_record(record: Any, index: int, where: str | Path) -> None:
         raise DatasetError(
             f"{where}: shard {index} must be the file {_shard_name(index)}, got {record['file']!r}"
         )
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first difference that makes two manifests those of different datasets."""
+    differences = (_first_difference(found[k], wanted[k], k) for k in ("header", "num_shards"))
+    return next(filter(None, differences), None)
 
 
 def _first_difference(found: Any, wanted: Any, key: str) -> str | None:

@@ -176,12 +176,10 @@ def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> 
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OutputError(f"{path} is not readable YAML ({error}); use another --output") from error
     before, kept = (_without(c, free) for c in (before, yaml.safe_load(text)))
-    if difference := _first_difference(before, kept):
-        key, old, new = difference
-        old, new = ("absent" if v is _ABSENT else repr(v) for v in (old, new))
+    if difference := describe_difference(before, kept):
         raise OutputError(
-            f"output={str(path.parent)!r} holds results of another config: {key} was {old}, now it "
-            f"is {new}; use another --output, or delete the folder if its results can go"
+            f"output={str(path.parent)!r} holds results of another config: {difference}; use "
+            "another --output, or delete the folder if its results can go"
         )
 
 
@@ -190,6 +188,15 @@ def _without(config: Any, keys: Collection[str], prefix: str = "") -> Any:
         return config
     named = {key: f"{prefix}{key}" for key in config}
     return {k: _without(config[k], keys, f"{n}.") for k, n in named.items() if n not in keys}
+
+
+def describe_difference(old: Any, new: Any) -> str | None:
+    """The first setting in which two plain configs differ, or None."""
+    if (difference := _first_difference(old, new)) is None:
+        return None
+    key, *values = difference
+    old, new = ("absent" if value is _ABSENT else repr(value) for value in values)
+    return f"{key} was {old}, now it is {new}"
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import zipfile
 from dataclasses import asdict
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from geodesic.dataset import PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
+from learned_opt.outputs import describe_difference, plain
 from learned_opt.training.callbacks import Pictures, Selection, Speed
 from learned_opt.training.data import UpdatesModule
 from learned_opt.training.module import MetaTraining
@@ -29,6 +31,8 @@ from learned_opt.training.start import origin
 from learned_opt.weights import save_rule
 
 WEIGHTS = "weights.safetensors"  # in the output folder
+# What a checkpoint does not depend on; the number of processes it names by itself.
+PLACE = ("accelerator", "devices", "num_nodes", "strategy", "logger")
 
 
 def make_logger(config: TrainConfig, folder: Path) -> Logger:
@@ -59,6 +63,34 @@ def recipe(config: TrainConfig) -> dict:
         if "start_from" in stage:
             stage["start_from"] = origin(stage["start_from"])
     return facts
+
+
+def identity(config: TrainConfig) -> dict:
+    """What a checkpoint is of: the recipe, but for where and by how many processes it is run."""
+    facts = recipe(config)
+    for stage in (facts, facts["first"] or {}):
+        for name in PLACE:
+            stage.pop(name, None)
+    return plain(facts)
+
+
+def check_checkpoint(path: Path, config: TrainConfig) -> None:
+    """Refuses a checkpoint that is damaged, or of another config; one of an earlier version does
+    not say of which, and is taken.
+
+    Raises:
+        OutputError: with what to do.
+    """
+    if not zipfile.is_zipfile(path):
+        raise OutputError(
+            f"{path} is damaged; put a whole copy there, or delete it to train from the beginning"
+        )
+    found = torch.load(path, "cpu", weights_only=True, mmap=True).get("config")
+    if found is not None and (difference := describe_difference(found, identity(config))):
+        raise OutputError(
+            f"{path} is of another config: {difference}; delete it to train from the beginning, or "
+            "put the checkpoint of this config there"
+        )
 
 
 def check(config: TrainConfig) -> None:
@@ -109,13 +141,24 @@ def check(config: TrainConfig) -> None:
 
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes into the checkpoint's own folder. Lightning's way is by the system's temporary folder:
-    from there to another disk a file is copied, and a copy that stops half way is what is left."""
+    from there to another disk a file is copied, and a copy that stops half way is what is left.
+
+    A checkpoint says under "config" what it is of.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    @cached_property
+    def _identity(self) -> dict:
+        return identity(self._config)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         file = BytesIO()
-        torch.save(checkpoint, file)
+        torch.save(checkpoint | {"config": self._identity}, file)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, file.getvalue())
 
@@ -126,7 +169,7 @@ def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
     Raises:
         ConfigError: Lightning refuses it.
     """
-    plugins: list = [AtomicCheckpoints()]
+    plugins: list = [AtomicCheckpoints(config)]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Its checkpoint before a requeue would be within an epoch, which has no position to resume.
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -171,10 +214,8 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         inference_mode=False,
         enable_model_summary=False,
     )
-    if last.exists() and not zipfile.is_zipfile(last):
-        raise OutputError(
-            f"{last} is damaged; put a whole copy there, or delete it to train from the beginning"
-        )
+    if last.exists():
+        check_checkpoint(last, config)
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     if averaging:  # which Lightning leaves out where all updates were made before
         averaging.on_train_end(trainer, module)

@@ -1,7 +1,9 @@
 """The store of target paths: round trips, resumption after kill -9, and damage that is named."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import geodesic.dataset
 from geodesic.dataset import DatasetError, PathDataset
@@ -216,6 +219,113 @@ def test_the_checksum_is_compared_once_and_only_if_asked_for(tmp_path):
     truncate(folder / "shard-00002.safetensors")
     with pytest.raises(DatasetError, match="bytes instead of"):
         PathDataset.open(folder, check=False).shard(2)
+
+
+OTHER = HEADER | {"seeds": [2, 3]}
+
+
+def copy_shard(source: Path, index: int, folder: Path) -> None:
+    for file in source.glob(f"shard-{index:05d}.*"):
+        shutil.copy(file, folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Leaves the shards as earlier versions wrote them: without what says where they are from."""
+    for file in folder.glob("*.safetensors"):
+        content = save(load_file(file))
+        file.write_bytes(content)
+        record = json.loads(file.with_suffix(".json").read_bytes())
+        record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        file.with_suffix(".json").write_text(json.dumps(record))
+
+
+def command_in(error: pytest.ExceptionInfo) -> str:
+    return re.search("run `(.*)` and then", str(error.value))[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_shards_of_another_dataset_are_refused_with_what_removes_them(tmp_path, count):
+    other = finished(tmp_path / "other", 10)
+    folder = tmp_path / "it's here"
+    dataset = PathDataset.create(folder, OTHER, 10)
+    for index in range(count):
+        copy_shard(other, index, folder)
+    messages = []
+    for ask in (dataset.missing, dataset.finish, lambda: dataset.fill(lambda index: None)):
+        with pytest.raises(DatasetError, match=r"shard-00000.* came from another dataset") as error:
+            ask()
+        messages.append(command_in(error))
+    assert not dataset.finished and len(set(messages)) == 1
+    subprocess.run(messages[0], shell=True, check=True)
+    dataset = PathDataset.create(folder, OTHER, 10)
+    assert dataset.missing() == list(range(10))
+
+
+def test_a_finished_dataset_does_not_take_a_shard_of_another(tmp_path):
+    other = PathDataset.create(tmp_path / "other", OTHER, 4)
+    other.write_shard(2, make_shard(2), {"pairs": 5, "feasible": 0.25})
+    folder = finished(tmp_path / "paths")
+    copy_shard(tmp_path / "other", 2, folder)
+    with pytest.raises(DatasetError, match=r"shard-00002\.safetensors"):
+        PathDataset.open(folder).shard(2)
+    with pytest.raises(DatasetError, match="shard-00002 came from another dataset"):
+        PathDataset.create(folder, HEADER, 4).missing()
+    manifest = json.loads((folder / "manifest.json").read_bytes())  # as adopted long ago
+    manifest["shards"][2] = json.loads((folder / "shard-00002.json").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    dataset = PathDataset.open(folder)
+    assert torch.equal(dataset.shard(1)["beads"], make_shard(1)["beads"])
+    for read in (lambda: dataset.shard(2), dataset.verify):
+        with pytest.raises(DatasetError, match="shard-00002 came from another dataset"):
+            read()
+
+
+def test_shards_of_earlier_versions_are_known_by_a_finished_manifest_only(tmp_path):
+    folder = tmp_path / "unfinished"
+    write(folder, 4, only=[0, 1])
+    forget_origin(folder)
+    with pytest.raises(DatasetError, match=r"shard-00000 and 1 more came .* earlier version"):
+        PathDataset.create(folder, HEADER, 4).missing()
+    folder = finished(tmp_path / "finished")
+    forget_origin(folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    records = [json.loads(file.read_bytes()) for file in sorted(folder.glob("shard-*.json"))]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": records}))
+    PathDataset.open(folder).verify()
+    dataset = PathDataset.create(folder, HEADER, 4)
+    assert dataset.missing() == []
+    truncate(folder / "shard-00001.safetensors")
+    dataset.fill(lambda index: (make_shard(index), {"pairs": 5, "feasible": index / 8}))
+    PathDataset.open(folder).verify()
+
+
+@pytest.mark.parametrize("made_again", [True, False])
+def test_a_writer_stops_when_its_folder_is_replaced(tmp_path, made_again):
+    folder, finishing = tmp_path / "paths", finished(tmp_path / "whole")
+    writer, late = PathDataset.create(folder, HEADER, 4), PathDataset.open(finishing)
+
+    def replace(folder):
+        shutil.rmtree(folder)
+        if made_again:
+            PathDataset.create(folder, OTHER, 4)
+
+    def make(index):
+        if index == 2:
+            replace(folder)
+        return make_shard(index), {}
+
+    message = (
+        "deleted and made again .*header.seeds" if made_again else r"manifest\.json is missing"
+    )
+    with pytest.raises(DatasetError, match=message):
+        writer.fill(make)
+    replace(finishing)
+    with pytest.raises(DatasetError, match=message):
+        late.finish()
+    for path in (folder, finishing):
+        assert [file.name for file in path.glob("*")] == ["manifest.json"] * made_again
+    if made_again:
+        assert not PathDataset.create(folder, OTHER, 4).finished
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "shard-00000.safetensors", "", None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.cells import Cell, load, without_folders
 from learned_opt.benchmark.runner import Runner
-from learned_opt.benchmark.stores import Files
+from learned_opt.benchmark.stores import Files, Rows
 from learned_opt.memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 
@@ -123,6 +124,27 @@ def test_a_damaged_cell_is_run_again_and_only_that(tmp_path: Path) -> None:
     after = run_cells(tmp_path, cells)
     assert files[1].stat().st_mtime_ns == kept and load(cells[0], tmp_path / "cells")
     assert [r["test_loss"] for r in after] == [r["test_loss"] for r in before]
+
+
+@pytest.mark.parametrize("store", [Files, Rows])
+def test_a_run_of_another_setting_is_never_taken_for_this_one(store, tmp_path: Path) -> None:
+    """Of the same task, entrant and seed by name: only what determines the run differs."""
+
+    def records(place: str, rate: float) -> list[dict]:
+        folder = tmp_path / place
+        cells = [Cell(TASK, replace(SGD, kwargs={"lr": rate}), {}, seed) for seed in range(2)]
+        with Runner(store(folder / "rows.jsonl" if store is Rows else folder)) as runner:
+            return runner.run(cells)
+
+    first = records("first", 0.1)
+    expected = records("alone", 0.2)
+    shutil.copytree(tmp_path / "first", tmp_path / "both")
+    found = records("both", 0.2)
+    assert [r["test_loss"] for r in found] == [r["test_loss"] for r in expected]
+    again = records("both", 0.1)  # those are still there
+    assert [r["test_loss"] for r in again] == [r["test_loss"] for r in first]
+    assert [r["environment"] for r in again] == [r["environment"] for r in first]
+    assert again[0]["test_loss"] != found[0]["test_loss"]
 
 
 def command(tmp_path: Path, config: BenchmarkConfig, *launcher: str) -> subprocess.Popen:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from learned_opt.config import (
     TeacherConfig,
     TrainConfig,
 )
-from learned_opt.errors import ConfigError
+from learned_opt.errors import ConfigError, OutputError
 from learned_opt.geodesics import make_geodesics
 from learned_opt.rules import make_rule
 from learned_opt.training.data import Updates
@@ -120,6 +121,26 @@ def test_the_same_config_gives_the_same_weights(
     assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
     other = fit(replace(CONFIG, seed=1), tmp_path / "other", dataset)
     assert not torch.equal(load_rule(other).head.weight, load_rule(trained).head.weight)
+
+
+def test_a_checkpoint_of_another_config_is_refused(
+    trained: Path, dataset: PathDataset, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    shutil.copy(trained.parent / "checkpoints" / "last.ckpt", checkpoint)
+    for change, named in (
+        ({"seed": 1}, "seed was 0, now it is 1"),
+        ({"learning_rate": 0.5}, "learning_rate was .* now it is 0.5"),
+        ({"rule_config": {"hidden": 4}}, "rule_config.hidden was 3, now it is 4"),
+    ):
+        with pytest.raises(OutputError, match=f"last.ckpt is of another config: {named}; delete"):
+            fit(replace(CONFIG, **change), tmp_path, dataset)
+    assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
+    left = torch.load(checkpoint, weights_only=True)
+    del left["config"]  # as earlier versions wrote it
+    torch.save(left, checkpoint)
+    assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
 
 
 def test_training_moves_the_rule_and_logs_its_losses(trained: Path) -> None:
