@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geodesic.dataset import PathDataset
+from geodesic.finite import check_finite
 from geodesic.level_set import sgd_profile
 from geodesic.path import length, normalized_length, resample
 from geodesic.solve import Geodesic, find_geodesics
@@ -45,6 +46,7 @@ class TargetConfig:
     path: str = "geodesic"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.path not in ("geodesic", "chord", "trajectory"):
             raise ValueError(f"path is {self.path!r}; use 'geodesic', 'chord' or 'trajectory'")
         if self.level not in ("constant", "sgd_profile"):

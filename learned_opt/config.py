@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geodesic.finite import check_finite
 from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
@@ -19,6 +20,8 @@ OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
 # Element-wise ones: for them many tasks' parameters in one tensor are as good as apart.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
             "SGD")  # fmt: skip
+# Adam moves each meta-parameter by up to its rate an update, and they begin at about 1 or less.
+LARGEST_RATE = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class GeodesicsConfig:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.num_shards < 1 or self.evaluation_size < 1:
             raise ConfigError(
                 f"num_shards={self.num_shards} and evaluation_size={self.evaluation_size} "
@@ -74,6 +78,7 @@ class TeacherConfig:
     length: int = 100
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.optimizer not in TEACHERS:
             raise ConfigError(
                 f"teacher.optimizer is {self.optimizer!r}; use one of {', '.join(TEACHERS)}"
@@ -107,6 +112,7 @@ class PESConfig:
     particles: int = 1
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.sigma <= 0 or self.particles < 1:
             raise ConfigError(
                 f"pes.sigma={self.sigma} must be positive, pes.particles={self.particles} at "
@@ -135,6 +141,7 @@ class StepSizeConfig:
     mixture: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.mixture < 0:
             raise ConfigError(f"step_size.mixture is {self.mixture}; use 0 for none, or e.g. 0.2")
         if self.pace[0] > self.pace[1]:
@@ -161,6 +168,7 @@ class CurriculumConfig:
     patience: int = 2
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         rising = all(a < b for a, b in pairwise(self.lengths))
         if not self.lengths or self.lengths[0] < 1 or not rising:
             raise ConfigError(
@@ -286,6 +294,20 @@ class TrainConfig:
                 f"learning_rate={self.learning_rate}, clip={self.clip} and "
                 f"loss_floor={self.loss_floor} must be positive"
             )
+        check_finite(self, ConfigError)
+        if self.learning_rate > LARGEST_RATE:
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate}; use at most {LARGEST_RATE:g}, usual are "
+                "0.001 to 0.003"
+            )
+        weights = {"imitation_weight": self.imitation_weight}
+        weights |= {f"weights.{name}": pair for name, pair in self.weights.items()}
+        for name, pair in weights.items():
+            if min(pair) < 0:
+                raise ConfigError(
+                    f"{name} is {pair}; use 0 or more at the start and at the end (below 0 the "
+                    "objective would be unlearned)"
+                )
         if not all(0 <= share <= 1 for share in self.teacher_share):
             raise ConfigError(f"teacher_share is {self.teacher_share}; use two shares in [0, 1]")
         if self.updates % self.epoch_length:

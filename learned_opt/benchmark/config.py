@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from geodesic.finite import check_finite
 from learned_opt.benchmark.entrants import DEFAULTS, FIELD, Entrant, named
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import WORKLOADS, TaskConfig, kind_class
@@ -49,6 +50,7 @@ class BenchmarkTask:
     best_entrant: str = ""
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; use at least 1")
         if (self.best_target is None) == bool(self.best_entrant):
@@ -120,6 +122,7 @@ class BenchmarkConfig:
     logger: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         entrants = [named(e) if isinstance(e, str) else e for e in self.entrants]
         object.__setattr__(self, "entrants", entrants)
         object.__setattr__(self, "tasks", [self._with_data(task) for task in self.tasks])

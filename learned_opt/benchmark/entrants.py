@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from geodesic.finite import check_finite
 from learned_opt.benchmark.together import Together
 from learned_opt.errors import ConfigError, WeightsError
 from learned_opt.optimizer import LearnedOptimizer
@@ -38,6 +39,9 @@ class Group:
     tensors: tuple[str, ...]
     optimizer: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Entrant:
     anytime: bool | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if both := sorted({*self.search} & {*self.kwargs}):
             raise ConfigError(f"entrant {self.name!r} has {both} in kwargs and in search; drop one")
         for key, space in self.search.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import choice, log_uniform
 from learned_opt.tasks.data import load_images
@@ -44,6 +45,7 @@ class ConvOptions:
     norm: str = "none"
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.norm not in NORMS:
             raise ConfigError(f"norm is {self.norm!r}; use one of {list(NORMS)}")
 

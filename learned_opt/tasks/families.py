@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.augment import RescaledTask, equal_gradients
 from learned_opt.tasks.base import Task, generator, uniform
@@ -72,6 +72,7 @@ class FamilyConfig:
     task: TaskConfig | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         for name in (
             "hidden_layers",
             "width",
@@ -106,7 +107,7 @@ class FamilyConfig:
         for kind in self.kinds:
             check_kind(kind, "kinds")
         weights = self.kinds.values()
-        if not all(0 <= w < math.inf for w in weights) or not any(weights):
+        if not all(w >= 0 for w in weights) or not any(weights):
             raise ConfigError(f"kinds={self.kinds}: weights must be at least 0, and one above it")
         if self.reparametrize not in ("tensor", "task"):
             raise ConfigError(f"reparametrize is {self.reparametrize!r}; use 'tensor' or 'task'")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import choice, generator, log_uniform
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
@@ -37,6 +38,7 @@ class MatrixOptions:
     rank: int = 4
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if not 1 <= self.rank <= min(self.rows, self.columns) or self.rows * self.columns < 2:
             raise ConfigError(
                 f"rank={self.rank} must be from 1 to the smaller of rows={self.rows} and "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, Task, choice, generator, log_uniform, uniform
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
@@ -37,11 +38,12 @@ class QuadraticOptions:
     entries: str = "normal"
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.dim < 1 or self.entries not in ("normal", "uniform"):
             raise ConfigError(
                 f"dim={self.dim} must be at least 1, entries={self.entries!r} 'normal' or 'uniform'"
             )
-        if self.condition is not None and not 1 <= self.condition < float("inf"):
+        if self.condition is not None and self.condition < 1:
             raise ConfigError(f"condition is {self.condition}; use at least 1, or null for L2L's")
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError, DataError
 from learned_opt.tasks.base import choice, log_uniform
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
@@ -40,6 +41,7 @@ class TextOptions:
     vocabulary: int = 128
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.context < 1 or self.vocabulary < 2 or self.level not in ("char", "word"):
             raise ConfigError(
                 f"context={self.context} must be at least 1, vocabulary={self.vocabulary} at least "

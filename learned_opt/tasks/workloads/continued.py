@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, make_task, register_workload
@@ -58,6 +59,7 @@ class ContinuedOptions:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if not self.base or self.base.get("kind") == "continued":
             raise ConfigError(f"base={self.base}; give kind 'continued' the workload to train")
         if self.shift not in SHIFTS:
@@ -67,9 +69,9 @@ class ContinuedOptions:
                 f"pretraining_steps={self.pretraining_steps}, rank={self.rank} and "
                 f"change={self.change} must be at least 0"
             )
-        if not (0 < self.scale < float("inf") and 0 < self.first_scale < float("inf")):
+        if min(self.scale, self.first_scale) <= 0:
             raise ConfigError(
-                f"scale={self.scale} and first_scale={self.first_scale} must be positive and finite"
+                f"scale={self.scale} and first_scale={self.first_scale} must be positive"
             )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, generator
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
@@ -53,6 +54,7 @@ class GraphOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if not (0 < self.hidden_share < 1 and 0 <= self.dropout < 1):
             raise ConfigError(
                 f"hidden_share={self.hidden_share} must be between 0 and 1, "

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError, DataError
 from learned_opt.tasks.base import Batch
 from learned_opt.tasks.data import ImageData, load_images
@@ -37,6 +38,7 @@ class ImageOptions:
     classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.pool < 1 or self.shift < 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"pool={self.pool} must be at least 1, shift={self.shift} at least 0, "

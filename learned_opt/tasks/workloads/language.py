@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError, DataError
 from learned_opt.tasks.base import Batch, generator
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
@@ -38,6 +39,7 @@ class LanguageOptions:
     tied: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.context < 1 or self.vocabulary < 2 or self.level not in LEVELS:
             raise ConfigError(
                 f"context={self.context} must be at least 1, vocabulary={self.vocabulary} at least "

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
@@ -53,8 +54,9 @@ class PatchOptions:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise < float("inf"):
-            raise ConfigError(f"noise is {self.noise}; use a finite number of at least 0")
+        check_finite(self, ConfigError)
+        if self.noise < 0:
+            raise ConfigError(f"noise is {self.noise}; use at least 0")
 
 
 @register_workload("patch_autoencoder")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.diabetes import load_diabetes
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
@@ -53,10 +54,11 @@ class RegressionOptions:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1 or not 0 <= self.noise < float("inf"):
+        check_finite(self, ConfigError)
+        if not 0 <= self.dropout < 1 or self.noise < 0:
             raise ConfigError(
                 f"dropout={self.dropout} must be at least 0 and less than 1, noise={self.noise} at "
-                "least 0 and finite"
+                "least 0"
             )
 
 

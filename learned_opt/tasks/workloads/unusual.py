@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, generator
 from learned_opt.tasks.data import load_images
@@ -41,10 +42,11 @@ class AddingOptions:
     gain: float = 1.4
 
     def __post_init__(self) -> None:
-        if not (0 < self.marked <= self.length and 0 < self.gain < math.inf):
+        check_finite(self, ConfigError)
+        if not (0 < self.marked <= self.length and self.gain > 0):
             raise ConfigError(
                 f"marked={self.marked} must be from 1 to length={self.length}, gain={self.gain} "
-                "positive and finite"
+                "positive"
             )
 
 
@@ -113,6 +115,7 @@ class EncoderOptions:
     goal: str = "common"
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         known = self.style in ("torch", "bert") and self.goal in ("common", "order")
         if not known or min(self.context, self.heads) < 1:
             raise ConfigError(
@@ -207,6 +210,7 @@ class Seq2SeqOptions:
     rule: str = "reversed"
 
     def __post_init__(self) -> None:
+        check_finite(self, ConfigError)
         if self.rule not in ("reversed", "sorted") or min(self.length, self.symbols) < 2:
             raise ConfigError(
                 f"rule={self.rule!r} must be 'reversed' or 'sorted', length={self.length} and "
