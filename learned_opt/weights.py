@@ -15,16 +15,17 @@ from torch import Tensor
 from learned_opt.errors import ConfigError, WeightsError
 from learned_opt.rules import UpdateRule, make_rule
 
-FORMAT, VERSION = "learned-opt", 1
+FORMAT, VERSION = "learned-opt", 2  # the checksum of 1 left out the facts
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
 DEFAULT_SHA256 = "a38642ec5f60ad3b35e59e092c37ba6faf8dcb28402c11f95b8a54ac45f0c090"
 MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
 HUB, HUB_FILE = "hf://", "weights.safetensors"
 
 
-def digest(rule: str, config: dict, tensors: dict[str, Tensor]) -> str:
-    """Checksum of all that a rule is made of."""
-    sha = hashlib.sha256(json.dumps([rule, config], sort_keys=True).encode())
+def digest(rule: str, config: dict, tensors: dict[str, Tensor], facts: dict | None = None) -> str:
+    """Checksum of all that a rule is made of, and of the facts beside it if there are any."""
+    described = [rule, config] if facts is None else [rule, config, facts]
+    sha = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -41,12 +42,13 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
     from geodesic.files import write_atomic  # here: who only uses a rule needs no geodesics
 
     tensors = {k: v.detach().cpu().clone() for k, v in rule.state_dict().items()}
+    facts = json.loads(json.dumps(facts or {}))  # as they will be read: its keys are text
     header = {
         "version": VERSION,
         "rule": rule.name,
         "config": rule.config,
-        "sha256": digest(rule.name, rule.config, tensors),
-        "facts": facts or {},
+        "sha256": digest(rule.name, rule.config, tensors, facts),
+        "facts": facts,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save(tensors, {FORMAT: json.dumps(header, sort_keys=True)}))
@@ -96,7 +98,9 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
                            f"lacks {FORMAT!r}")  # fmt: skip
     try:
         header = json.loads(metadata[FORMAT])
-        version = int(header["version"])
+        version = header["version"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"version {version!r}")
     except (LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"weights={str(path)!r} has a damaged header ({error!r}); "
                            "copy it anew") from None  # fmt: skip
@@ -104,8 +108,9 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
         raise WeightsError(f"weights={str(path)!r} has format version {version}, this "
                            f"package reads up to {VERSION}; upgrade learned-opt")  # fmt: skip
     rule_name, config = header.get("rule"), header.get("config")
+    facts = header.get("facts", {}) if version > 1 else None
     try:
-        intact = digest(rule_name, config, tensors) == header.get("sha256")
+        intact = digest(rule_name, config, tensors, facts) == header.get("sha256")
     except TypeError:  # a dtype that save_rule does not write
         intact = False
     if not intact:

@@ -40,12 +40,24 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+FACTS = {"updates": 3, "task": "digits", "draws": {3: [0.25, None]}}
+
+
+def header_of(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["learned-opt"])
+
+
 def rewrite(path: Path, **changes) -> None:
-    """Changes entries of the file's JSON header, and signs it anew as another package would."""
+    """Changes entries of the file's JSON header, and signs it anew as another package would.
+
+    A file of version 1 is signed without its facts, as it always was.
+    """
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["learned-opt"]) | changes
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    header["sha256"] = digest(header["rule"], header["config"], tensors)
+    facts = header["facts"] if header["version"] > 1 else None
+    header["sha256"] = digest(header["rule"], header["config"], tensors, facts)
     save_file(tensors, path, {"learned-opt": json.dumps(header)})
 
 
@@ -200,8 +212,8 @@ def test_a_config_that_does_not_fit_is_refused(path: Path, config: dict) -> None
 )
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_or_harmless(path: Path, data: st.DataObject) -> None:
-    """The facts are not part of the checksum; all that the rule is made of is."""
-    rule, content = load_rule(path), bytearray(path.read_bytes())
+    save_rule(rule := load_rule(path), path, FACTS)
+    header, content = header_of(path), bytearray(path.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     damaged = path.with_name("damaged.safetensors")
     damaged.write_bytes(content)
@@ -209,9 +221,40 @@ def test_a_flipped_bit_is_refused_or_harmless(path: Path, data: st.DataObject) -
         loaded = load_rule(damaged)
     except WeightsError:
         return
-    assert loaded.config == rule.config
+    assert loaded.config == rule.config and header_of(damaged) == header
     for key, value in rule.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_each_byte_of_the_facts_is_covered(path: Path) -> None:
+    save_rule(load_rule(path), path, FACTS)
+    content = path.read_bytes()
+    assert header_of(path)["facts"] == FACTS | {"draws": {"3": [0.25, None]}}
+    start = content.index(b"facts")
+    for place in range(start, content.index(b"rule", start)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        refused(path, "altered|damaged|truncated|not written by")
+
+
+def test_files_of_the_first_version_are_read(path: Path) -> None:
+    """Its checksum does not cover the facts. The shipped file is one."""
+    rule = load_rule(path)
+    rewrite(path, version=1, facts=FACTS)
+    again = load_rule(path)
+    assert again.config == rule.config
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in rule.state_dict().items())
+    assert header_of(DEFAULT)["version"] == 1 and load_rule().name == "geodesic_rnn"
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.5, "2", None, True])
+def test_a_version_that_never_was_is_refused(path: Path, version: object) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    changed = header_of(path) | {"version": version}
+    save_file(tensors, path, {"learned-opt": json.dumps(changed)})
+    refused(path, "damaged header .*version")
 
 
 def test_the_shipped_rule_trains_on_digits_without_a_learning_rate() -> None:
