@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, contiguous_format
 
-from geodesic.files import write_atomic
+from geodesic.files import user_path, write_atomic
 
 FORMAT = "geodesic-paths"
 VERSION = 1
@@ -80,7 +80,7 @@ class PathDataset:
         """
         if num_shards < 1:
             raise DatasetError(f"num_shards must be at least 1, got {num_shards}")
-        folder = Path(folder).expanduser()
+        folder = user_path(folder, "folder", DatasetError)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -116,7 +116,7 @@ class PathDataset:
         Raises:
             DatasetError: there is none, it is unfinished, of an unknown version, or damaged.
         """
-        folder = Path(folder).expanduser()
+        folder = user_path(folder, "folder", DatasetError)
         manifest = _read_manifest(folder)
         if manifest["shards"] is None:
             raise DatasetError(

@@ -1,8 +1,27 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and paths as users write them."""
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
+
+
+def user_path(path: str | Path, argument: str, error: type[Exception] = ValueError) -> Path:
+    """`path` with `~` expanded, whether or not there is such a file.
+
+    Raises `error`, with the name of the `argument`, where no file can have this path: its user is
+    unknown, it holds a NUL or is too long, or a folder on its way may not be entered.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            expanded.stat()
+    except (OSError, RuntimeError, ValueError) as reason:
+        raise error(
+            f"{argument}={str(path)!r} cannot be a path here ({reason}); give one that can be "
+            "read, such as /home/me/folder"
+        ) from reason
+    return expanded
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:

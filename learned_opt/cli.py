@@ -17,11 +17,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
 from geodesic.dataset import DatasetError, PathDataset
-from geodesic.files import write_atomic
+from geodesic.files import user_path, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
-from learned_opt.errors import ConfigError, LearnedOptError
+from learned_opt.errors import ConfigError, LearnedOptError, OutputError
 from learned_opt.geodesics import describe, make_geodesics, make_problem
 from learned_opt.outputs import claim_output
 from learned_opt.rules import make_rule
@@ -38,7 +38,8 @@ def geodesics(
     if processes < 1:
         raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
     _use_one_thread()
-    output, (rank, _) = output.expanduser().absolute(), process_rank()
+    rank, _ = process_rank()
+    output = user_path(output, "output", OutputError).absolute()
     claim = partial(claim_output, output, asdict(config), "geodesics", ("data_root",))
     with claim() if rank == 0 else nullcontext():
         folder = output / "geodesics"
@@ -63,7 +64,7 @@ def train(config: TrainConfig, output: Path) -> None:
 
     _use_one_thread()
     check(config)  # what cannot work is said now, not after the data
-    output = output.expanduser().absolute()
+    output = user_path(output, "output", OutputError).absolute()
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     if first:  # the others might see its half-made folder
         _check_dataset(config)
@@ -80,7 +81,7 @@ def train(config: TrainConfig, output: Path) -> None:
     with claim_output(output, settings, "train", free) if first else nullcontext():
         paths = None
         if "imitation" in config.objectives:
-            folder = Path(config.dataset or output / "geodesics").expanduser()
+            folder = user_path(config.dataset or output / "geodesics", "dataset", ConfigError)
             if first:
                 paths = _make(config.geodesics, folder, output, *process_rank())
             else:
@@ -129,7 +130,7 @@ COMMANDS = {
 
 def _check_dataset(config: TrainConfig) -> None:
     """That a folder with other things in it is not taken for that of the target paths."""
-    folder = Path(config.dataset or "").expanduser()
+    folder = user_path(config.dataset or "", "dataset", ConfigError)
     if config.dataset is None or not folder.exists() or (folder / "manifest.json").exists():
         return
     if not folder.is_dir() or any(folder.iterdir()):

@@ -26,7 +26,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from geodesic.files import write_atomic
+from geodesic.files import user_path, write_atomic
 from learned_opt.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,7 +53,7 @@ def claim_output(
         OutputError: another process is at work there, the folder holds the results of another
             config, or it cannot be written to, now or later: the disk is full.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = user_path(folder, "output", OutputError).absolute()
     owner_file = folder / ".lock-owner.json"
     lock = FileLock(folder / ".lock")
     try:

@@ -73,7 +73,7 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
         raise WeightsError(f"revision={revision!r} goes with weights='{HUB}owner/name', "
                            f"not with {weights!r}")  # fmt: skip
     else:
-        path = DEFAULT if weights is None else Path(weights).expanduser()
+        path = DEFAULT if weights is None else _given(weights)
     if not path.is_file():
         raise WeightsError(f"weights={str(path)!r} is not a file; give the path of a "
                            f".safetensors file that `learned-opt train` wrote, or "
@@ -123,6 +123,12 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None
     return rule.requires_grad_(False)
+
+
+def _given(weights: str | Path) -> Path:
+    from geodesic.files import user_path  # here: who only uses the shipped rule needs no geodesics
+
+    return user_path(weights, "weights", WeightsError)
 
 
 def _download(address: str, revision: str | None) -> Path:

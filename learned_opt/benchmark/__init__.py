@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from geodesic.files import user_path
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import tables
 from learned_opt.benchmark.cells import FORMAT, Cell
@@ -68,7 +69,7 @@ def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str,
         entrant.check()
         if entrant.search:
             settings_of(entrant, config.settings)
-    folder, rank = Path(output).expanduser().absolute(), process_rank()[0]
+    folder, rank = user_path(output, "output", OutputError).absolute(), process_rank()[0]
     _check_format(folder)
     settings = dataclasses.asdict(config) | {"format": FORMAT}
     # rows say by themselves what they are of, so that a folder of them takes more entrants

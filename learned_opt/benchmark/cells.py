@@ -13,8 +13,6 @@ import json
 import math
 import re
 import traceback
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +27,7 @@ from learned_opt.benchmark.entrants import Entrant
 from learned_opt.benchmark.together import Together
 from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
+from learned_opt.tasks.data import DAMAGED
 from learned_opt.tasks.kinds import Draw, make_task
 from learned_opt.tasks.trainee import Parameters
 
@@ -147,13 +146,33 @@ def save(cell: Cell, record: Record, folder: Path) -> Record:
 
 def load(cell: Cell, folder: Path) -> Record | None:
     """What an earlier run left of `cell`; None if it is to be run."""
-    path = folder / f"{cell.name}.npz"
+    record = read(folder / f"{cell.name}.npz")
+    return record if whole(record, cell) and record["error"] is None else None
+
+
+def read(path: Path) -> Record | None:
+    """The record in a cell's file; None if it is absent or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            record = json.loads(str(file["record"])) | {"losses": file["losses"]}
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return None  # absent or damaged
-    return record if record["error"] is None else None
+            return json.loads(str(file["record"])) | {"losses": file["losses"]}
+    except DAMAGED:
+        return None
+
+
+def whole(record: Any, cell: Cell) -> bool:
+    """Whether `record` has all that one of `cell` has, of the same types."""
+    return isinstance(record, dict) and all(
+        key in record and _alike(record[key], value) for key, value in cell.blank().items()
+    )
+
+
+def _alike(found: Any, usual: Any) -> bool:
+    if usual is None or isinstance(usual, str):  # the error and the commit are the one or the other
+        return found is None or isinstance(found, str)
+    if isinstance(usual, (int, float)) and not isinstance(usual, bool):
+        return isinstance(found, (int, float)) and not isinstance(found, bool)
+    same = isinstance(found, type(usual))
+    return same and (not isinstance(usual, np.ndarray) or found.ndim == usual.ndim)
 
 
 def without_folders(text: str) -> str:

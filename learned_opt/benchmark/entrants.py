@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from geodesic.files import user_path
 from geodesic.finite import check_finite
 from learned_opt.benchmark.together import Together
 from learned_opt.errors import ConfigError, WeightsError
@@ -114,7 +114,7 @@ class Entrant:
         """Of a learned entrant's file; a missing one is for `check` to complain about."""
         if self.optimizer != LEARNED:
             return None
-        path = DEFAULT if self.weights is None else Path(self.weights).expanduser()
+        path = DEFAULT if self.weights is None else user_path(self.weights, "weights", ConfigError)
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
 
     @property

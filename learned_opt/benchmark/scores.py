@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from learned_opt.benchmark.cells import FORMAT
+from learned_opt.benchmark.cells import FORMAT, read
 from learned_opt.benchmark.stats import (
     envelope,
     envelope_speed_up,
@@ -51,7 +51,7 @@ def read_results(folder: Path) -> Results:
     """What a run of the benchmark has left in `folder`.
 
     Raises:
-        OutputError: there is none, or it is of another version.
+        OutputError: there is none, or it is damaged or of another version.
     """
     try:
         facts = json.loads((folder / "benchmark.json").read_text())
@@ -70,19 +70,19 @@ def read_results(folder: Path) -> Results:
     reported = {row["cell"]: row["steps"] for row in rows}
     losses, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in sorted((folder / "cells").glob("*.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            if path.stem in reported:
-                losses[path.stem] = _whole(file["losses"], reported[path.stem])
-                continue
-            record = json.loads(str(file["record"]))
-            if (
-                record["entrant"] == facts["baseline"]
-                and record["seed"] in facts["tuning_seeds"]
-                and record["task"] in steps
-            ):
-                setting = json.dumps(record["hyperparameters"], sort_keys=True)
-                task = record["task"]
-                groups[task][setting].append(_whole(file["losses"], steps[task]))
+        record = read(path)
+        if record is None or not record.keys() >= {"entrant", "seed", "task", "hyperparameters"}:
+            raise OutputError(f"{path} is damaged; delete it, and run the same command again")
+        if path.stem in reported:
+            losses[path.stem] = _whole(record["losses"], reported[path.stem])
+        elif (
+            record["entrant"] == facts["baseline"]
+            and record["seed"] in facts["tuning_seeds"]
+            and record["task"] in steps
+        ):
+            setting = json.dumps(record["hyperparameters"], sort_keys=True)
+            task = record["task"]
+            groups[task][setting].append(_whole(record["losses"], steps[task]))
     if lost := sorted(reported.keys() - losses):
         raise OutputError(
             f"folder={str(folder)!r} lacks cells/{lost[0]}.npz and {len(lost) - 1} more runs that "

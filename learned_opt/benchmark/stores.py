@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from learned_opt.benchmark.cells import Cell, Job, Record, load, save
+from geodesic.files import user_path
+from learned_opt.benchmark.cells import Cell, Job, Record, load, save, whole
 from learned_opt.errors import ConfigError
 
 
@@ -46,7 +47,8 @@ class Files:
 class Rows:
     """A line of JSON for each cell, appended to one file of each rank as cells end.
 
-    A line that was cut off by an interruption is passed over, and the cell is run again.
+    A line that was cut off by an interruption, or is no record of its cell, is passed over, and the
+    cell is run again.
 
     Args:
         path: of rank 0; others have their number before the suffix. All are read.
@@ -57,7 +59,7 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path.with_stem(f"{path.stem}-{rank}") if rank else path
         self._rows: dict[str, Record] = {}
-        for file in map(Path, known):
+        for file in (user_path(path, "done", ConfigError) for path in known):
             if not file.is_file():
                 raise ConfigError(
                     f"done names {str(file)!r}, which is no file; run from the folder that it is "
@@ -68,7 +70,8 @@ class Rows:
             self._read(file)
 
     def load(self, cell: Cell) -> Record | None:
-        return self._rows.get(cell.name)
+        record = self._rows.get(cell.name)
+        return record if whole(record, cell) else None
 
     def job(self, cell: Cell) -> Callable[[], Record]:
         return Job(cell, None)
@@ -88,11 +91,10 @@ class Rows:
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-                name, failed = row.pop("cell"), row["error"] is not None
-            except (ValueError, KeyError, TypeError, AttributeError):
+                if row["error"] is None:
+                    self._rows[row.pop("cell")] = row
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue  # cut off or damaged
-            if not failed:
-                self._rows[name] = row
 
 
 def _ends_line(file: Any) -> bool:

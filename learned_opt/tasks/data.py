@@ -7,6 +7,7 @@ lays them out, and torchvision itself is not needed.
 import gzip
 import math
 import os
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from geodesic.files import user_path
 from learned_opt.errors import DataError
 
 # One idx layout under four folder names; the keys are ours, the values torchvision's classes.
@@ -29,13 +31,19 @@ IDX_FILES = {
 _DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 are left to test on
 _DIGITS_SPLIT_SEED = 0
 
-# What gzip and numpy raise on files that are cut, altered or of another kind. The last two: an
-# array in .npy form is no archive to enter (Python 3.10 says AttributeError, later ones TypeError).
-_DAMAGED = (
+# What gzip, zipfile and numpy raise on files that are cut, altered or of another kind. A damaged
+# header may claim more numbers than there is memory for, or a way of compression that there is not
+# (NotImplementedError, a RuntimeError). The last two: an array in .npy form is no archive to enter
+# (Python 3.10 says AttributeError, later ones TypeError).
+DAMAGED = (
     OSError,
     EOFError,
-    KeyError,
+    LookupError,
     ValueError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
     AttributeError,
@@ -92,7 +100,7 @@ def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
 
 def find_data(name: str, data_root: str | Path | None = None) -> Path:
     """`name` under `data_root` or $LEARNED_OPT_DATA, where it is not absolute itself."""
-    path = Path(name).expanduser()
+    path = user_path(name, "data", DataError)
     if path.is_absolute():
         return path
     root = os.environ.get("LEARNED_OPT_DATA") if data_root is None else data_root
@@ -102,7 +110,8 @@ def find_data(name: str, data_root: str | Path | None = None) -> Path:
             "set LEARNED_OPT_DATA to the folder that holds your data sets (only 'digits' and "
             "'markov' need neither)"
         )
-    return (Path(root).expanduser() / path).absolute()
+    folder = user_path(root, "data_root", DataError) / path
+    return user_path(folder, "data", DataError).absolute()
 
 
 # Four: a benchmark goes back and forth between a few sets, each 0.2 GB or so once float32.
@@ -188,7 +197,7 @@ def _read_npz(path: Path) -> _Split:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise DataError(
             f"{path} is not a whole .npz file with arrays 'images' and 'labels': {error}"
         ) from error
@@ -234,7 +243,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise DataError(f"{path} cannot be read to its end: {error}; get it again") from error
     magic, header_bytes = bytes([0, 0, 8, ndim]), 4 * (1 + ndim)
     if content[:4] != magic:

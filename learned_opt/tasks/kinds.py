@@ -167,8 +167,8 @@ class TaskConfig:
         if self.name:
             return self.name
         unused = kind_class(self.kind).unused
-        place = Path(self.data).expanduser()  # reports are published, folders need not be
-        data = place.name if place.is_absolute() else self.data
+        place = Path(self.data)  # reports are published, folders need not be
+        data = place.name if place.is_absolute() or self.data.startswith("~") else self.data
         parts = [] if "data" in unused else [data]
         parts += [] if self.kind == "mlp" else [self.kind]
         if "hidden" not in unused:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from geodesic.files import user_path
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, make_rule
@@ -66,5 +66,5 @@ def origin(start_from: str | None) -> str | None:
     """What tells the weights of `start_from` apart from others, free of where they lie."""
     if start_from is None:
         return None
-    path = DEFAULT if start_from == SHIPPED else Path(start_from).expanduser()
+    path = DEFAULT if start_from == SHIPPED else user_path(start_from, "start_from", ConfigError)
     return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant
 from learned_opt.benchmark.cells import Cell, load
 from learned_opt.benchmark.entrants import FIELD
 from learned_opt.benchmark.runner import Runner
+from learned_opt.benchmark.scores import read_results
 from learned_opt.benchmark.stores import Files
 from learned_opt.benchmark.tables import read_rows
 from learned_opt.benchmark.tune import half_decades, settings_of, tune
@@ -359,6 +361,17 @@ def test_a_damaged_cell_is_run_again(done) -> None:
         load(cell, path.parent)  # whatever is left, None if nothing
     path.write_bytes(content[: len(content) // 2])
     assert load(cell, path.parent) is None
+    path.write_bytes(content)
+
+
+def test_results_with_a_damaged_cell_are_refused_by_its_name(done) -> None:
+    path = done[0] / "cells" / f"{Cell(TASK, SGD, {}, 0).name}.npz"
+    content = path.read_bytes()
+    assert len(read_results(done[0]).losses) == len(done[1])
+    for damaged in (b"", content[:200], content[:-200]):
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match=f"{re.escape(path.name)} is damaged; delete it, and"):
+            read_results(done[0])
     path.write_bytes(content)
 
 

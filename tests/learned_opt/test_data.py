@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,14 @@ def test_damaged_npz_files_are_named(tmp_path):
     altered[whole.index(small_arrays()["train_images"].tobytes())] ^= 1
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**15, 4, 5)}
+    with (
+        zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive,
+        archive.open("images.npy", "w") as f,
+    ):
+        np.lib.format.write_array_header_1_0(f, header)
     for content in (
+        (tmp_path / "huge.npz").read_bytes(),
         b"",
         whole[: len(whole) // 2],
         bytes(altered),

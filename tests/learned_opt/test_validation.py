@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 
 from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark.cells import Cell
 from learned_opt.benchmark.entrants import NAMED
 from learned_opt.benchmark.going_on import behind, outcome
 from learned_opt.benchmark.stats import geometric_mean
 from learned_opt.benchmark.stores import Rows
 from learned_opt.benchmark.tables import to_csv
-from learned_opt.benchmark.validation import Target, anytime_speed_up, lowest, outcome_row
+from learned_opt.benchmark.validation import (
+    Target,
+    ValidationCell,
+    anytime_speed_up,
+    lowest,
+    outcome_row,
+)
 from learned_opt.benchmark.verdict import verdict
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import TaskConfig
@@ -233,12 +238,13 @@ def test_a_protocol_has_its_own_tasks_and_entrants(wrong: dict, message: str) ->
 
 
 def test_rows_of_several_ranks_are_read_together(tmp_path: Path) -> None:
-    cells = [Cell(BenchmarkTask(TASK, 5, str(i)), ADAMW, {}, i) for i in range(2)]
+    cells = [ValidationCell(BenchmarkTask(TASK, 5, str(i)), ADAMW, {}, i) for i in range(2)]
     stores = [Rows(tmp_path / "rows.jsonl", rank) for rank in range(2)]
     for cell, store in zip(cells, stores, strict=True):
-        store.keep(cell, {"error": None, "loss": cell.seed}, True)
-        store.keep(replace(cell, seed=9), {"error": "it failed"}, False)
+        store.keep(cell, cell.blank(validation_loss=cell.seed), True)
+        store.keep(replace(cell, seed=9), cell.blank(error="it failed"), False)
     both = Rows(tmp_path / "rows.jsonl")
-    assert [both.load(cell) for cell in cells] == [{"error": None, "loss": i} for i in range(2)]
+    for cell in cells:
+        assert repr(both.load(cell)) == repr(cell.blank(validation_loss=cell.seed))  # NaN is NaN
     assert both.load(replace(cells[0], seed=9)) is None  # failed: it is run again
-    assert to_csv([both.load(cells[0])]).startswith(b"error,loss")
+    assert to_csv([both.load(cells[0])]).startswith(b"task,entrant,seed,steps")
