@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,9 @@ IDX_FILES = {
     for split, prefix in (("train", "train"), ("test", "t10k"))
     for kind, layout in (("images", "idx3"), ("labels", "idx1"))
 }
+
+_CHANNELS = (1, 3, 4)  # of an image: grey, colour, and colour with transparency
+_GZIP = b"\x1f\x8b"  # what its files begin with
 
 _DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 are left to test on
 _DIGITS_SPLIT_SEED = 0
@@ -87,7 +91,7 @@ def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
             "mnist", "fashion-mnist" or "kmnist" (`MNIST/raw/train-images-idx3-ubyte` and its three
             companions under `data_root`, each plain or `.gz`); or a folder under `data_root`, or
             an absolute path, that holds `train.npz` and `test.npz` with `images` (n, ...) uint8
-            and `labels` (n,) integers.
+            and `labels` (n,) integers; channels of an image are its last dimension.
         data_root: the folder of data sets; defaults to `$LEARNED_OPT_DATA`. "digits" needs none.
 
     Raises:
@@ -204,9 +208,26 @@ def _read_npz(path: Path) -> _Split:
     if images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{path}: images must be uint8 and labels integers, got {images.dtype} and "
-            f"{labels.dtype}; convert with .astype before numpy.savez"
+            f"{labels.dtype}; before numpy.savez, convert {_conversion(images, labels)}"
         )
     return _checked(images, labels, f"{path}")
+
+
+def _conversion(images: np.ndarray, labels: np.ndarray) -> str:
+    """What makes these images uint8, or else these labels integers, and loses nothing."""
+    if images.dtype == np.uint8:
+        return "labels with labels.astype(int), if they are whole numbers"
+    if not images.size or not np.issubdtype(images.dtype, np.number) or np.iscomplexobj(images):
+        return "images to grey levels from 0 to 255"
+    low, high = images.min(), images.max()
+    if low >= 0 and high <= 1:
+        return "images with (255 * images).round().astype(numpy.uint8): they are from 0 to 1"
+    if low >= 0 and high <= 255:
+        return "images with images.round().astype(numpy.uint8)"
+    return (
+        f"images, which are from {low:g} to {high:g}, to 0 to 255 before .astype(numpy.uint8), "
+        "which does not scale"
+    )
 
 
 def _read_idx_folder(folder: Path) -> tuple[_Split, _Split]:
@@ -240,12 +261,16 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     The layout (LeCun's MNIST page): big-endian int32 magic 0x0000TTDD, TT = 08 for unsigned bytes
     and DD the number of dimensions; then the DD sizes as big-endian int32; then the bytes.
     """
+    magic = bytes([0, 0, 8, ndim])
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
     except DAMAGED as error:
-        raise DataError(f"{path} cannot be read to its end: {error}; get it again") from error
-    magic, header_bytes = bytes([0, 0, 8, ndim]), 4 * (1 + ndim)
+        fix = f"rename it to {path.stem}" if _begins(path, magic) else "get it again"
+        raise DataError(f"{path} cannot be read to its end: {error}; {fix}") from error
+    header_bytes = 4 * (1 + ndim)
+    if content[:2] == _GZIP:
+        raise DataError(f"{path} is compressed with gzip; rename it to {path.name}.gz")
     if content[:4] != magic:
         raise DataError(
             f"{path} begins with {content[:4].hex() or 'nothing'}, where an idx file of "
@@ -260,10 +285,22 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
 
 
+def _begins(path: Path, magic: bytes) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(magic)) == magic
+    return False
+
+
 def _checked(images: np.ndarray, labels: np.ndarray, where: str) -> _Split:
     if labels.ndim != 1 or images.ndim < 2 or len(images) != len(labels) or images.size == 0:
         raise DataError(
             f"{where}: images must be (n, ...) and labels (n,) with one n > 0, got "
             f"{images.shape} and {labels.shape}"
+        )
+    if images.ndim == 4 and images.shape[1] in _CHANNELS and images.shape[3] not in _CHANNELS:
+        n, channels, height, width = images.shape
+        raise DataError(
+            f"{where}: images are {images.shape}, which looks like channels first; store channels "
+            f"last, ({n}, {height}, {width}, {channels}), with images.transpose(0, 2, 3, 1)"
         )
     return images, labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +63,31 @@ def load_text(
     return _read(name, find_data(name, data_root), level, vocabulary)
 
 
+def read_text(name: str, path: Path, others: str = "'markov'") -> str:
+    """The text of a UTF-8 file, without the byte order mark that some editors put before it.
+
+    Raises:
+        DataError: it cannot be read; the message names it as `name`, and `others`, which need none.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"text {name!r} cannot be read ({error}); give a UTF-8 file under data_root, or "
+            f"{others}, which needs no file"
+        ) from error
+
+
+def check_length(name: str, splits: Sequence[Sequence]) -> None:
+    """That each part of a text has a token and one that follows it, which is to be predicted."""
+    if min(map(len, splits)) < 2:
+        parts = ", ".join(str(len(split)) for split in splits)
+        raise DataError(
+            f"text {name!r} is too short: its {len(splits)} parts have {parts} tokens; give a file "
+            "with at least 2 in each, 20 in all"
+        )
+
+
 @lru_cache(maxsize=8)
 def _markov(name: str, seed: int) -> TextData:
     """P(next | last two) = softmax of normal logits, independent for each pair."""
@@ -79,16 +105,11 @@ def _markov(name: str, seed: int) -> TextData:
 
 @lru_cache(maxsize=4)
 def _read(name: str, path: Path, level: str, vocabulary: int) -> TextData:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"text {name!r} cannot be read ({error}); give a UTF-8 file under data_root, or "
-            "'markov', which needs no file"
-        ) from error
+    text = read_text(name, path)
     symbols = list(text) if level == "char" else text.split()
     split = round(TRAIN_SHARE * len(symbols))
     train, test = symbols[:split], symbols[split:]
+    check_length(name, (train, test))
     # by frequency, then by alphabet: the same file gives the same numbers everywhere
     known = sorted(Counter(train).items(), key=lambda item: (-item[1], item[0]))
     known = [UNKNOWN, *(s for s, _ in known if s != UNKNOWN)][:vocabulary]

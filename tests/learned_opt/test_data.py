@@ -12,6 +12,7 @@ import torch
 from learned_opt.errors import DataError
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.text import load_text
+from learned_opt.tasks.workloads.texts import load_corpus
 
 IDX_FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -146,7 +147,15 @@ def test_npz_files_are_read_by_name_path_and_environment(tmp_path, monkeypatch):
         ({"test_labels": np.array([1, -1, 0])}, "test labels run from -1 to 1"),
         ({"train_labels": np.array([3, 0, 1, 1, 0, 3])}, "3 values from 0 to 3; renumber"),
         ({"train_labels": np.array([2, 1, 1, 1, 1, 2])}, "2 values from 1 to 2; renumber"),
-        ({"test_labels": np.zeros(3)}, r"test\.npz: .*uint8 and float64"),
+        ({"test_labels": np.zeros(3)}, r"test\.npz: .*uint8 and float64.*labels\.astype\(int\)"),
+        (
+            {"train_images": np.random.rand(6, 4, 5)},
+            r"float64 and .*convert images with \(255 \* images\)\.round\(\)\.astype",
+        ),
+        ({"train_images": np.full((6, 4, 5), 200.0)}, r"images with images\.round\(\)\.astype"),
+        ({"train_images": np.full((6, 4, 5), -2)}, r"int64 and .*which are from -2 to -2, to 0"),
+        ({"train_images": np.full((6, 4, 5), "a")}, "convert images to grey levels from 0 to 255"),
+        ({"train_images": np.full((6, 4, 5), 1j)}, "convert images to grey levels from 0 to 255"),
         ({"train_images": np.zeros((6, 4, 5))}, r"train\.npz: .*float64 and uint8"),
         ({"train_images": np.full((6, 4, 5), 7, np.uint8)}, "every pixel .* is 7"),
         ({"test_images": np.zeros((3, 5, 4), np.uint8)}, r"\(4, 5\) and test images \(5, 4\)"),
@@ -185,6 +194,35 @@ def test_damaged_npz_files_are_named(tmp_path):
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"train\.npz is not a whole \.npz file"):
             load_images("mine", tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_come_last(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(6, 8, 5, channels), dtype=np.uint8)
+    arrays = small_arrays() | {"train_images": images, "test_images": images[:3]}
+    write_npz(tmp_path / "last", arrays)
+    assert load_images("last", tmp_path).image_shape == (8, 5, channels)
+    first = {k: v.transpose(0, 3, 1, 2) for k, v in arrays.items() if v.ndim == 4}
+    write_npz(tmp_path / "first", arrays | first)
+    fix = rf"channels first; .*\(6, 8, 5, {channels}\), with images\.transpose\(0, 2, 3, 1\)"
+    with pytest.raises(DataError, match=rf"train\.npz: images are \(6, {channels}, 8, 5\).*{fix}"):
+        load_images("first", tmp_path)
+
+
+def test_a_file_with_the_name_of_another_compression_says_how_to_call_it(tmp_path):
+    name = IDX_FILES["train_images"]
+    file = write_idx(tmp_path / "plain", small_arrays()) / name
+    plain = file.read_bytes()
+    file.write_bytes(gzip.compress(plain))
+    with pytest.raises(DataError, match=f"{name} is compressed with gzip; rename it to {name}.gz"):
+        load_images("mnist", tmp_path / "plain")
+    file.rename(f"{file}.gz")
+    assert_holds(load_images("mnist", tmp_path / "plain"), small_arrays())
+    file = write_idx(tmp_path / "zipped", small_arrays()) / name
+    file.rename(f"{file}.gz")
+    with pytest.raises(DataError, match=rf"{name}.gz .*Not a gzipped file.*; rename it to {name}$"):
+        load_images("mnist", tmp_path / "zipped")
 
 
 def test_missing_data_says_what_is_expected_where_and_how_to_get_it(tmp_path, monkeypatch):
@@ -267,6 +305,26 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path):
     for name in ("binary", "absent.txt"):
         with pytest.raises(DataError, match=f"{name}.*'markov'"):
             load_text(name, tmp_path)
+
+
+@pytest.mark.parametrize("level", ["char", "word"])
+def test_a_byte_order_mark_is_no_token(tmp_path, level):
+    text = "to be or not to be " * 30
+    (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(text, encoding="utf-8-sig")
+    plain, marked = (load_text(f"{name}.txt", tmp_path, level) for name in ("plain", "marked"))
+    assert marked.vocabulary == plain.vocabulary
+    assert marked.train.equal(plain.train) and marked.test.equal(plain.test)
+    plain, marked = (load_corpus(f"{name}.txt", tmp_path, level) for name in ("plain", "marked"))
+    assert marked.vocabulary == plain.vocabulary and marked.train.equal(plain.train)
+
+
+@pytest.mark.parametrize("text", ["", "\ufeff", "a", 10 * "a ", " \n" * 50])
+def test_a_text_too_short_to_predict_is_refused(tmp_path, text):
+    (tmp_path / "short.txt").write_text(text, encoding="utf-8")
+    for load in (load_text, load_corpus):
+        with pytest.raises(DataError, match=r"'short\.txt' is too short: its .*20 in all"):
+            load("short.txt", tmp_path, level="word")
 
 
 def test_penn_treebank_characters():

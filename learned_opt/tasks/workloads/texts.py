@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learned_opt.errors import DataError
 from learned_opt.tasks.base import generator
 from learned_opt.tasks.data import find_data
-from learned_opt.tasks.text import UNKNOWN
+from learned_opt.tasks.text import UNKNOWN, check_length, read_text
 
 SHARES = (0.8, 0.1, 0.1)  # of a text: to train, validate and test on, in this order
 DOCS, SOURCE = "python-docs", "python-source"
@@ -48,12 +47,13 @@ def load_corpus(
         vocabulary: tokens at most; the rarest of the training split become one.
 
     Raises:
-        DataError: the file is missing or not UTF-8.
+        DataError: the file is missing, not UTF-8, or too short.
     """
     text = {DOCS: _docs, SOURCE: _source}.get(name, lambda: _file(name, data_root))()
     symbols = text.split() if level == "word" else list(text)
     ends = [round(len(symbols) * share) for share in (SHARES[0], SHARES[0] + SHARES[1])]
     splits = symbols[: ends[0]], symbols[ends[0] : ends[1]], symbols[ends[1] :]
+    check_length(name, splits)
     # by frequency, then by alphabet: the same text gives the same numbers everywhere
     known = sorted(Counter(splits[0]).items(), key=lambda item: (-item[1], item[0]))
     if level == "ascii":
@@ -65,13 +65,7 @@ def load_corpus(
 
 
 def _file(name: str, data_root: str | Path | None) -> str:
-    try:
-        return find_data(name, data_root).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"text {name!r} cannot be read ({error}); give a UTF-8 file under data_root, "
-            f"{DOCS!r} or {SOURCE!r}"
-        ) from error
+    return read_text(name, find_data(name, data_root), f"{DOCS!r} or {SOURCE!r}")
 
 
 def _docs() -> str:
