@@ -20,6 +20,8 @@ DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
 DEFAULT_SHA256 = "a38642ec5f60ad3b35e59e092c37ba6faf8dcb28402c11f95b8a54ac45f0c090"
 MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
 HUB, HUB_FILE = "hf://", "weights.safetensors"
+# What files of torch.save begin with: zip archives, and before version 1.6 pickles.
+TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02")
 
 
 def digest(rule: str, config: dict, tensors: dict[str, Tensor], facts: dict | None = None) -> str:
@@ -77,19 +79,25 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
     if not path.is_file():
         raise WeightsError(f"weights={str(path)!r} is not a file; give the path of a "
                            f".safetensors file that `learned-opt train` wrote, or "
-                           f"'{HUB}owner/name'")  # fmt: skip
+                           f"'{HUB}owner/name'{_command(path)}")  # fmt: skip
     if weights is None and hashlib.sha256(path.read_bytes()).hexdigest() != DEFAULT_SHA256:
         raise WeightsError(f"the shipped weights {str(path)!r} were altered; install learned-opt "
                            "anew")  # fmt: skip
     try:
         with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
+            beginning = file.read(8)
+            header_size = int.from_bytes(beginning, "little")
+        if beginning.startswith(TORCH_SAVE):
+            raise WeightsError(f"weights={str(path)!r} is a checkpoint of torch.save, which could "
+                               "run code when it is read; give the .safetensors file that "
+                               "`learned-opt train` wrote")  # fmt: skip
         if header_size > MAX_HEADER:
             raise SafetensorError(f"its header would be {header_size} bytes, the limit is "
                                   f"{MAX_HEADER}")  # fmt: skip
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: what is mapped would change with the file, or be lost with it (SIGBUS).
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"weights={str(path)!r} cannot be read ({error}): it is truncated or "
                            "no safetensors file; copy it anew") from None  # fmt: skip
@@ -129,6 +137,13 @@ def _given(weights: str | Path) -> Path:
     from geodesic.files import user_path  # here: who only uses the shipped rule needs no geodesics
 
     return user_path(weights, "weights", WeightsError)
+
+
+def _command(path: Path) -> str:
+    """How to make the missing file at `path`, if `learned-opt train` calls its weights so."""
+    if path.name != HUB_FILE:
+        return ""
+    return f"; make it with: learned-opt train --config CONFIG --output {path.parent}"
 
 
 def _download(address: str, revision: str | None) -> Path:

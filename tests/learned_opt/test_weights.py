@@ -78,6 +78,17 @@ def test_round_trip(name: str, config: dict, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_rule_in_use_does_not_change_with_its_file(path: Path) -> None:
+    rule = load_rule(path)
+    before = {name: value.clone() for name, value in rule.state_dict().items()}
+    with path.open("r+b") as file:  # in place, as cp does
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(rule.state_dict()[name], value) for name, value in before.items())
+    with path.open("r+b") as file:
+        file.truncate()
+    assert all(torch.equal(rule.state_dict()[name], value) for name, value in before.items())
+
+
 def test_equal_rules_make_equal_files(path: Path) -> None:
     save_rule(load_rule(path), again := path.with_name("again.safetensors"))
     assert again.read_bytes() == path.read_bytes()
@@ -115,6 +126,17 @@ def test_an_altered_config_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b'log_scale\\": 5.0', b'log_scale\\": 7.0'))
     assert path.read_bytes() != content
     refused(path, "checksum")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_of_torch_is_refused_unread(path: Path, zipped: bool) -> None:
+    torch.save(load_rule(path).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    refused(path, "is a checkpoint of torch.save.*give the .safetensors file")
+
+
+def test_a_missing_file_of_training_says_what_makes_it(tmp_path: Path) -> None:
+    missing = tmp_path / "runs" / "weights.safetensors"
+    refused(missing, f"make it with: learned-opt train --config CONFIG --output {missing.parent}")
 
 
 def test_a_foreign_file_is_refused(path: Path) -> None:
