@@ -18,8 +18,8 @@ def user_path(path: str | Path, argument: str, error: type[Exception] = ValueErr
             expanded.stat()
     except (OSError, RuntimeError, ValueError) as reason:
         raise error(
-            f"{argument}={str(path)!r} cannot be a path here ({reason}); give one that can be "
-            "read, such as /home/me/folder"
+            f"{argument}={str(path)!r} cannot be a path here ({reason}); give another, such "
+            "as runs/demo"
         ) from reason
     return expanded
 

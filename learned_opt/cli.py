@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 
@@ -21,7 +24,7 @@ from geodesic.files import user_path, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
-from learned_opt.errors import ConfigError, LearnedOptError, OutputError
+from learned_opt.errors import ConfigError, LearnedOptError, OutputError, did_you_mean
 from learned_opt.geodesics import describe, make_geodesics, make_problem
 from learned_opt.outputs import claim_output
 from learned_opt.rules import make_rule
@@ -215,6 +218,7 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
     Raises:
         ConfigError: an argument is missing, unknown, of another type, or refused by its config.
     """
+    args = sys.argv[1:] if args is None else args
     parser = make_parser()
     try:
         namespace = parser.instantiate(parser.parse_args(args))
@@ -226,12 +230,70 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         extras = {name: settings.pop(name) for name in extras}
         config = COMMANDS[run](**settings)
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error  # jsonargparse breaks lines
+        _check_file(args)
+        text = " ".join(str(error).split())  # jsonargparse breaks lines
+        raise ConfigError(f"{text}{_suggestion(text, args)}") from error
     if run is train and config.first is not None:
         first = first_stage(config)  # for what it complains of, and to shrink it with its own rest
         config = replace(config, first=asdict(first.smoke())) if smoke else config
     config = config.smoke() if smoke else config
     return partial(run, **extras), config, Path(output)
+
+
+def _check_file(args: list[str]) -> None:
+    """That the file after --config, if any, holds settings by name; read when parsing has failed.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    if (name := parser.parse_known_args(args)[0].config) is None:
+        return
+    path = user_path(name, "config", ConfigError)
+    if not path.is_file():
+        return  # jsonargparse says so
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config={name!r} is no text ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"config={name!r} is no YAML: {text}") from error
+    if settings is None:
+        raise ConfigError(
+            f"config={name!r} has no settings: it is empty, or all of it are comments; leave "
+            "--config out for the defaults"
+        )
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"config={name!r} is of type {type(settings).__name__}, not settings by name; write "
+            "key: value on each line"
+        )
+
+
+# What jsonargparse says of keys that there are not.
+_UNKNOWN = re.compile(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted|"
+                      r"unrecognized arguments: --([\w.]+)")  # fmt: skip
+
+
+def _suggestion(text: str, args: list[str]) -> str:
+    """What a key that is unknown, as `text` says, was perhaps meant to be."""
+    command = next((c for c in COMMANDS if c.__name__ in args), None)
+    found = _UNKNOWN.search(text)
+    if found is None or command is None:
+        return ""
+    known = {"config", "output", "smoke", *_keys(COMMANDS[command])}
+    unknown = (key for key in next(filter(None, found.groups())).split(".") if key not in known)
+    return did_you_mean(next(unknown, ""), sorted(known))
+
+
+def _keys(hint: Any) -> set[str]:
+    """Names of fields of the dataclasses in the type `hint`, and of those in them."""
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return {*hints}.union(*map(_keys, hints.values()))
+    return set().union(*map(_keys, get_args(hint)))
 
 
 def main(args: list[str] | None = None) -> None:

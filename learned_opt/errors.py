@@ -1,5 +1,8 @@
 """What this package raises on purpose; everything else that escapes is a bug."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class LearnedOptError(Exception):
     """Base of every error below, so that one `except` catches them all."""
@@ -19,3 +22,9 @@ class WeightsError(LearnedOptError, ValueError):
 
 class OutputError(LearnedOptError, RuntimeError):
     """An output folder is in use, belongs to another config, or cannot be written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """To be put at the end of a message about `name`, where one of the `known` is much like it."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

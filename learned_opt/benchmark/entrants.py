@@ -18,7 +18,7 @@ from torch import Tensor
 from geodesic.files import user_path
 from geodesic.finite import check_finite
 from learned_opt.benchmark.together import Together
-from learned_opt.errors import ConfigError, WeightsError
+from learned_opt.errors import ConfigError, WeightsError, did_you_mean
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.tasks.trainee import TENSOR_KINDS, Parameters
 from learned_opt.weights import DEFAULT
@@ -334,6 +334,6 @@ def named(name: str) -> Entrant:
     if name not in NAMED:
         raise ConfigError(
             f"entrant {name!r} is not known by name; use one of {list(NAMED)}, or give its "
-            "name and optimizer"
+            f"name and optimizer{did_you_mean(name, NAMED)}"
         )
     return NAMED[name]

@@ -11,6 +11,7 @@ observations of some coordinates, and replays `respond` on them with one.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from learned_opt.errors import ConfigError
+from learned_opt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
@@ -390,8 +391,15 @@ def register(rule: type[UpdateRule]) -> type[UpdateRule]:
 def make_rule(name: str, **config: Any) -> UpdateRule:
     """The registered rule `name`, freshly initialised."""
     if name not in _REGISTRY:
-        raise ConfigError(f"rule is {name!r}; known rules are {', '.join(sorted(_REGISTRY))}")
+        raise ConfigError(
+            f"rule is {name!r}; known rules are {', '.join(sorted(_REGISTRY))}"
+            f"{did_you_mean(name, _REGISTRY)}"
+        )
     try:
         return _REGISTRY[name](**config)
     except TypeError as error:
-        raise ConfigError(f"rule {name!r} cannot be built from {config}: {error}") from None
+        known = inspect.signature(_REGISTRY[name]).parameters
+        hints = {did_you_mean(key, known) for key in config if key not in known}
+        raise ConfigError(
+            f"rule {name!r} cannot be built from {config}: {error}{''.join(sorted(hints))}"
+        ) from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geodesic.finite import check_finite
-from learned_opt.errors import ConfigError
+from learned_opt.errors import ConfigError, did_you_mean
 from learned_opt.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def kind_class(name: str) -> type[Task] | type[Workload]:
         return WORKLOADS[name]
     if name not in KINDS:
         known = [*KINDS, *WORKLOADS]
-        raise ConfigError(f"kind has {name!r}, which is no kind of task; use one of {known}")
+        raise ConfigError(
+            f"kind has {name!r}, which is no kind of task; use one of {known}"
+            f"{did_you_mean(name, known)}"
+        )
     return KINDS[name]
 
 
@@ -79,7 +82,10 @@ def check_kind(name: str, argument: str) -> None:
             f"use {list(KINDS)}"
         )
     if name not in KINDS:
-        raise ConfigError(f"{argument} has {name!r}, which is no kind of task; use {list(KINDS)}")
+        raise ConfigError(
+            f"{argument} has {name!r}, which is no kind of task; use {list(KINDS)}"
+            f"{did_you_mean(name, KINDS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class TaskConfig:
         if unknown := set(self.options) - set(known):
             raise ConfigError(
                 f"options={sorted(unknown)} mean nothing to kind {self.kind!r}; it has {known}"
+                f"{did_you_mean(min(unknown), known)}"
             )
         try:
             own = kind.Options(**self.options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,61 @@ def test_a_wrong_setting_is_named(args, words, capsys, tmp_path, monkeypatch, fi
     Path("wrong.yaml").write_text("updatez: 50")
     message = refusal(capsys, *args.split())
     assert all(word in message for word in words.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "meant"),
+    [
+        ("train", "famly: {num_tasks: 2}", "family"),
+        ("train", "family: {hiden_layers: [1, 2]}", "hidden_layers"),
+        ("train", "geodesics: {targets: {horizn: 20}}", "horizon"),
+        ("benchmark", "tasks: [{task: {hiden: [3]}}]", "hidden"),
+        ("benchmark", "tasks: [{task: {kind: quadratc}}]", "quadratic"),
+        ("benchmark", "tasks: [{task: {kind: quadratic, options: {conditon: 3}}}]", "condition"),
+        ("benchmark", "entrants: [{name: a, optimzer: torch.optim.SGD}]", "optimizer"),
+        ("benchmark", "entrants: [lerned]", "learned"),
+        ("geodesics", "family: {kinds: {mpl: 1}}", "mlp"),
+    ],
+)
+def test_what_is_misspelt_gets_a_suggestion(command, settings, meant, capsys, tmp_path):
+    (path := tmp_path / "config.yaml").write_text(settings)
+    message = refusal(capsys, command, "--output", "unused", "--config", str(path))
+    assert message.rstrip().endswith(f"; did you mean {meant!r}?")
+
+
+def test_so_do_arguments_and_rules(capsys):
+    train = ("train", "--output", "unused")
+    assert "did you mean 'updates'?" in refusal(capsys, *train, "--updats", "3")
+    assert "did you mean 'num_tasks'?" in refusal(capsys, *train, "--family.num_task", "3")
+    assert "did you mean 'geodesic_rnn'?" in refusal(capsys, *train, "--rule", "geodesic_rn")
+    assert "did you mean 'hidden'?" in refusal(capsys, *train, "--rule_config.hiden", "3")
+    assert "did you mean" not in refusal(capsys, *train, "--nothing_like_it", "3")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "has no settings: it is empty"),
+        (b"# updates: 60\n", "all of it are comments"),
+        (bytes(range(128, 256)), "is no text"),
+        (b"a: [1,", "is no YAML"),
+        (b"- 1", "is of type list, not settings by name"),
+        (b"5", "is of type int"),
+    ],
+)
+def test_a_file_without_settings_is_named(content, says, capsys, tmp_path):
+    (path := tmp_path / "config.yaml").write_bytes(content)
+    for args in (["--config", str(path)], [f"--config={path}"]):
+        message = refusal(capsys, "train", "--output", "unused", *args)
+        assert f"config={str(path)!r}" in message and says in message
+
+
+def test_the_demo_s_benchmark_says_how_to_make_its_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "benchmark" / "demo.yaml"
+    message = refusal(capsys, "benchmark", "--config", str(config), "--output", "runs/demo")
+    command = re.search("learned-opt (train --config )CONFIG( --output .*)", message)
+    assert f"{command[1]}configs/train/demo.yaml{command[2].rstrip()}\n" in config.read_text()
 
 
 def test_what_processes_raise_is_one_line(tmp_path, capsys):
