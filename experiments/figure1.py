@@ -250,7 +250,7 @@ def run(name: str, setting: Setting, levels: list[float], output: Path, cache: P
     if not levels:
         return
     problem, file = setting.problem(), cache / f"{name}.pt"
-    trained = torch.load(file) if file.exists() else {}
+    trained = torch.load(file, weights_only=True) if file.exists() else {}
     if trained.get("arguments") != facts:
         snapshots, reached = train(problem, setting, setting.pairs * 7 // 3)  # some never get there
         trained = {"arguments": facts, "snapshots": snapshots, "reached": reached}

@@ -59,7 +59,7 @@ def digits_runs(hidden: int, runs: int, size: int | None) -> Problem:
 def solve_saved(path: str, level: str, count: int, size: int | None) -> dict:
     """In a process of its own, whose peak memory is therefore the solver's."""
     torch.set_num_threads(1)
-    problem, pairs = digits_runs(32, 1, size), Pairs(*torch.load(path))
+    problem, pairs = digits_runs(32, 1, size), Pairs(*torch.load(path, weights_only=True))
     # Early, middle and late pairs alike, whatever the count.
     keep = torch.linspace(0, len(pairs.run) - 1, min(count, len(pairs.run))).long()
     points, chunk_size = pairs.points[keep], AT_ONCE // problem.facts["examples"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,3 +174,24 @@ def test_rows_resume_and_picture(figure1, tmp_path: Path) -> None:
 
     run("plot")
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+class Bomb:
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self):
+        return Path.touch, (self.touched,)
+
+
+@pytest.mark.parametrize("script", ["figure1", "geodesic_throughput"])
+def test_cached_files_run_no_code(script: str, figure1, tmp_path: Path, monkeypatch) -> None:
+    """Whatever torch's default is, as it was before version 2.6."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(Bomb(tmp_path / "touched"), path := tmp_path / "cubic.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        if script == "figure1":
+            figure1.run("cubic", figure1.SETTINGS["cubic"], [0.2], tmp_path, tmp_path)
+        else:
+            importlib.import_module(script).solve_saved(str(path), "constant", 1, 64)
+    assert not (tmp_path / "touched").exists()

@@ -18,7 +18,7 @@ import torch
 from learned_opt import make_rule
 from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
 from learned_opt.benchmark.cells import Cell, load
-from learned_opt.benchmark.entrants import FIELD
+from learned_opt.benchmark.entrants import FIELD, Group
 from learned_opt.benchmark.runner import Runner
 from learned_opt.benchmark.scores import read_results
 from learned_opt.benchmark.stores import Files
@@ -328,6 +328,29 @@ def test_a_wrong_entrant_is_refused_before_anything_is_run(
     with pytest.raises(ConfigError, match=says):
         run_benchmark(replace(CONFIG, entrants=[SGD, entrant]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["function", "Kind", "instance"])
+@pytest.mark.parametrize("of_group", [False, True])
+def test_nothing_is_called_before_it_is_known_to_be_an_optimizer(
+    name: str, of_group: bool, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "effects.py").write_text(
+        "from pathlib import Path\n"
+        "def function(*args, **kwargs):\n"
+        f"    Path({str(tmp_path / 'called')!r}).touch()\n"
+        "class Kind:\n"
+        "    __init__ = __call__ = function\n"
+        "instance = object.__new__(Kind)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = f"effects.{name}"
+    groups = (Group(("vector",), path),) if of_group else ()
+    entrant = Entrant("a", "torch.optim.SGD" if of_group else path, groups=groups)
+    output = tmp_path / "output"
+    with pytest.raises(ConfigError, match=rf"'effects\.{name}', which is no torch.optim.Optimizer"):
+        run_benchmark(replace(CONFIG, entrants=[entrant]), output)
+    assert not output.exists() and not (tmp_path / "called").exists()
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
