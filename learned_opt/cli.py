@@ -26,12 +26,18 @@ from learned_opt.benchmark import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError, OutputError, did_you_mean
 from learned_opt.geodesics import describe, make_geodesics, make_problem
+from learned_opt.interrupts import (
+    accept_interrupts,
+    children_spared,
+    interruptible,
+    is_first,
+    raised,
+)
 from learned_opt.outputs import claim_output
 from learned_opt.rules import make_rule
 from learned_opt.training.start import part_like
 
-# What torchrun, Lightning and SLURM tell a process of its place in a job.
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+GRACE = 10.0  # seconds that a process of `geodesics` has to end when it is told to
 
 
 def geodesics(
@@ -50,7 +56,7 @@ def geodesics(
             make_problem(config, 0)  # what is missing is said by this process
             # what one of them raised, this process meets as well, below
             with suppress(torch.multiprocessing.ProcessRaisedException):
-                torch.multiprocessing.spawn(_make_share, (config, folder, processes), processes)
+                _spawn(config, folder, processes)
         elif rank:
             _make_share(0, config, folder, 1)
         if rank:
@@ -68,7 +74,7 @@ def train(config: TrainConfig, output: Path) -> None:
     _use_one_thread()
     check(config)  # what cannot work is said now, not after the data
     output = user_path(output, "output", OutputError).absolute()
-    first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+    first = is_first()
     if first:  # the others might see its half-made folder
         _check_dataset(config)
     settings, free = asdict(config), ("accelerator", "logger", "geodesics.data_root")
@@ -142,6 +148,30 @@ def _check_dataset(config: TrainConfig) -> None:
         raise ConfigError(
             f"dataset={config.dataset!r} is no folder of target paths, and not empty; use {hint}"
         )
+
+
+def _spawn(config: GeodesicsConfig, folder: Path, processes: int) -> None:
+    """Runs `_make_share` in each of `processes` processes, none of which outlives this call."""
+    with children_spared():
+        context = torch.multiprocessing.spawn(
+            _in_child, (config, folder, processes), processes, join=False, daemon=True
+        )
+    try:
+        while not context.join():
+            pass
+    finally:
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join(GRACE)
+            process.kill()
+            process.join()
+
+
+def _in_child(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
+    with raised():  # what torch passes over in a process that it spawned
+        accept_interrupts()
+        _make_share(local_rank, config, folder, processes)
 
 
 def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
@@ -298,12 +328,13 @@ def _keys(hint: Any) -> set[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command of `args`, by default those of the process."""
-    try:
-        run, config, output = parse(args)
-        run(config, output)
-    except (LearnedOptError, DatasetError) as error:
-        print(f"learned-opt: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with interruptible():
+        try:
+            run, config, output = parse(args)
+            run(config, output)
+        except (LearnedOptError, DatasetError) as error:
+            print(f"learned-opt: error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

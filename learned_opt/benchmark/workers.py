@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from learned_opt.errors import LearnedOptError
+from learned_opt.interrupts import children_spared
 
 GRACE = 2.0  # seconds that a job past its limit has to say where it was and to end by itself
 
@@ -113,6 +114,7 @@ class Workers:
         process = self._context.Process(
             target=_work, args=(other, dump, self._limit), daemon=True, name="benchmark worker"
         )
+        worker = _Worker(process, connection, dump)
         process.start()
         other.close()  # so that its death ends the connection
         try:
@@ -122,7 +124,10 @@ class Workers:
                 "a worker process died while starting, for the reason it printed above; a script "
                 "must call run_benchmark under `if __name__ == '__main__':`"
             ) from None
-        return _Worker(process, connection, dump)
+        except BaseException:  # an interrupt: nobody else knows of it yet
+            _end(worker)
+            raise
+        return worker
 
     def _lost(self, worker: _Worker) -> Lost:
         late = time.monotonic() > worker.started + self._limit
@@ -144,7 +149,8 @@ def _start_server() -> None:
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
-        forkserver.ensure_running()
+        with children_spared():
+            forkserver.ensure_running()
     finally:
         if before is None:
             del os.environ["PYTHONSAFEPATH"]

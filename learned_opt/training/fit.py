@@ -23,6 +23,7 @@ from geodesic.dataset import PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
+from learned_opt.interrupts import quiet_lightning
 from learned_opt.outputs import describe_difference, plain
 from learned_opt.training.callbacks import Pictures, Selection, Speed
 from learned_opt.training.data import UpdatesModule
@@ -216,6 +217,7 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     )
     if last.exists():
         check_checkpoint(last, config)
+    quiet_lightning()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     if averaging:  # which Lightning leaves out where all updates were made before
         averaging.on_train_end(trainer, module)

@@ -225,20 +225,32 @@ def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Pat
     assert not json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"]
 
 
-def test_an_interrupt_ends_it_with_its_workers(bad, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_it_with_its_workers(
+    bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     hangs = Entrant("Hangs", "bad.Hangs", {"lr": 0.1})
     process = command(tmp_path, replace(CONFIG, entrants=[SGD, hangs], processes=2))
     patience = time.monotonic() + 120
     cells = tmp_path / "out" / "cells"
     while len(list(cells.glob("*_SGD_*.npz"))) < 4 and time.monotonic() < patience:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-    process.communicate(timeout=60)
-    assert process.returncode
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal's Ctrl-C
+    else:
+        process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    last = f"learned-opt: ended by {number.name}; the same command resumes where it stopped"
+    assert errors.splitlines()[-1] == last and "Traceback" not in errors
     patience = time.monotonic() + 30
     while alive(process.pid) and time.monotonic() < patience:
         time.sleep(0.1)
     assert not alive(process.pid)
+    assert not list(temporary.iterdir()) and not (tmp_path / "out" / ".lock-owner.json").exists()
 
 
 def alive(group: int) -> bool:

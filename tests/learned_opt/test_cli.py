@@ -6,8 +6,10 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -17,7 +19,9 @@ import yaml
 
 from geodesic.dataset import PathDataset
 from learned_opt import LearnedOptimizer
-from learned_opt.cli import RANKS, main, make_parser
+from learned_opt.cli import main, make_parser
+from learned_opt.interrupts import RANKS
+from learned_opt.outputs import claim_output
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -300,6 +304,76 @@ def test_what_processes_raise_is_one_line(tmp_path, capsys):
     manifest = tmp_path / "geodesics" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"horizon": ', '"horizon": 9'))
     assert "horizon" in refusal(capsys, *args, "--processes", "2")
+
+
+SMALL = (
+    "--num_shards 4000 --evaluation_size 64 --family.num_tasks 2 --targets.horizon 20 "
+    "--targets.updates 4 --targets.num_segments 8"
+)
+LONG = {  # the arguments of commands that take minutes, and the first file that each leaves
+    "geodesics": (SMALL, "geodesics/shard-00000.json"),
+    "geodesics by two": (f"{SMALL} --processes 2", "geodesics/shard-00001.json"),
+    "train": (
+        "--objectives [meta_loss] --updates 20000 --epoch_length 2 --selection_interval 10000 "
+        "--rule_config.hidden 3 --horizon [4,10] --window 4 --open_runs 2 --validation_steps 5",
+        "checkpoints/last.ckpt",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "to_all"),  # a terminal's Ctrl-C goes to the whole group
+    [
+        ("geodesics", "SIGTERM", False),
+        ("geodesics by two", "SIGINT", True),
+        ("geodesics by two", "SIGTERM", False),
+        ("train", "SIGINT", True),
+        ("train", "SIGTERM", False),
+    ],
+)
+def test_a_signal_ends_a_command_in_one_line_and_leaves_nothing(command, name, to_all, tmp_path):
+    arguments, first_file = LONG[command]
+    temporary, out = tmp_path / "temporary", tmp_path / "out"
+    temporary.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in RANKS}
+    environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    args = [command.split()[0], "--output", str(out), *arguments.split()]
+    process = subprocess.Popen(
+        # a shell that runs the tests in the background ignores SIGINT, and children inherit that
+        [sys.executable, "-c", f"import signal; signal.signal({int(signal.SIGINT)}, "
+         "signal.default_int_handler); from learned_opt.cli import main; main()", *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    patience = time.monotonic() + 120
+    while not (out / first_file).exists() and time.monotonic() < patience:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    number = signal.Signals[name]
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert f"learned-opt: ended by {name}; the same command resumes" in errors.splitlines()[-1]
+    assert "Traceback" not in errors and "KeyboardInterrupt" not in errors, errors
+    patience = time.monotonic() + 30
+    while group_lives(process.pid) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not group_lives(process.pid)
+    assert not list(temporary.iterdir()) and not list(out.rglob(".*.tmp"))
+    assert not (out / ".lock-owner.json").exists()
+    with claim_output(out, yaml.safe_load((out / f"config-{args[0]}.yaml").read_text()), args[0]):
+        pass  # the lock is free, and the same config may go on
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
