@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import CHUNK
+from learned_opt.rules.base import CHUNK, known_entries
+from learned_opt.rules.basis import full_precision
 
 # Coordinates that are updated together, of one large tensor or of many small ones: enough to hide
 # what a call costs, few enough that scratch memory does not count.
@@ -34,11 +35,31 @@ def local_gradient(p: Tensor) -> Tensor:
     return local(grad)
 
 
+def own(x: Tensor) -> Tensor:
+    """A contiguous copy in a storage of its own size, as files and safetensors want it."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+class View(Tensor):
+    """A view of a block's buffer. Saved, pickled or deep-copied, it is a plain tensor of its own:
+    else the file of a bias would hold the whole block."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return own(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copied = own(self)
+        return copied
+
+
 class Block:
     """Parameters of one device and sharding, and what a rule remembers of them.
 
-    `states` are their entries in `Optimizer.state`: views of the flat buffers in the shape of each
-    parameter, features last, sharded as the parameter is; "step" and "skipped" are its counts.
+    `states` are its own entries in `Optimizer.state`: views of the flat buffers in the shape of
+    each parameter, features last, sharded as the parameter is; "step" and "skipped" are its counts.
+    What else is in `saved` belongs to others, such as wrappers of optimizers.
     """
 
     def __init__(self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]]) -> None:
@@ -56,7 +77,8 @@ class Block:
         self.used = False
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
-            entries = {name: torch.as_tensor(value) for name, value in entries.items()}
+            known = known_entries() | views.keys()
+            entries = {name: _as_tensor(entries[name]) for name in entries if name in known}
             had, kept = ({k: tuple(x.shape) for k, x in e.items()} for e in (entries, views))
             if had and had | {"skipped": ()} != kept:  # which older states lack
                 raise ValueError(
@@ -65,7 +87,7 @@ class Block:
                 )
             for name, value in entries.items():
                 local(views[name]).copy_(local(value))
-        self.entries = [value for views in self.states for value in views.values()]
+        self.entries = [list(views.values()) for views in self.states]
 
     def parts(self) -> list[Tensor]:
         """What of the parameters is here; made anew, as `p.data` may be another tensor by now."""
@@ -94,24 +116,27 @@ class Block:
         return gather, scatter
 
     def _views(self, i: int, shape: torch.Size) -> dict[str, Tensor]:
-        views = {"step": self.state.step[i], "skipped": self.skipped[i]}
+        views = {"step": _view(self.state.step[i]), "skipped": _view(self.skipped[i])}
         start = sum(self.layout.sizes[:i])
         for name, flat in self.state.coordinate.items():
             view = flat[:, start : start + shape.numel()].reshape(len(flat), *shape)
-            views[name] = _shard_like(self.params[i], view.movedim(0, -1))
-        views |= {name: flat[:, i] for name, flat in self.state.tensor.items()}
+            views[name] = _shard_like(self.params[i], _view(view.movedim(0, -1)))
+        views |= {name: _view(flat[:, i]) for name, flat in self.state.tensor.items()}
         return views | (self.state.matrix[i] if self.state.matrix else {})
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether nobody has put other tensors into an optimizer's state since, nor given
-        parameters another device or shape."""
+        """Whether an optimizer's state still begins with these entries, what others added comes
+        after them, and parameters still have their device and shape."""
         device, shapes = self.skipped.device, self.layout.shapes
         if any(
             p.device != device or p.shape != s for p, s in zip(self.params, shapes, strict=True)
         ):
             return False
-        entries = [value for p in self.params for value in states.get(p, {}).values()]
-        return len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
+        for p, mine in zip(self.params, self.entries, strict=True):
+            entries = states.get(p, {}).values()
+            if len(entries) < len(mine) or not all(map(is_, entries, mine)):
+                return False
+        return True
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
@@ -124,7 +149,7 @@ class Block:
         grads = _flatten([local_gradient(p) for p in self.params])
         if maximize:
             grads = -grads
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta):
             # the first time in Python, which fills what the layout caches: compilers cannot
             advance = guarded if self.used else in_python
             update = advance(rule, grads, theta, self.state, self.skipped)
@@ -221,6 +246,15 @@ def _reduction(p: Tensor) -> Callable[[Tensor], Tensor] | None:
         return sums
 
     return reduce
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """A count may be saved as a number; torch's default device is not for it."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def _view(x: Tensor) -> Tensor:
+    return x.as_subclass(View)
 
 
 def _shard_like(p: Tensor, part: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from operator import is_
 from pathlib import Path
@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
-from learned_opt.blocks import Block, guarded_update, partition
+from learned_opt.blocks import Block, guarded_update, own, partition
 from learned_opt.rules import UpdateRule
 from learned_opt.weights import load_rule
+
+# Of these settings every optimizer of torch has some, and most others do.
+THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")
 
 
 class LearnedOptimizer(Optimizer):
@@ -51,10 +55,15 @@ class LearnedOptimizer(Optimizer):
     two square ones for each side of up to 256. That rule keeps 20 bytes per parameter (Adam: 8),
     and 8 for each number in the squares of these sides.
 
+    Others may keep entries of their own in the state of p: they stay, and are saved and loaded.
+    Entries of the rule are views of larger buffers, but are saved as tensors of their own size;
+    `state_dict()` copies them.
+
     Raises:
         WeightsError: the weights cannot be used.
         ValueError: lr or weight_decay is no number, negative or not finite; parameters are
-            flattened by FSDP1; in `step`, a loaded state is of another optimizer, rule or shape.
+            flattened by FSDP1; in `load_state_dict`, groups are another optimizer's; in `step`, a
+            loaded state is of another rule or shape.
         RuntimeError: in `step`, for sparse or complex gradients.
     """
 
@@ -100,10 +109,10 @@ class LearnedOptimizer(Optimizer):
             group.setdefault("maximize", False)  # checkpoints may be older than the setting
         for p, entries in self.state.items():
             if isinstance(entries, _AsSaved):
-                self.state[p] = {
-                    name: torch.as_tensor(value).to(p.device, copy=True)
-                    for name, value in entries.entries.items()
-                }
+                saved = entries.entries
+                if isinstance(p, Tensor):  # what belongs to no parameter torch leaves as it is
+                    saved = {name: _copied(x, p.device) for name, x in saved.items()}
+                self.state[p] = saved
 
     def _forget(self) -> None:
         """Drops what can be made anew: blocks of each group's parameters, rules by device."""
@@ -138,8 +147,8 @@ class LearnedOptimizer(Optimizer):
 
         Reading the count waits for the device; warns if there are any.
         """
-        counts = [s["skipped"] for s in self.state.values() if "skipped" in s]
-        skipped = int(sum(count.item() for count in counts))
+        states = [entries for p, entries in self.state.items() if isinstance(p, Tensor)]
+        skipped = int(sum(float(entries.get("skipped", 0)) for entries in states))
         if skipped:
             warnings.warn(
                 f"{skipped} updates of tensors were skipped: they or their gradients were not "
@@ -153,16 +162,27 @@ class LearnedOptimizer(Optimizer):
         members, blocks = self._blocks.get(group, ([], []))
         same = len(members) == len(params) and all(map(is_, members, params))
         if not same or not all(block.is_state_of(self.state) for block in blocks):
-            for p in {*members}.difference(params):  # a view would keep the whole old buffer
-                if p in self.state:
-                    self.state[p] = {name: x.clone() for name, x in self.state[p].items()}
-            blocks = [
-                Block(members, self.rule, [self.state[p] for p in members])
-                for members in partition(params)
-            ]
-            for block in blocks:
-                self.state.update(zip(block.params, block.states, strict=True))
+            blocks = self._rebuild(blocks, params)
             self._blocks[group] = params, blocks
+        return blocks
+
+    @torch.compiler.disable  # compilers cannot make views of a type of its own
+    def _rebuild(self, old: list[Block], params: list[Tensor]) -> list[Block]:
+        """Blocks of `params` with the state that they have; parameters of `old` that are not among
+        them keep theirs."""
+        gone = {p for block in old for p in block.params}.difference(params)
+        for p, views in _entries(old):
+            if p in gone and p in self.state:  # a view would keep the whole old buffer
+                self.state[p].update(_on_its_own(self.state[p], views))
+        blocks = [
+            Block(members, self.rule, [self.state[p] for p in members])
+            for members in partition(params)
+        ]
+        for p, views in _entries(blocks):
+            entries = self.state[p]
+            others = {name: x for name, x in entries.items() if name not in views}
+            entries.clear()
+            entries.update(views | others)  # in place, as torch's optimizers do
         return blocks
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
@@ -175,9 +195,22 @@ class LearnedOptimizer(Optimizer):
             self._rules[device] = rule
         return self._rules[device]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with copies of what the rule keeps: live entries are views of larger
+        buffers."""
+        handle = self.register_state_dict_post_hook(_apart, prepend=True)  # before the user's
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state_dict, in float32 and cloned: torch alone would cast the state to the
-        parameters' dtype and share its tensors."""
+        parameters' dtype and share its tensors.
+
+        Raises:
+            ValueError: it is not a LearnedOptimizer's, or of other groups; nothing was changed.
+        """
         handle = self.register_load_state_dict_pre_hook(_as_saved)  # the last: after the user's
         try:
             super().load_state_dict(state_dict)
@@ -186,14 +219,70 @@ class LearnedOptimizer(Optimizer):
 
 
 class _AsSaved:
-    """Entries of a parameter that torch does not look into."""
+    """Entries of a parameter, or of whatever others keep state for, that torch does not look
+    into."""
 
-    def __init__(self, entries: dict[str, Any]) -> None:
+    def __init__(self, entries: Any) -> None:
         self.entries = entries
 
 
 def _as_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    _check_loaded(state_dict, {name for group in optimizer.param_groups for name in group})
     return state_dict | {"state": {k: _AsSaved(v) for k, v in state_dict["state"].items()}}
+
+
+def _check_loaded(state_dict: dict[str, Any], known: set[str]) -> None:
+    """Refuses a state_dict whose groups are not a LearnedOptimizer's. Other entries of groups are
+    welcome, as schedulers and users add them; so are settings of other optimizers that are `known`
+    in this one's groups."""
+    advice = "load what the state_dict() of a LearnedOptimizer returned, or start without"
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"state_dict has {list(state_dict)}, not state and param_groups; {advice}")
+    for number, group in enumerate(state_dict["param_groups"]):
+        lacking = [name for name in ("params", "lr", "weight_decay") if name not in group]
+        theirs = {name: group[name] for name in THEIRS if name in group and name not in known}
+        if lacking or theirs:
+            found = f"lacks {', '.join(lacking)}" if lacking else f"has {theirs}"
+            raise ValueError(
+                f"param_groups[{number}] of the state_dict {found}, so it is of another "
+                f"optimizer; {advice}"
+            )
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy with its tensors, at any depth, on `device`, in their own dtype."""
+    return tree_map(
+        lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x), value
+    )
+
+
+def _entries(blocks: list[Block]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Parameters, and what their blocks keep of them."""
+    for block in blocks:
+        yield from zip(block.params, block.states, strict=True)
+
+
+def _on_its_own(entries: dict[str, Any], views: dict[str, Tensor]) -> dict[str, Any]:
+    """The entries of a parameter, those of a rule as tensors with their own storage."""
+    return {
+        name: own(x) if name in views and isinstance(x, Tensor) else x
+        for name, x in entries.items()
+    }
+
+
+def _apart(optimizer: LearnedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict that steps will not change, but for what others keep in it."""
+    state = {k: dict(x) if isinstance(x, dict) else x for k, x in state_dict["state"].items()}
+    live, saved = (
+        [p for group in groups for p in group["params"]]
+        for groups in (optimizer.param_groups, state_dict["param_groups"])
+    )
+    number = dict(zip(live, saved, strict=True))
+    for _, blocks in optimizer._blocks.values():
+        for p, views in _entries(blocks):
+            if p in optimizer.state and p in number:
+                state[number[p]] = _on_its_own(optimizer.state[p], views)
+    return state_dict | {"state": state}
 
 
 def _moves(p: Tensor) -> bool:

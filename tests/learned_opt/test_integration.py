@@ -127,6 +127,20 @@ def test_lightning_resumes_to_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(p, q)
 
 
+class DigitsBefore(Digits):
+    """As a user had it before the optimizer was replaced."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.01)
+
+
+def test_lightning_does_not_resume_from_another_optimizer(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(DigitsBefore(batch_size=2000), steps=1, callbacks=[keep], enable_checkpointing=True)
+    with pytest.raises(ValueError, match="of another optimizer"):
+        fit(Digits(batch_size=2000), steps=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 def test_fabric() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     model = make_model()

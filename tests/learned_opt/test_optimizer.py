@@ -273,6 +273,66 @@ def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) ->
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_does_not_matter(rule: UpdateRule, device: str) -> None:
+    """Parameters on the CPU take the same steps, and those without values take them too."""
+    expected = run(LearnedOptimizer(others := parameters(), weights=rule), others, range(3))
+    params = [p.detach().to(device).requires_grad_() for p in parameters()]
+    gradients = [[torch.empty(0)] * len(params)] * 3
+    if device == "cpu":
+        gradients = []
+        for step in range(3):
+            set_gradients(others, step)
+            gradients.append([p.grad.clone() for p in others])
+    torch.set_default_device("meta")
+    try:
+        optimizer = LearnedOptimizer(params, weights=rule)
+        for step in range(3):
+            for p, grad in zip(params, gradients[step], strict=True):
+                p.grad = grad if device == "cpu" else torch.zeros_like(p)
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_device(None)
+    assert device == "meta" or all(map(torch.equal, params, expected))
+    assert all(x.device.type == device for p in params for x in optimizer.state[p].values())
+
+
+DEAD = {"rows": (slice(3, 5), slice(None)), "columns": (slice(None), slice(2, 4))}
+
+
+turned = pytest.mark.xfail(
+    reason="eigenvectors of a side that is turned mix dead directions with live ones", strict=True
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dead"),
+    [
+        ((300, 200), "rows"),
+        ((300, 300), "rows"),
+        ((200, 300), "columns"),
+        ((300, 300), "columns"),
+        pytest.param((200, 300), "rows", marks=turned),
+        pytest.param((200, 200), "rows", marks=turned),
+        pytest.param((300, 200), "columns", marks=turned),
+        pytest.param((200, 200), "columns", marks=turned),
+    ],
+)
+def test_rows_without_gradient_stay_exactly_where_they_are(shape, dead: str) -> None:
+    """As of padding, masks and dead units, on both sides of the 256 up to which the shipped rule
+    turns a side of a matrix."""
+    where, rng = DEAD[dead], torch.Generator().manual_seed(0)
+    p = (0.1 * torch.randn(shape, generator=rng)).requires_grad_()
+    start = p.detach().clone()
+    optimizer = LearnedOptimizer([p])
+    for _ in range(5):
+        p.grad = torch.randn(shape, generator=rng)
+        p.grad[where] = 0
+        optimizer.step()
+    assert torch.equal(p[where], start[where]) and not torch.equal(p, start)
+
+
 def test_a_tensor_lr_of_two_elements_is_refused(untrained: UpdateRule) -> None:
     with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
         LearnedOptimizer([torch.ones(2, requires_grad=True)], torch.ones(2), weights=untrained)

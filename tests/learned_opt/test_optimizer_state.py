@@ -10,9 +10,11 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.rules.base import known_entries
 from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
 
 
@@ -84,10 +86,59 @@ def test_the_state_of_another_optimizer_is_refused(rule: UpdateRule, kind: str) 
     other = getattr(torch.optim, kind)(params, lr=0.1, **{"SGD": {"momentum": 0.9}}.get(kind, {}))
     set_gradients(params, 0)
     other.step()
-    optimizer = LearnedOptimizer(params, weights=rule)
-    optimizer.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match=r"state has .* but the rule keeps"):
-        optimizer.step()
+    optimizer = LearnedOptimizer(params, weights=rule, lr=0.5)
+    run(optimizer, params, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\] .* has .* of another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    entries = other.state_dict() | {"param_groups": optimizer.state_dict()["param_groups"]}
+    if kind == "Adam":  # a momentum_buffer alone might be a wrapper's
+        optimizer.load_state_dict(entries)
+        with pytest.raises(ValueError, match=r"state has .* but the rule keeps"):
+            optimizer.step()
+
+
+def test_groups_that_are_not_ours_are_refused_before_anything_changes() -> None:
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = LearnedOptimizer(params)
+    run(optimizer, params, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+    for kind in torch.optim.Optimizer.__subclasses__():
+        if kind.__module__.startswith("torch.optim.") and kind.__name__ != "Muon":  # of matrices
+            with pytest.raises(ValueError, match="load what the state_dict"):
+                optimizer.load_state_dict(kind(params, lr=0.01).state_dict())
+    bare = {"state": {}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    with pytest.raises(ValueError, match=r"lacks weight_decay"):
+        optimizer.load_state_dict(bare)
+    with pytest.raises(ValueError, match=r"\['model', 'optimizer'\]"):
+        optimizer.load_state_dict({"model": {}, "optimizer": optimizer.state_dict()})
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_schedulers_and_users_add_to_groups_is_loaded() -> None:
+    params, others = ([torch.ones(3, requires_grad=True)] for _ in range(2))
+    optimizer, fresh = LearnedOptimizer(params), LearnedOptimizer(others)
+    run(optimizer, params, range(1))
+    schedule = torch.optim.lr_scheduler
+    schedule.OneCycleLR(optimizer, max_lr=1.0, total_steps=9, cycle_momentum=False)
+    torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.5)
+    optimizer.param_groups[0] |= {"tag": "head", "eps": 0.5}
+    fresh.param_groups[0]["eps"] = 0.1  # where it is in use, it may be loaded
+    saved = optimizer.state_dict()
+    assert {"initial_lr", "max_lr", "swa_lr", "tag"} <= saved["param_groups"][0].keys()
+    fresh.load_state_dict(saved)
+    assert fresh.state_dict()["param_groups"] == saved["param_groups"]
+
+
+def test_a_hook_may_convert_the_state_of_another_optimizer() -> None:
+    """Groups are judged after the user's hooks, as torch's sizes are."""
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer = LearnedOptimizer(params)
+    mine = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda *_: mine)
+    optimizer.load_state_dict(torch.optim.SGD(params, lr=0.1).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 @pytest.mark.parametrize("basis", [0, 8])
@@ -242,3 +293,115 @@ def test_the_state_has_the_documented_size() -> None:
         run(optimizer, [p], range(1))
         state = [s for s in optimizer.state[p].values() if s.shape[:2] == p.shape]
         assert sum(s.numel() * s.element_size() for s in state) == size * p.numel()
+
+
+def test_what_others_keep_in_the_state_stays(rule: UpdateRule) -> None:
+    """As wrappers of optimizers do: added before the first step and later, of any type."""
+    params, plain = parameters(), parameters()
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, plain))
+    slow = params[1].detach().clone()
+    kept = {"k": 5, "slow": [slow]}
+    optimizer.state[params[0]]["mine"] = kept
+    optimizer.state["wrapper"] = {"alpha": 0.5}  # of no parameter
+    entries = optimizer.state[params[0]]
+    run(optimizer, params, range(2))
+    assert optimizer.state[params[0]] is entries
+    optimizer.state[params[1]]["mine"] = slow
+    optimizer.state[params[2]]["mine"] = "text"
+    run(optimizer, params, range(2, 4))
+    params[1].grad = plain[1].grad = None  # blocks are built anew
+    run(reference, plain, range(4))
+    for each, its_params in ((optimizer, params), (reference, plain)):
+        set_gradients(its_params, 4)
+        its_params[1].grad = None
+        each.step()
+    assert optimizer.state[params[0]]["mine"] is kept
+    assert optimizer.state[params[1]]["mine"] is slow
+    assert optimizer.skipped_steps() == 0
+    others = [p.detach().clone().requires_grad_() for p in params]
+    fresh = LearnedOptimizer(others, weights=rule)
+    fresh.load_state_dict(optimizer.state_dict())
+    for each in (copy.deepcopy((optimizer, params)), (fresh, others)):
+        again, its_params = each
+        run(again, its_params, range(5, 7))
+        assert again.state[its_params[0]]["mine"]["k"] == 5
+        loaded = again.state[its_params[0]]["mine"]["slow"][0], again.state[its_params[1]]["mine"]
+        assert all(torch.equal(x, slow) and x is not slow for x in loaded)
+        assert again.state[its_params[2]]["mine"] == "text"
+        assert again.state["wrapper"] == {"alpha": 0.5}
+    expected = run(reference, plain, range(5, 7))
+    assert all(map(torch.equal, run(optimizer, params, range(5, 7)), expected))
+    assert all(map(torch.equal, [p.detach() for p in others], expected))
+
+
+def test_rules_name_all_that_they_keep(rule: UpdateRule) -> None:
+    """By which a rule that keeps less knows the state of another from a wrapper's entries."""
+    optimizer = LearnedOptimizer(params := parameters(), weights=rule)
+    run(optimizer, params, range(1))
+    kept = {name for p in params for name in optimizer.state[p]}
+    assert kept - {"step", "skipped"} <= known_entries()
+
+
+def bytes_of(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_what_is_saved_has_storage_of_its_own(rule: UpdateRule) -> None:
+    """One entry, one parameter's, or all: as large as its numbers, and a plain tensor."""
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    small = optimizer.state[params[3]]  # of 10 coordinates, in a block of 36,000
+    numbers = sum(x.numel() * x.element_size() for x in small.values())
+    assert len(bytes_of(small)) < numbers + 700 * len(small) + 2000
+    for value in (*small.values(), small["step"]):
+        assert len(bytes_of(value)) < value.numel() * value.element_size() + 2500
+    loaded = torch.load(io.BytesIO(bytes_of(small)), weights_only=True)
+    assert {type(x) for x in loaded.values()} == {Tensor}
+    torch.testing.assert_close(loaded, dict(small), rtol=0, atol=0)
+    copied = copy.deepcopy(small)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in copied.values())
+
+
+def test_safetensors_saves_what_state_dict_returns(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(3))
+    params[1].grad = None  # its state leaves the block
+    optimizer.step()
+    saved = optimizer.state_dict()
+    flat = {f"{i}.{k}": x for i, entries in saved["state"].items() for k, x in entries.items()}
+    again: dict[int, dict[str, Tensor]] = {}
+    for name, value in load(save(flat)).items():
+        number, entry = name.split(".")
+        again.setdefault(int(number), {})[entry] = value
+    fresh = LearnedOptimizer(others := copy.deepcopy(params), weights=rule)
+    fresh.load_state_dict(saved | {"state": again})
+    expected = run(optimizer, params, range(4, 6))
+    assert all(map(torch.equal, run(fresh, others, range(4, 6)), expected))
+
+
+def test_steps_do_not_change_a_state_dict(rule: UpdateRule) -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=rule)
+    run(optimizer, params, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for step in range(2, 4):  # before blocks are built, and after
+        saved = optimizer.state_dict()
+        before = copy.deepcopy(saved)
+        run(optimizer, params, range(step, step + 1))
+        torch.testing.assert_close(saved, before, rtol=0, atol=0)
+
+
+def test_live_entries_may_be_changed_in_place() -> None:
+    params, others = parameters(), parameters()
+    rule = noisy_rule("basis")
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    run(optimizer, params, range(2))
+    run(reference, others, range(2))
+    optimizer.state[params[0]]["averages"].zero_()
+    found, expected = run(optimizer, params, range(2, 3)), run(reference, others, range(2, 3))
+    assert not torch.equal(found[0], expected[0])
+    assert all(map(torch.equal, found[1:], expected[1:]))
