@@ -19,6 +19,7 @@ from learned_opt.blocks import Block, guarded_update, own, partition
 from learned_opt.rules import UpdateRule
 from learned_opt.weights import load_rule
 
+SMALL = 0.02  # an lr of at most this was meant for Adam or SGD
 # Of these settings every optimizer of torch has some, and most others do.
 THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")
 
@@ -26,7 +27,9 @@ THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differe
 class LearnedOptimizer(Optimizer):
     """θ ← θ + lr · u − lr · weight_decay · (|u| / |θ|) θ, with u a learned rule's update.
 
-    Needs no learning rate: `optimizer = LearnedOptimizer(model.parameters())`.
+    Needs no learning rate: `optimizer = LearnedOptimizer(model.parameters())`. Here `lr` multiplies
+    the whole update, and 1 is what the rule was trained for: with Adam's 1e-3 it would train a
+    thousand times too slowly.
 
     A gradient that is not finite, or so large that its square is not in float32, or a parameter
     that is so: the parameter stays as it is, and so does its state; `skipped_steps()` counts.
@@ -37,7 +40,8 @@ class LearnedOptimizer(Optimizer):
 
     Args:
         params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
-        lr: multiplies the whole update; 1 is what the rule was trained for.
+        lr: multiplies the whole update; 1 is what the rule was trained for. Above 0 and up to 0.02
+            it is taken for another optimizer's learning rate, with a warning.
         weight_decay: decoupled and relative to the tensor's own step |u|/|θ|, so dimensionless:
             1 takes back as much of θ as the update adds, but never more than all of it. A tensor
             that does not move does not decay.
@@ -61,6 +65,7 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         WeightsError: the weights cannot be used.
+        TypeError: an argument is another optimizer's, or unknown.
         ValueError: lr or weight_decay is no number, negative or not finite; parameters are
             flattened by FSDP1; in `load_state_dict`, groups are another optimizer's; in `step`, a
             loaded state is of another rule or shape.
@@ -77,13 +82,16 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         compile: bool = False,
         revision: str | None = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(unknown)
         _check(lr, weight_decay)
         rule = weights if isinstance(weights, UpdateRule) else load_rule(weights, revision)
         self.rule, self.compile = rule, compile
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         self._forget()
+        _warn_of_small(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -98,6 +106,8 @@ class LearnedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if hasattr(self, "_blocks"):  # `__init__` warns of its own groups
+            _warn_of_small([group])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"rule": self.rule, "compile": self.compile}
@@ -296,6 +306,28 @@ def _moves(p: Tensor) -> bool:
             f"{tuple(p.shape)}) to another optimizer, such as torch.optim.SparseAdam"
         )
     return True
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    """Python's own TypeError would not say why an optimizer takes no betas."""
+    if unknown:
+        given = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+        raise TypeError(
+            f"LearnedOptimizer has no argument {given}: its rule has learned what other optimizers "
+            "are told by betas, momentum or eps, so leave it out; it takes params, lr, "
+            "weight_decay, weights, maximize, compile and revision"
+        )
+
+
+def _warn_of_small(groups: list[dict[str, Any]]) -> None:
+    """To be called by what the user calls."""
+    small = [lr for lr in (float(group["lr"]) for group in groups) if 0 < lr <= SMALL]
+    if small:
+        warnings.warn(
+            f"lr is {small[0]:g}, but a LearnedOptimizer's lr multiplies the whole update, and its "
+            "rule was trained for 1: this is too slow in nearly all cases; leave lr out",
+            stacklevel=3,
+        )
 
 
 def _check(lr: float | Tensor, weight_decay: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -271,6 +272,40 @@ def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) ->
     with pytest.raises(ValueError, match=name):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("argument", [{"betas": (0.9, 0.99)}, {"momentum": 0.9}, {"fused": True}])
+def test_settings_of_other_optimizers_are_refused_with_the_reason(argument: dict) -> None:
+    ((name, value),) = argument.items()
+    with pytest.raises(TypeError) as error:
+        LearnedOptimizer([torch.ones(2, requires_grad=True)], **argument)
+    text = str(error.value)
+    assert f"{name}={value!r}" in text and "leave it out" in text and "weight_decay" in text
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.02, torch.tensor(3e-4)])
+def test_an_lr_as_for_adam_is_warned_of_where_it_is_given(lr, untrained: UpdateRule) -> None:
+    params = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    text = f"lr is {float(lr):g}, but .* whole update.* trained for 1"
+    with pytest.warns(UserWarning, match=text) as seen:
+        LearnedOptimizer(params, lr, weights=untrained)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with pytest.warns(UserWarning, match=text) as seen:
+        LearnedOptimizer([{"params": params[:1]}, {"params": params[1:2], "lr": lr}])
+    assert len(seen) == 1 and seen[0].filename == __file__
+    optimizer = LearnedOptimizer(params[:1], weights=untrained)
+    with pytest.warns(UserWarning, match=text) as seen:
+        optimizer.add_param_group({"params": params[1:], "lr": lr})
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.021, 0.1, 1.0])
+def test_other_lrs_are_no_cause_for_a_warning(lr: float, untrained: UpdateRule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = LearnedOptimizer([torch.ones(2, requires_grad=True)], lr, weights=untrained)
+        optimizer.add_param_group({"params": [torch.ones(3, requires_grad=True)], "lr": lr})
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-3)  # a warm-up
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
