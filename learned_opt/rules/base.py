@@ -62,7 +62,9 @@ class Layout:
     @cached_property
     def tensor_of(self) -> Tensor:
         """(d,), the number of the tensor that each coordinate belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        numbers, sizes = range(len(self.sizes)), self.sizes
+        numbers, sizes = (torch.tensor(x, dtype=torch.long, device="cpu") for x in (numbers, sizes))
+        return numbers.repeat_interleave(sizes)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int]]:
@@ -170,7 +172,7 @@ class Chunk:
             return x[..., None] if x.shape[-1] == 1 else x[..., first : first + n, None]
         if x.device not in self._tensor_of:
             counts = torch.tensor([[i, (b - a) // n] for f, n, a, b in self.runs
-                                   for i in range(f, f + n)])  # fmt: skip
+                                   for i in range(f, f + n)], device="cpu")  # fmt: skip
             self._tensor_of[x.device] = counts[:, 0].repeat_interleave(counts[:, 1]).to(x.device)
         return x.index_select(-1, self._tensor_of[x.device]).unsqueeze(-2)
 
@@ -251,7 +253,8 @@ class Observation:
             width = max(MIN_UNITS, UNITS // math.prod(self.coordinate.shape[:-2]))
         runs = self.layout.runs_of(width)
         if not self.tensor.shape[-2]:
-            runs = [(0, 0, a, min(a + width, d)) for a in range(0, d, width or max(1, d))]
+            width = width or max(1, d)
+            runs = [(0, 0, a, min(a + width, d)) for a in range(0, d, width)]
         for i, n, a, b in runs:
             where = slice(a, b)
             part = Observation(self.coordinate[..., where], self.tensor[..., i : i + n], None)
@@ -267,6 +270,13 @@ def due(step: int, every: int) -> bool:
     """Whether what is made anew every so many steps is: before the first time too, after 1, 2, 4,
     8, ... steps."""
     return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+def as_numbers(step: int | Tensor) -> list[int]:
+    """`State.step` in Python, which waits for the device; 0 where it has no values (meta)."""
+    if not isinstance(step, Tensor):
+        return [step]
+    return [0] * step.numel() if step.is_meta else [int(t) for t in step.tolist()]
 
 
 def join(pieces: list[Tensor]) -> Tensor:
@@ -303,6 +313,9 @@ class UpdateRule(nn.Module, ABC):
     weights_per_task: bool = False
     every: int = 1  # steps from one look of the network at a tensor to the next, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
+    # All names that entries of its State have, with any config. A rule that keeps fewer refuses the
+    # state of one that keeps more by them; other names belong to whoever added them.
+    entries: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -386,6 +399,11 @@ def register(rule: type[UpdateRule]) -> type[UpdateRule]:
     """Makes a rule known by its `name` to configs and weights files."""
     _REGISTRY[rule.name] = rule
     return rule
+
+
+def known_entries() -> set[str]:
+    """Names of what registered rules keep."""
+    return {name for rule in _REGISTRY.values() for name in rule.entries}
 
 
 def make_rule(name: str, **config: Any) -> UpdateRule:

@@ -16,12 +16,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Layout, State, due
+from learned_opt.rules.base import Layout, State, as_numbers, due
 
 BETA = 0.95  # of L and R
 EVERY = 1024  # steps from one basis to the next; before, after 1, 2, 4, 8, ... steps, see `due`
 JITTER = 1e-3  # at most added to the diagonals of L and R, in units of their mean
 SIDES = ("rows", "columns")
+ENTRIES = tuple(f"{kind}_{side}" for kind in ("covariance", "basis") for side in SIDES)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor]
 
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Without autocast: in bfloat16 no basis is orthonormal."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()  # which takes no time
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # which takes no time, and which meta tensors need
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -131,9 +132,9 @@ def _follow(
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
     layout, kept, bases = state.layout, list(state.matrix), []
     found = matrices(layout, limit)
-    steps = state.step.tolist() if isinstance(state.step, Tensor) else [state.step]
+    steps = as_numbers(state.step)
     for matrix in found:
-        t = int(steps[matrix.index % len(steps)]) + 1
+        t = steps[matrix.index % len(steps)] + 1
         entries = dict(kept[matrix.index])
         part = grads[..., matrix.where]
         g = _whole(part, matrix, layout)

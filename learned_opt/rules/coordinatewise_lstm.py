@@ -54,6 +54,7 @@ class CoordinatewiseLSTM(UpdateRule):
     """
 
     name = "coordinatewise_lstm"
+    entries = ("hidden",)
     hidden_per = "coordinate"
     weights_per_task = True
 

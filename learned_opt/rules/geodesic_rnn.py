@@ -15,11 +15,12 @@ from learned_opt.rules.base import (
     Observation,
     State,
     UpdateRule,
+    as_numbers,
     due,
     join,
     register,
 )
-from learned_opt.rules.basis import follow, start
+from learned_opt.rules.basis import ENTRIES, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
@@ -41,6 +42,7 @@ DIRECTIONS = 1 + len(BETAS)
 LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
     (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
 )  # fmt: skip
+TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
 TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
@@ -83,6 +85,7 @@ class GeodesicRNN(UpdateRule):
 
     name = "geodesic_rnn"
     kernels = ("_tensor_features", "_gains")
+    entries = ("averages", *TENSOR_ENTRIES, "hidden", *ENTRIES)
 
     def __init__(
         self,
@@ -128,11 +131,7 @@ class GeodesicRNN(UpdateRule):
         layout, lead, d = Layout(tuple(shapes)), params.shape[:-1], params.shape[-1]
         # the last gradient, its averages and r: one block, so that observing copies nothing
         coordinate = {"averages": params.new_zeros(*lead, DIRECTIONS + 1, d)}
-        tensor = {
-            "initial_rms": params.new_zeros(*lead, 1, len(shapes)),
-            "peak_gradient": params.new_zeros(*lead, 1, len(shapes)),
-            "gradient_rms": params.new_zeros(*lead, 1, len(shapes)),
-        }
+        tensor = {name: params.new_zeros(*lead, 1, len(shapes)) for name in TENSOR_ENTRIES}
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
         kept = DIRECTIONS if self.every > 1 else 0  # what the network said last
         where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden + kept, units)
@@ -187,7 +186,7 @@ class GeodesicRNN(UpdateRule):
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
         )  # fmt: skip
-        kept = dict(zip(("initial_rms", "peak_gradient", "gradient_rms"), kept, strict=True))
+        kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
             look = look.expand(*lead, 1, tensors)
             tensor = torch.cat([tensor, look], -2)
@@ -198,8 +197,7 @@ class GeodesicRNN(UpdateRule):
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
         """1 for tensors that the network looks at after so many steps and 0 for others, as `like`,
         (tensors,) or (1,); None if there are none."""
-        steps = step.tolist() if isinstance(step, Tensor) else [step]
-        looks = [due(int(t), self.every) for t in steps]
+        looks = [due(t, self.every) for t in as_numbers(step)]
         return like.new_tensor(looks) if any(looks) else None
 
     @staticmethod

@@ -38,6 +38,7 @@ class RNNProp(CoordinatewiseLSTM):
     """
 
     name = "rnnprop"
+    entries = ("hidden", "moments")
 
     def __init__(self, hidden: int = 20, layers: int = 2, alpha: float = 0.1) -> None:
         super().__init__(hidden, layers, preset="quadratic")  # neither end scaled

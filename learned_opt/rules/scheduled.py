@@ -45,6 +45,7 @@ class Scheduled(UpdateRule):
     """
 
     name = "scheduled"
+    entries = ("previous", "progress", "peak")  # besides those of its base
 
     def __init__(
         self,
