@@ -169,7 +169,7 @@ def _spawn(config: GeodesicsConfig, folder: Path, processes: int) -> None:
 
 
 def _in_child(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
-    with raised():  # what torch passes over in a process that it spawned
+    with raised(last_of_process=True):  # what torch passes over in a process that it spawned
         accept_interrupts()
         _make_share(local_rank, config, folder, processes)
 

@@ -24,10 +24,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def raised() -> Iterator[list[int]]:
+def raised(last_of_process: bool = False) -> Iterator[list[int]]:
     """Raises Interrupted where SIGINT or SIGTERM arrives; yields the list of those that did.
 
     Signals that the process was started to ignore, as a shell's background jobs do, stay ignored.
+
+    Args:
+        last_of_process: that nothing but Python's own cleaning up comes after this; a signal would
+            cut that short, and is ignored from then on.
     """
     received: list[int] = []
     last = -PATIENCE
@@ -49,7 +53,7 @@ def raised() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last_of_process else handler)
 
 
 @contextmanager
