@@ -13,8 +13,8 @@ import numpy as np
 
 from learned_opt.benchmark.cells import Cell, Record
 from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import FIELD, LEARNED, Entrant
-from learned_opt.benchmark.tune import settings_of
+from learned_opt.benchmark.entrants import FIELD, LEARNED, Entrant, is_range
+from learned_opt.benchmark.tune import half_decades, settings_of
 from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task
@@ -117,7 +117,8 @@ class Outcome:
     Attributes:
         rows: a dict for each (task, entrant, reporting seed), see `outcome_row`.
         targets: by task: those of the baseline and of the best entrant of the field.
-        tuning: a dict for each setting that was tried.
+        tuning: a dict for each setting that was tried: its final validation loss, whether it is
+            chosen, and whether a chosen one is at an end of its range.
         curves: by (task, entrant): steps and validation loss, (evaluations, 2), of each full run.
     """
 
@@ -196,8 +197,13 @@ def _tune(config: BenchmarkConfig, make: _Cells, run: Run) -> tuple[Chosen, list
             best[key], chosen[key] = loss, setting
         rows.append({"task": task.label, "entrant": entrant.name, "hyperparameters": setting,
                      "validation_loss": loss})  # fmt: skip
+    ranges = {e.name: {k: s for k, s in e.search.items() if is_range(s)} for e in config.entrants}
     for row in rows:
-        row["chosen"] = chosen[row["task"], row["entrant"]] == row["hyperparameters"]
+        setting = row["hyperparameters"]
+        row["chosen"] = chosen[row["task"], row["entrant"]] == setting
+        ends = {k: half_decades(*s) for k, s in ranges[row["entrant"]].items()}
+        at_edge = any(setting[k] in (grid[0], grid[-1]) for k, grid in ends.items())
+        row["at_edge"] = row["chosen"] and at_edge
     return chosen, rows
 
 

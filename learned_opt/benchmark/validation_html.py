@@ -81,7 +81,7 @@ def page(
         "curve_kind": "Validation loss",
         "curves": "".join(curves),
         "tables": "".join(tables),
-        "protocol": html.escape(protocol(config)),
+        "protocol": html.escape(protocol(config, outcome.tuning)),
         "environment": "",
         "tasks": html_table(task_list(config, facts, outcome.targets), kind="text"),
         "entrants": "",

@@ -73,7 +73,7 @@ def write_validation_report(
         markdown(task_list(config, facts, outcome.targets)),
         *(f"### {t}\n\n{markdown(table)}" for t, table in task_tables(rows).items()),
         "## How this was run",
-        protocol(config),
+        protocol(config, outcome.tuning),
     ]
     write_atomic(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     raw = {n: (folder / n).read_bytes() for n in ("results.csv", "tuning.csv", "targets.csv")}
@@ -212,14 +212,17 @@ def target_rows(targets: Mapping[str, tuple[Target, Target]]) -> list[dict[str, 
     ]
 
 
-def protocol(config: BenchmarkConfig) -> str:
+def protocol(config: BenchmarkConfig, tuning: Sequence[Row]) -> str:
     """One paragraph: what is held equal, what is tuned, and on which seeds."""
+    searches = {(row["task"], row["entrant"]) for row in tuning}
+    edges = sum(row["at_edge"] for row in tuning)
     return (
         "Every optimizer starts from the same weights and sees the same minibatches, "
         f"augmentation and dropout for a seed. Reported are seeds {config.reporting}. "
         f"Optimizers that are tuned try {config.settings} half decades on seed "
-        f"{config.tuning[0]}, and the one with the lowest final validation loss is reported; a "
-        "run that is above the loss of a guess after a quarter of its steps is given up. The "
+        f"{config.tuning[0]}, and the one with the lowest final validation loss is reported: "
+        f"in {edges} of {len(searches)} searches one at an end of the range. A run that is "
+        "above the loss of a guess after a quarter of its steps is given up in tuning. The "
         "target of a task is the lowest validation loss of the tuned "
         f"{config.validation_baseline} in a run of the full budget, smoothed over "
         f"{SMOOTHING:.0%} of it, mean over seeds {config.tuning}; the best entrant of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -156,6 +157,11 @@ def test_targets_come_from_tuning_seeds_and_rows_from_reporting_seeds(folder: Pa
 def test_every_run_is_in_the_report_and_a_divergence_is_a_miss(folder: Path) -> None:
     report = (folder / "report.md").read_text()
     assert re.search(r"# Benchmark of optimizers: small\n\n.* won: ", report)
+    with open(folder / "tuning.csv", newline="") as file:
+        chosen = [row for row in csv.DictReader(file) if row["chosen"] == "True"]
+    ends = [json.loads(row["hyperparameters"])["lr"] in (0.0003162, 0.03162) for row in chosen]
+    assert [row["at_edge"] == "True" for row in chosen] == ends
+    assert f"in {sum(ends)} of 2 searches one at an end of the range" in report
     assert "| explodes | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00] | 4 of 4 |" in report
     page = (folder / "report.html").read_text()
     assert not re.search(r"\$[a-z_]+\b(?!\{)", re.sub(r"<svg.*?</svg>", "", page, flags=re.S))
