@@ -20,6 +20,7 @@ from benchmark_tables import benchmark, headline, speed_ups, task_by_task
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
+from field import going_on
 from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import pairs_table, scaling_table
@@ -273,6 +274,7 @@ def main() -> None:
     cells = load()
     blocks = {
         "headline": headline(RESULTS),
+        "going_on_dev": going_on("going_on_dev"),
         "results": results(cells),
         "feasibility": feasibility_table(),
         "trajectories": trajectories_table(),
