@@ -75,6 +75,7 @@ def page(
         "verdict": html.escape(sentence(facts, rows)),
         "reference": html.escape(f"{baseline}, tuned"),
         "curve_kind": "Loss",
+        "mean": "Interquartile mean",
         "overview": first[1] + "".join(details(name, table) for name, table in others),
         "meaning": emphasis(meaning(facts)),
         "relation": "alone" if baseline is None else "",

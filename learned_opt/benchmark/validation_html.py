@@ -79,6 +79,7 @@ def page(
         "legend": legend(entrants),
         "profiles": profiles(costs(rows), "Performance profiles"),
         "curve_kind": "Validation loss",
+        "mean": "Geometric mean, a miss counting half,",
         "curves": "".join(curves),
         "tables": "".join(tables),
         "protocol": html.escape(protocol(config, outcome.tuning)),
