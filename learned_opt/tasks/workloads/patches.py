@@ -14,6 +14,7 @@ from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.module import squared_error
 from learned_opt.tasks.workloads.base import Workload, no_draw
 
 SIDE = 8  # pixels of a patch
@@ -91,5 +92,4 @@ class PatchWorkload(Workload):
         noise = torch.randn(inputs.shape, generator=rng).to(inputs.device)
         return inputs + self.config.own.noise * noise
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square()
+    losses = staticmethod(squared_error)

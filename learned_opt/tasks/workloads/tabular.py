@@ -15,6 +15,7 @@ from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.diabetes import load_diabetes
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.module import squared_error
 from learned_opt.tasks.workloads.base import Workload, no_draw
 
 TARGET = 29  # of the breast cancer data: the worst fractal dimension of a sample's cell nuclei
@@ -95,5 +96,4 @@ class RegressionWorkload(Workload):
         noise = torch.randn(inputs.shape, generator=rng).to(inputs.device)
         return inputs + self.config.own.noise * noise
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square()
+    losses = staticmethod(squared_error)

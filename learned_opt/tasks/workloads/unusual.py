@@ -17,6 +17,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, generator
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.module import squared_error
 from learned_opt.tasks.workloads.base import SPLITS, Workload, no_draw
 from learned_opt.tasks.workloads.language import one_width
 from learned_opt.tasks.workloads.texts import load_corpus
@@ -93,8 +94,7 @@ class AddingWorkload(Workload):
     def network(self) -> nn.Module:
         return LastState(2, one_width(self.config)[0], self.config.own.gain)
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square()
+    losses = staticmethod(squared_error)
 
 
 @dataclass(frozen=True)
@@ -317,8 +317,7 @@ class SirenWorkload(Workload):
         nn.init.uniform_(head.weight, -bound, bound)
         return nn.Sequential(*layers, head)
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square()
+    losses = staticmethod(squared_error)
 
 
 class Game(nn.Module):
