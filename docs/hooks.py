@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("learned_opt", "geodesic", "learned_opt.benchmark")
+PACKAGES = ("learned_opt", "geodesic", "learned_opt.benchmarking")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

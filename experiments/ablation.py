@@ -45,9 +45,9 @@ from generalization import (
 from rows import markdown, read, save
 
 from geodesic.dataset import PathDataset
-from learned_opt.benchmark import BenchmarkConfig
-from learned_opt.benchmark.config import BenchmarkTask
-from learned_opt.benchmark.stats import (
+from learned_opt.benchmarking import BenchmarkConfig
+from learned_opt.benchmarking.config import BenchmarkTask
+from learned_opt.benchmarking.stats import (
     iqm,
     probability_of_improvement,
     smooth,

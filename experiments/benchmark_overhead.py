@@ -24,8 +24,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from rows import markdown, save
 
-from learned_opt.benchmark import BenchmarkConfig, run_benchmark
-from learned_opt.benchmark.tables import read_rows
+from learned_opt.benchmarking import BenchmarkConfig, run_benchmark
+from learned_opt.benchmarking.tables import read_rows
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import make_task
 

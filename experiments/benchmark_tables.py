@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rows import markdown_table, read
 
-from learned_opt.benchmark.report import meaning_of, overview_of
-from learned_opt.benchmark.stats import iqm, probability_of_improvement, stratified_bootstrap
-from learned_opt.benchmark.summary import runs
+from learned_opt.benchmarking.report import meaning_of, overview_of
+from learned_opt.benchmarking.stats import iqm, probability_of_improvement, stratified_bootstrap
+from learned_opt.benchmarking.summary import runs
 
 SUITES = ("digits", "mnist", "cifar", "text", "mixed")  # folders of results/benchmark
 OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lower final loss)",

@@ -30,7 +30,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rows import read, save
 
-from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.cli import first_stage
 from learned_opt.cli import train as fit
 from learned_opt.config import TeacherConfig, TrainConfig

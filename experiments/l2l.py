@@ -28,7 +28,7 @@ from generalization import parse
 from rows import markdown, read, save
 from torch import Tensor
 
-from learned_opt.benchmark.tune import half_decades
+from learned_opt.benchmarking.tune import half_decades
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule

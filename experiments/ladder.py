@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from rows import read, save
 from turns import TURN, TURNS, in_turn
 
-from learned_opt.benchmark import BenchmarkTask, Entrant
-from learned_opt.benchmark.entrants import NAMED, NO_DECAY
-from learned_opt.benchmark.runner import Runner
-from learned_opt.benchmark.stores import Rows
-from learned_opt.benchmark.validation import ValidationCell
+from learned_opt.benchmarking import BenchmarkTask, Entrant
+from learned_opt.benchmarking.entrants import NAMED, NO_DECAY
+from learned_opt.benchmarking.runner import Runner
+from learned_opt.benchmarking.stores import Rows
+from learned_opt.benchmarking.validation import ValidationCell
 from learned_opt.tasks.kinds import TaskConfig
 
 RESULTS = Path(__file__).parent / "results" / "ladder"

@@ -25,7 +25,7 @@ from benchmark_tables import folders
 from rows import markdown_table, read, save
 
 from learned_opt import LearnedOptimizer
-from learned_opt.benchmark.stats import iqm, stratified_bootstrap
+from learned_opt.benchmarking.stats import iqm, stratified_bootstrap
 from learned_opt.run import MakeOptimizer, train
 from learned_opt.tasks.base import Task
 from learned_opt.tasks.kinds import make_task

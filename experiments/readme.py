@@ -30,7 +30,7 @@ from predictability import width_table
 from rows import markdown_table, read
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
-from learned_opt.benchmark.stats import probability_of_improvement
+from learned_opt.benchmarking.stats import probability_of_improvement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rows import save
 
-from learned_opt.benchmark import BenchmarkTask, Entrant
+from learned_opt.benchmarking import BenchmarkTask, Entrant
 from learned_opt.cli import parse
 from learned_opt.tasks.kinds import make_task
 

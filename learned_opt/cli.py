@@ -22,7 +22,7 @@ from tqdm import tqdm
 from geodesic.dataset import DatasetError, PathDataset
 from geodesic.files import user_path, write_atomic
 from geodesic.sharded import process_rank
-from learned_opt.benchmark import BenchmarkConfig, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, run_benchmark
 from learned_opt.config import GeodesicsConfig, TrainConfig
 from learned_opt.errors import ConfigError, LearnedOptError, OutputError, did_you_mean
 from learned_opt.geodesics import describe, make_geodesics, make_problem

@@ -42,8 +42,8 @@ class Comparison:
     baseline: str
 
     def table(self) -> Any:
-        """As `learned_opt.benchmark` has tables."""
-        from learned_opt.benchmark.summary import Entry, Table, number
+        """As `learned_opt.benchmarking` has tables."""
+        from learned_opt.benchmarking.summary import Entry, Table, number
 
         headings = ["optimizer", "setting", "final validation loss", "lowest",
                     f"steps to the final loss of {self.baseline}", "ms a step"]  # fmt: skip
@@ -60,7 +60,7 @@ class Comparison:
         return Table(headings, lines)
 
     def __str__(self) -> str:
-        from learned_opt.benchmark.summary import markdown
+        from learned_opt.benchmarking.summary import markdown
 
         return markdown(self.table())
 
@@ -71,9 +71,9 @@ class Comparison:
             OutputError: there is a report in `folder` already.
         """
         from geodesic.files import write_atomic
-        from learned_opt.benchmark.curves import evaluation_curves
-        from learned_opt.benchmark.html import html_table, legend
-        from learned_opt.benchmark.tables import to_csv
+        from learned_opt.benchmarking.curves import evaluation_curves
+        from learned_opt.benchmarking.html import html_table, legend
+        from learned_opt.benchmarking.tables import to_csv
         from learned_opt.errors import OutputError
 
         folder = Path(folder).expanduser()
@@ -150,7 +150,7 @@ def compare(
     Raises:
         ConfigError: an optimizer is unknown, its package is missing, or a number is below 1.
     """
-    from learned_opt.benchmark.entrants import named
+    from learned_opt.benchmarking.entrants import named
     from learned_opt.run import run_optimizer
 
     if steps < 1 or tuning_runs < 1 or not optimizers:
@@ -198,7 +198,7 @@ def compare(
 
 def _settings(entrant: Any, count: int) -> list[dict[str, Any]]:
     """The middle of the grid of what is tuned, `count` settings of it."""
-    from learned_opt.benchmark.tune import grid_of
+    from learned_opt.benchmarking.tune import grid_of
 
     if not entrant.search:
         return [{}]

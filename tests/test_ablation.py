@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from learned_opt.benchmark.stats import iqm
+from learned_opt.benchmarking.stats import iqm
 from learned_opt.tasks.kinds import TaskConfig, make_task
 
 

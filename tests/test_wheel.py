@@ -34,7 +34,7 @@ def test_an_installed_wheel_trains(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("learned_opt-*.whl")
     names = ZipFile(wheel).namelist()
     assert "learned_opt/weights/default.safetensors" in names
-    assert "learned_opt/benchmark/report.html" in names
+    assert "learned_opt/benchmarking/report.html" in names
     assert not [n for n in names if n.startswith(("tests", "experiments", "configs"))]
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, timeout=300)

@@ -146,7 +146,7 @@ class Pictures(L.Callback):
 
 def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tensor]:
     """The learning rate, and minibatch losses (steps, tasks) on the runs that the rule has."""
-    from learned_opt.benchmark.tune import half_decades
+    from learned_opt.benchmarking.tune import half_decades
 
     task, config = module.validation_tasks(draw), module.config
 
@@ -173,7 +173,7 @@ def draw_runs(
     """PNG of losses (steps, tasks) by draw, the training horizon marked; see `Pictures`."""
     from matplotlib.figure import Figure
 
-    from learned_opt.benchmark.curves import draw_losses
+    from learned_opt.benchmarking.curves import draw_losses
 
     width = 5 * len(rule)
     figure = Figure(figsize=(width, 3.3))

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from learned_opt import make_rule
-from learned_opt.benchmark import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark.cells import Cell, load
-from learned_opt.benchmark.entrants import FIELD, Group
-from learned_opt.benchmark.runner import Runner
-from learned_opt.benchmark.scores import read_results
-from learned_opt.benchmark.stores import Files
-from learned_opt.benchmark.tables import read_rows
-from learned_opt.benchmark.tune import half_decades, settings_of, tune
+from learned_opt.benchmarking import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking.cells import Cell, load
+from learned_opt.benchmarking.entrants import FIELD, Group
+from learned_opt.benchmarking.runner import Runner
+from learned_opt.benchmarking.scores import read_results
+from learned_opt.benchmarking.stores import Files
+from learned_opt.benchmarking.tables import read_rows
+from learned_opt.benchmarking.tune import half_decades, settings_of, tune
 from learned_opt.errors import ConfigError, OutputError
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import TaskConfig, make_task

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learned_opt.benchmark import BenchmarkTask, Entrant
-from learned_opt.benchmark.cells import Cell, load, save
-from learned_opt.benchmark.stores import Rows
-from learned_opt.benchmark.validation import ValidationCell
+from learned_opt.benchmarking import BenchmarkTask, Entrant
+from learned_opt.benchmarking.cells import Cell, load, save
+from learned_opt.benchmarking.stores import Rows
+from learned_opt.benchmarking.validation import ValidationCell
 from learned_opt.tasks.kinds import TaskConfig
 
 TASK = BenchmarkTask(TaskConfig(hidden=(8,), batch_size=32), steps=3)

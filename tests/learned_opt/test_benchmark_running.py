@@ -18,10 +18,10 @@ import pytest
 import torch
 import yaml
 
-from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark.cells import Cell, load, without_folders
-from learned_opt.benchmark.runner import Runner
-from learned_opt.benchmark.stores import Files, Rows
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking.cells import Cell, load, without_folders
+from learned_opt.benchmarking.runner import Runner
+from learned_opt.benchmarking.stores import Files, Rows
 from learned_opt.memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 

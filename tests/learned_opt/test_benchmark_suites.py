@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from learned_opt.benchmark import BenchmarkConfig, run_benchmark
-from learned_opt.benchmark.entrants import DEFAULTS
+from learned_opt.benchmarking import BenchmarkConfig, run_benchmark
+from learned_opt.benchmarking.entrants import DEFAULTS
 from learned_opt.cli import parse
 from learned_opt.errors import DataError
 from learned_opt.tasks.data import load_images

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import learned_opt
-from learned_opt.benchmark import Entrant
+from learned_opt.benchmarking import Entrant
 from learned_opt.errors import ConfigError, OutputError
 
 SGD = Entrant("SGD", "torch.optim.SGD", search={"lr": [1e-2, 1.0]})

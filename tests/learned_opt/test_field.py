@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learned_opt.benchmark.entrants import FIELD, NAMED, Entrant, Group
-from learned_opt.benchmark.muon import Muon
-from learned_opt.benchmark.together import Together, warmup_cosine
+from learned_opt.benchmarking.entrants import FIELD, NAMED, Entrant, Group
+from learned_opt.benchmarking.muon import Muon
+from learned_opt.benchmarking.together import Together, warmup_cosine
 from learned_opt.errors import ConfigError
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import TaskConfig, make_task

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import learned_opt
-from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import Entrant, Group
+from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmarking.entrants import Entrant, Group
 from learned_opt.cli import COMMANDS, parse
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError

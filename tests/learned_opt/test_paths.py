@@ -11,8 +11,8 @@ import pytest
 from geodesic.dataset import DatasetError, PathDataset
 from geodesic.files import user_path
 from learned_opt import load_rule
-from learned_opt.benchmark.entrants import Entrant
-from learned_opt.benchmark.stores import Rows
+from learned_opt.benchmarking.entrants import Entrant
+from learned_opt.benchmarking.stores import Rows
 from learned_opt.cli import main
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, DataError, OutputError, WeightsError

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark import scores as scoring
-from learned_opt.benchmark.report import overview_of, write_report
-from learned_opt.benchmark.summary import summary_table
-from learned_opt.benchmark.tables import read_rows
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking import scores as scoring
+from learned_opt.benchmarking.report import overview_of, write_report
+from learned_opt.benchmarking.summary import summary_table
+from learned_opt.benchmarking.tables import read_rows
 from learned_opt.errors import OutputError
 from learned_opt.tasks.kinds import TaskConfig
 

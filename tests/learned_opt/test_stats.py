@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from learned_opt.benchmark.stats import (
+from learned_opt.benchmarking.stats import (
     envelope,
     envelope_speed_up,
     iqm,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learned_opt.benchmark import BenchmarkConfig
+from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.cli import parse
 from learned_opt.config import GeodesicsConfig
 from learned_opt.errors import ConfigError

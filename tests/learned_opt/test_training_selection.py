@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from learned_opt.benchmark.tune import half_decades
+from learned_opt.benchmarking.tune import half_decades
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.errors import OutputError
 from learned_opt.outputs import claim_output

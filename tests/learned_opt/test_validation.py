@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learned_opt.benchmark import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
-from learned_opt.benchmark.entrants import NAMED
-from learned_opt.benchmark.going_on import behind, outcome
-from learned_opt.benchmark.stats import geometric_mean
-from learned_opt.benchmark.stores import Rows
-from learned_opt.benchmark.tables import to_csv
-from learned_opt.benchmark.validation import (
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking.entrants import NAMED
+from learned_opt.benchmarking.going_on import behind, outcome
+from learned_opt.benchmarking.stats import geometric_mean
+from learned_opt.benchmarking.stores import Rows
+from learned_opt.benchmarking.tables import to_csv
+from learned_opt.benchmarking.validation import (
     Target,
     ValidationCell,
     anytime_speed_up,
     lowest,
     outcome_row,
 )
-from learned_opt.benchmark.verdict import verdict
+from learned_opt.benchmarking.verdict import verdict
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import TaskConfig
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from learned_opt.benchmark.cells import FORMAT, read
-from learned_opt.benchmark.stats import (
+from learned_opt.benchmarking.cells import FORMAT, read
+from learned_opt.benchmarking.stats import (
     envelope,
     envelope_speed_up,
     smooth,
     steps_to_target,
     times_less,
 )
-from learned_opt.benchmark.tables import read_rows
+from learned_opt.benchmarking.tables import read_rows
 from learned_opt.errors import OutputError
 
 LOSSES = ("final_train_loss", "mean_loss", "test_loss")

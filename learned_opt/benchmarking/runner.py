@@ -11,9 +11,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from geodesic.sharded import process_rank
-from learned_opt.benchmark.cells import Cell, Record, without_folders
-from learned_opt.benchmark.stores import Store
-from learned_opt.benchmark.workers import Lost, Workers
+from learned_opt.benchmarking.cells import Cell, Record, without_folders
+from learned_opt.benchmarking.stores import Store
+from learned_opt.benchmarking.workers import Lost, Workers
 from learned_opt.errors import ConfigError
 
 FOREVER = timedelta(days=365)  # ranks wait for each other's cells; torchrun ends them if one dies

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learned_opt.benchmark.stats import TAU_MAX, performance_profile, smooth
+from learned_opt.benchmarking.stats import TAU_MAX, performance_profile, smooth
 
 # Okabe & Ito 2008, told apart with any colour vision; without their yellow and black, which one
 # of the two backgrounds would hide. More entrants than colours differ by the dashes.

@@ -2,5 +2,5 @@
 
 import torch._dynamo  # noqa: F401  the first optimizer imports it, which takes a second
 
-import learned_opt.benchmark.cells
+import learned_opt.benchmarking.cells
 import learned_opt.tasks  # noqa: F401

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from learned_opt.benchmark.scores import Row
-from learned_opt.benchmark.stats import (
+from learned_opt.benchmarking.scores import Row
+from learned_opt.benchmarking.stats import (
     iqm,
     probability_of_improvement,
     profile_score,
     stratified_bootstrap,
 )
-from learned_opt.benchmark.verdict import verdict
+from learned_opt.benchmarking.verdict import verdict
 
 # Of a task's table: column, heading, factor, and +1 where less is better, -1 where more, 0 neither.
 METRICS = (

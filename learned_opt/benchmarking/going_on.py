@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from learned_opt.benchmark.cells import Record
-from learned_opt.benchmark.config import BenchmarkConfig
-from learned_opt.benchmark.validation import Run, ValidationCell
+from learned_opt.benchmarking.cells import Record
+from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.validation import Run, ValidationCell
 from learned_opt.tasks.kinds import TaskConfig
 
 Row = dict[str, Any]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from learned_opt.benchmark.config import BenchmarkConfig
-from learned_opt.benchmark.curves import evaluation_curves, profiles
-from learned_opt.benchmark.html import (
+from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.curves import evaluation_curves, profiles
+from learned_opt.benchmarking.html import (
     details,
     download,
     emphasis,
@@ -23,10 +23,10 @@ from learned_opt.benchmark.html import (
     legend,
     preformatted,
 )
-from learned_opt.benchmark.stats import geometric_mean
-from learned_opt.benchmark.summary import Entry, Table, runs, score_text
-from learned_opt.benchmark.validation import Outcome
-from learned_opt.benchmark.validation_report import (
+from learned_opt.benchmarking.stats import geometric_mean
+from learned_opt.benchmarking.summary import Entry, Table, runs, score_text
+from learned_opt.benchmarking.validation import Outcome
+from learned_opt.benchmarking.validation_report import (
     costs,
     meaning,
     names,

@@ -63,7 +63,7 @@ class Workers:
         method = "forkserver" if "forkserver" in methods else "spawn"
         self._context = multiprocessing.get_context(method)
         if method == "forkserver":
-            self._context.set_forkserver_preload(["learned_opt.benchmark.preload"])
+            self._context.set_forkserver_preload(["learned_opt.benchmarking.preload"])
             _start_server()
         self._idle: list[_Worker] = []
         self._busy: dict[Connection, _Worker] = {}

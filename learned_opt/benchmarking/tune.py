@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from learned_opt.benchmark.cells import Cell, Record
-from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import Entrant, choices, is_range
+from learned_opt.benchmarking.cells import Cell, Record
+from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmarking.entrants import Entrant, choices, is_range
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
 

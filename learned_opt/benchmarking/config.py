@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from geodesic.finite import check_finite
-from learned_opt.benchmark.entrants import DEFAULTS, FIELD, Entrant, named
+from learned_opt.benchmarking.entrants import DEFAULTS, FIELD, Entrant, named
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import WORKLOADS, TaskConfig, kind_class
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from geodesic.files import write_atomic
-from learned_opt.benchmark.cells import FORMAT, Cell, Record
-from learned_opt.benchmark.config import BenchmarkConfig
-from learned_opt.benchmark.entrants import Entrant
-from learned_opt.benchmark.tune import Tuning
+from learned_opt.benchmarking.cells import FORMAT, Cell, Record
+from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.entrants import Entrant
+from learned_opt.benchmarking.tune import Tuning
 
 Row = dict[str, Any]
 Tunings = Mapping[tuple[str, str], Tuning]

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from geodesic.files import write_atomic
-from learned_opt.benchmark.config import BenchmarkConfig
-from learned_opt.benchmark.stats import (
+from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.stats import (
     geometric_mean,
     iqm,
     probability_of_improvement,
     profile_score,
     stratified_bootstrap,
 )
-from learned_opt.benchmark.summary import (
+from learned_opt.benchmarking.summary import (
     Entry,
     Table,
     markdown,
@@ -28,9 +28,9 @@ from learned_opt.benchmark.summary import (
     runs,
     score_text,
 )
-from learned_opt.benchmark.tables import to_csv
-from learned_opt.benchmark.validation import HOPELESS, LENGTHS, SMOOTHING, Outcome, Target
-from learned_opt.benchmark.verdict import verdict
+from learned_opt.benchmarking.tables import to_csv
+from learned_opt.benchmarking.validation import HOPELESS, LENGTHS, SMOOTHING, Outcome, Target
+from learned_opt.benchmarking.verdict import verdict
 
 Row = Mapping[str, Any]
 MEANING = """\
@@ -55,7 +55,7 @@ def write_validation_report(
     Args:
         facts: what is known of each task once it is made, by its label.
     """
-    from learned_opt.benchmark.validation_html import page  # with matplotlib, slow to load
+    from learned_opt.benchmarking.validation_html import page  # with matplotlib, slow to load
 
     rows = outcome.rows
     flat = [{**row, "hyperparameters": json.dumps(row["hyperparameters"])} for row in rows]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from learned_opt.benchmark.stats import geometric_mean, iqm
+from learned_opt.benchmarking.stats import geometric_mean, iqm
 
 Array = np.ndarray
 

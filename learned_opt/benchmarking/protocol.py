@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from learned_opt.benchmark.scores import Row
-from learned_opt.benchmark.summary import Entry, Table, number
+from learned_opt.benchmarking.scores import Row
+from learned_opt.benchmarking.summary import Entry, Table, number
 
 VERSIONS = ("commit", "python", "learned-opt", "torch", "numpy", "lightning")
 Facts = Mapping[str, Any]

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from geodesic.files import write_atomic
-from learned_opt.benchmark.config import BenchmarkTask
-from learned_opt.benchmark.entrants import Entrant
-from learned_opt.benchmark.together import Together
+from learned_opt.benchmarking.config import BenchmarkTask
+from learned_opt.benchmarking.entrants import Entrant
+from learned_opt.benchmarking.together import Together
 from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.data import DAMAGED

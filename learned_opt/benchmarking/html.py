@@ -14,8 +14,8 @@ from string import Template
 import numpy as np
 import yaml
 
-from learned_opt.benchmark.curves import loss_curves, profiles, style
-from learned_opt.benchmark.protocol import (
+from learned_opt.benchmarking.curves import loss_curves, profiles, style
+from learned_opt.benchmarking.protocol import (
     Facts,
     entrant_list,
     environment,
@@ -25,9 +25,9 @@ from learned_opt.benchmark.protocol import (
     title,
     tuning_table,
 )
-from learned_opt.benchmark.scores import Results, Row
-from learned_opt.benchmark.stats import iqm
-from learned_opt.benchmark.summary import (
+from learned_opt.benchmarking.scores import Results, Row
+from learned_opt.benchmarking.stats import iqm
+from learned_opt.benchmarking.summary import (
     SCORES,
     Entry,
     Table,

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from learned_opt.benchmark.cells import Cell, Record
-from learned_opt.benchmark.config import BenchmarkConfig
+from learned_opt.benchmarking.cells import Cell, Record
+from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.errors import ConfigError
 
 

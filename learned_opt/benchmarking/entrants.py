@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geodesic.files import user_path
 from geodesic.finite import check_finite
-from learned_opt.benchmark.together import Together
+from learned_opt.benchmarking.together import Together
 from learned_opt.errors import ConfigError, WeightsError, did_you_mean
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.tasks.trainee import TENSOR_KINDS, Parameters
@@ -307,7 +307,7 @@ FIELD = (
         groups=(
             Group(
                 ("matrix", "convolution"),
-                "learned_opt.benchmark.muon.Muon",
+                "learned_opt.benchmarking.muon.Muon",
                 {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"},
             ),
             NO_DECAY,

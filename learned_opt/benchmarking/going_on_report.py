@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from geodesic.files import write_atomic
-from learned_opt.benchmark.config import BenchmarkConfig
-from learned_opt.benchmark.entrants import LEARNED
-from learned_opt.benchmark.going_on import Row
-from learned_opt.benchmark.summary import Entry, Table, markdown, number
-from learned_opt.benchmark.tables import to_csv
+from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.entrants import LEARNED
+from learned_opt.benchmarking.going_on import Row
+from learned_opt.benchmarking.summary import Entry, Table, markdown, number
+from learned_opt.benchmarking.tables import to_csv
 
 # What a run may do: rise by so much over the loss before the change, end so far above the best of
 # the others, and be so many steps behind the run without a disturbance.

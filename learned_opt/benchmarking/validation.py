@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from learned_opt.benchmark.cells import Cell, Record
-from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import FIELD, LEARNED, Entrant, is_range
-from learned_opt.benchmark.tune import half_decades, settings_of
+from learned_opt.benchmarking.cells import Cell, Record
+from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmarking.entrants import FIELD, LEARNED, Entrant, is_range
+from learned_opt.benchmarking.tune import half_decades, settings_of
 from learned_opt.outputs import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geodesic.files import write_atomic
-from learned_opt.benchmark.protocol import (
+from learned_opt.benchmarking.protocol import (
     Facts,
     entrant_list,
     environment,
@@ -20,8 +20,8 @@ from learned_opt.benchmark.protocol import (
     task_list,
     title,
 )
-from learned_opt.benchmark.scores import Results, Row, read_results, read_scores, score
-from learned_opt.benchmark.summary import (
+from learned_opt.benchmarking.scores import Results, Row, read_results, read_scores, score
+from learned_opt.benchmarking.summary import (
     Table,
     markdown,
     meaning,
@@ -30,7 +30,7 @@ from learned_opt.benchmark.summary import (
     sentence,
     summary_table,
 )
-from learned_opt.benchmark.tables import read_rows, to_csv
+from learned_opt.benchmarking.tables import read_rows, to_csv
 
 __all__ = ["meaning_of", "overview_of", "summary_table", "terminal_text", "write_report"]
 
@@ -43,7 +43,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         OutputError: the folder has no results, or those of another version.
     """
-    from learned_opt.benchmark.html import page  # with matplotlib, which takes its time to load
+    from learned_opt.benchmarking.html import page  # with matplotlib, which takes its time to load
 
     results = read_results(folder)
     scores = score(results)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from geodesic.files import user_path
-from learned_opt.benchmark.cells import Cell, Job, Record, load, save, whole
+from learned_opt.benchmarking.cells import Cell, Job, Record, load, save, whole
 from learned_opt.errors import ConfigError
 
 

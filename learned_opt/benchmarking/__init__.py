@@ -14,20 +14,20 @@ import yaml
 
 from geodesic.files import user_path
 from geodesic.sharded import process_rank
-from learned_opt.benchmark import tables
-from learned_opt.benchmark.cells import FORMAT, Cell
-from learned_opt.benchmark.config import BenchmarkConfig, BenchmarkTask
-from learned_opt.benchmark.entrants import NAMED, Entrant
-from learned_opt.benchmark.going_on import run_going_on
-from learned_opt.benchmark.going_on_report import write_going_on_report
-from learned_opt.benchmark.report import summary_table, terminal_text, write_report
-from learned_opt.benchmark.runner import Runner
-from learned_opt.benchmark.stores import Files, Rows
-from learned_opt.benchmark.tracking import make_tracker
-from learned_opt.benchmark.tune import settings_of, tune
-from learned_opt.benchmark.validation import run_validation
-from learned_opt.benchmark.validation_report import write_validation_report
-from learned_opt.benchmark.workers import Lost
+from learned_opt.benchmarking import tables
+from learned_opt.benchmarking.cells import FORMAT, Cell
+from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask
+from learned_opt.benchmarking.entrants import NAMED, Entrant
+from learned_opt.benchmarking.going_on import run_going_on
+from learned_opt.benchmarking.going_on_report import write_going_on_report
+from learned_opt.benchmarking.report import summary_table, terminal_text, write_report
+from learned_opt.benchmarking.runner import Runner
+from learned_opt.benchmarking.stores import Files, Rows
+from learned_opt.benchmarking.tracking import make_tracker
+from learned_opt.benchmarking.tune import settings_of, tune
+from learned_opt.benchmarking.validation import run_validation
+from learned_opt.benchmarking.validation_report import write_validation_report
+from learned_opt.benchmarking.workers import Lost
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError
 from learned_opt.outputs import claim_output
 from learned_opt.tasks.download import download
