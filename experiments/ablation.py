@@ -1,6 +1,6 @@
 """What do geodesics contribute? Every part of the recipe by itself, on equal terms.
 
-All arms have the rule, its initialisation, the SGD runs and the families of tasks in common, and
+All arms have the rule, its initialization, the SGD runs and the families of tasks in common, and
 each is given about ten minutes of one core, from three training seeds; the step sizes of the
 outer loop are those of configs/train/mlps.yaml, for none tuned. Paths are of pairs that are T =
 320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs

@@ -53,9 +53,9 @@ def benchmark(results: Path) -> str:
     found = folders(results)
     held_out, chances = "held-out", [name for name in OVERVIEW if name.startswith("P(")]
     parts = [
-        "**All tasks that are held out**, of all suites",
+        "**All held-out tasks** of all suites, beside tuned Adam",
         overview_of(found, OVERVIEW, held_out),
-        "The same, beside Adam whose learning rate is tuned too and falls to zero as a cosine:",
+        "The same tasks, beside Adam with a tuned learning rate that follows a cosine to zero",
         overview_of(found, chances, held_out, "Adam cosine"),
     ]
     for path in found:
@@ -92,20 +92,20 @@ def headline(results: Path) -> str:
     lines = [
         [f"Steps to the final training loss of a tuned Adam: {where}",
          f"{_estimate(iqm, steps)} times fewer (interquartile mean)"],
-        ["The same in seconds, both training in turns",
+        ["Seconds to the same loss, with Adam and the learned optimizer training alternately",
          f"{_estimate(iqm, seconds)} times fewer (interquartile mean)"],
-        ["Probability of a lower final training loss than a tuned Adam, than Adam with cosine",
-         f"{_lower(rows, 'final_train_loss', 'Adam')}, "
+        ["Probability of a lower final training loss: than a tuned Adam / than one with a cosine",
+         f"{_lower(rows, 'final_train_loss', 'Adam')} / "
          f"{_lower(rows, 'final_train_loss', 'Adam cosine')}"],
-        ["Probability of a lower *test* loss, beside the same two",
-         f"{_lower(rows, 'test_loss', 'Adam')}, {_lower(rows, 'test_loss', 'Adam cosine')}"],
-        ["Tasks of kinds it was trained on where most runs miss Adam's loss",
+        ["Probability of a lower *test* loss: than a tuned Adam / than one with a cosine",
+         f"{_lower(rows, 'test_loss', 'Adam')} / {_lower(rows, 'test_loss', 'Adam cosine')}"],
+        ["Kinds of task in its training on which most runs never reach the loss of a tuned Adam",
          f"{len(behind)}: {', '.join(behind)}"],
-        ["Cost of the optimizer's own step on 100 tensors of 10,000 parameters, and its state",
-         f"{float(step['ratio_to_adam_foreach']):.1f} times Adam's (foreach), "
-            f"{float(step['state_bytes_per_parameter']):.0f} bytes a parameter"],
+        ["Time of the optimizer's step on 100 tensors of 10,000 parameters / size of its state",
+         f"{float(step['ratio_to_adam_foreach']):.1f} times Adam's / "
+            f"{float(step['state_bytes_per_parameter']):.0f} bytes a parameter (Adam: 8)"],
     ]  # fmt: skip
-    return markdown_table(["what", "shipped weights, nothing tuned"], lines)
+    return markdown_table(["measure", "shipped weights, nothing tuned"], lines)
 
 
 def missed(results: Path) -> list[str]:
@@ -161,7 +161,7 @@ def _lower(rows: list[dict], column: str, than: str) -> str:
 def heading(path: Path) -> str:
     families = [t["family"] for t in json.loads((path / "benchmark.json").read_text())["tasks"]]
     trained = families.count("in-family")
-    return f"**{path.name}** ({trained or 'none'} of {len(families)} tasks like those trained on)"
+    return f"**{path.name}** (in-family: {trained or 'none'} of {len(families)} tasks)"
 
 
 def task_by_task(results: Path) -> str:

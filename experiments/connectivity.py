@@ -29,7 +29,7 @@ WIDTHS = (2, 4, 8, 16, 32)
 
 
 def relu_loss(width: int, points: int = 128) -> Callable[[Tensor], Tensor]:
-    """F(θ) = mean (w₂·relu(W₁x + b₁) + b₂ − y)² on all of x in [-1, 1]² and y, a standardised
+    """F(θ) = mean (w₂·relu(W₁x + b₁) + b₂ − y)² on all of x in [-1, 1]² and y, a standardized
     product of waves."""
     x = 2 * torch.rand(points, 2, generator=generator("regression"), dtype=torch.float64) - 1
     y = (torch.pi * x[:, 0]).sin() * (torch.pi * x[:, 1] / 2).cos()

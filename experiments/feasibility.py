@@ -148,7 +148,7 @@ def run(
 
 
 def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """Cells by T and stage: columns (pairs, levels), and "excess", the normalised length less 1,
+    """Cells by T and stage: columns (pairs, levels), and "excess", the normalized length less 1,
     NaN where no path was certified.
 
     A path below λ_α is below every higher level of its pair, so of a pair's paths the shortest at
@@ -217,7 +217,7 @@ def quartiles(excess: np.ndarray) -> np.ndarray:
 
 def outcome(data: dict[str, np.ndarray], alpha: float) -> tuple[str, str, str]:
     """Shares of pairs whose chord is feasible and that have a certified path, and the median
-    normalised length of the others than chords."""
+    normalized length of the others than chords."""
     level = ALPHAS.index(alpha)
     chord, excess = data["chord_feasible"][:, level] == 1, data["excess"][:, level]
     median = np.nan if chord.all() else quartiles(excess[~chord])[1]
@@ -279,7 +279,7 @@ def plot(cells: dict[tuple[int, str], dict[str, np.ndarray]], picture: Path) -> 
         above.set_title(f"T = {horizon}", fontsize="medium")
         below.set_yscale("symlog", linthresh=1e-4)
     panels[0, 0].set(ylabel="share of pairs", ylim=(-0.05, 1.05))
-    panels[1, 0].set(ylabel="normalised length − 1", ylim=(0, None))
+    panels[1, 0].set(ylabel="normalized length − 1", ylim=(0, None))
     panels[0, 0].plot([], [], "o-", color="0.4", label="chord feasible; median")
     panels[0, 0].plot([], [], "x--", color="0.4", label="a path certified")
     panels[0, 0].fill_between([], [], color="0.8", label="quartiles")

@@ -1,4 +1,4 @@
-"""Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540): normalised length and beads against level.
+"""Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540): normalized length and beads against level.
 
 Pairs of networks of different inits, each trained until F ≤ L0, are joined by Dynamic String
 Sampling as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
@@ -38,8 +38,8 @@ from geodesic.solve import find_geodesics
 
 METHODS = ("DSS", "shortened")
 COLUMNS = {  # published lengths count weights only; shortening counts all
-    "normalized_length_weights": "normalised length, weights only",
-    "normalized_length": "normalised length, all parameters",
+    "normalized_length_weights": "normalized length, weights only",
+    "normalized_length": "normalized length, all parameters",
     "beads": "beads, both ends counted",
 }
 
@@ -51,7 +51,7 @@ class Setting:
     Attributes:
         problem: makes it.
         unit: of the level.
-        lengths, bands, beads: published, by level: the mean normalised length and, where read off,
+        lengths, bands, beads: published, by level: the mean normalized length and, where read off,
             its band to either side and the mean number of beads.
         sampling: of strings; nets are trained by the same optimizer.
         pairs: a level.

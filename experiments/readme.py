@@ -73,10 +73,12 @@ def load() -> Cells:
 def results(cells: Cells) -> str:
     scale = json.loads((RESULTS / "generalization" / "scaled-0.json").read_text())["scale"]
     return (
-        "Final loss on all training data / mean loss over the run, mean of 5 runs. Trained rules: "
-        "mean over training seeds (" + seeds_text(cells) + "), ± the standard deviation of their "
-        "final losses. Learning rates are tuned for the final loss; the untrained rule's step is "
-        f"tuned for the mean loss, on the very runs reported; the best factor is {scale:g}.\n\n"
+        "Each cell has the final loss on all training data / the mean loss over the run, as means "
+        "of 5 runs. Columns of trained rules are means over training seeds ("
+        + seeds_text(cells)
+        + "), ± the standard deviation of the final losses. Learning rates are tuned for the final "
+        "loss. *Untrained, step tuned* has the factor on its step that gives the lowest mean loss "
+        f"on these very runs; that factor is {scale:g}.\n\n"
         + losses(cells, {b: b for b in BASELINES} | ARMS)
         + "\n\n![Losses of the learned rules relative to tuned Adam](validation.png)\n\n"
         + long_runs()
@@ -128,12 +130,13 @@ def long_runs() -> str:
         figures = loss, adams_loss, f"{lower:.2f}", rise, adams_rise, small, adams_small
         lines.append([*key, *figures, f"{bad} of {len(mine)}"])
     return (
-        "Long runs of the shipped weights, far past the longest they were trained on, beside Adam "
-        "with the best of three constant rates: that tuned for the short runs, 0.3 and 0.1 of it. "
-        "*P*: probability that a run's loss is lower than one of Adam's. The rise is that of the "
-        "loss on all training data, every 100 steps, plus .001, above its running minimum, as a "
-        "factor; of *minibatches*, of means of 100 losses, it is mostly noise, which a network at "
-        "rest shows as well.\n\n"
+        "The next table has runs of the shipped weights that are far longer than those of their "
+        "training. Adam has the best of three constant rates: the rate tuned for short runs, 0.3 "
+        "and 0.1 of it. *P* is the probability that a run's loss is lower than one of Adam's. "
+        "*Largest rise* is the factor by which the loss on all training data, plus .001, rises "
+        "above its running minimum; it is measured every 100 steps. *Minibatches* has the same "
+        "factor for means of 100 minibatch losses. It is mostly noise, which a network that no "
+        "longer moves shows as well.\n\n"
         + markdown_table(["task", "steps", "final loss", "Adam's", "P(lower)", "largest rise",
                           "Adam's", "minibatches", "Adam's", "diverged"], lines)
     )  # fmt: skip
@@ -301,7 +304,7 @@ def main() -> None:
         "weak_scaling": weak_table(RESULTS),
     }
     docs = ROOT / "docs"
-    pages = ("geodesics.md", "contract.md", "recipes.md", "rules.md", "training_speed.md",
+    pages = ("geodesic_studies.md", "contract.md", "recipes.md", "l2l.md", "training_speed.md",
              "model_card.md", "ablation.md", "results.md", "performance.md")  # fmt: skip
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
