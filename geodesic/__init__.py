@@ -1,4 +1,4 @@
-"""Geodesics of the sublevel sets of a loss."""
+"""Short paths between two parameter vectors along which a loss stays below a level."""
 
 from geodesic.level_set import LevelProfile, sgd_profile
 from geodesic.model import ModelLoss

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and paths as users write them."""
+"""Writes files atomically, and reads paths as users type them."""
 
 import os
 import uuid
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def user_path(path: str | Path, argument: str, error: type[Exception] = ValueError) -> Path:
-    """`path` with `~` expanded, whether or not there is such a file.
+    """Returns `path` with `~` expanded; the file need not exist.
 
-    Raises `error`, with the name of the `argument`, where no file can have this path: its user is
-    unknown, it holds a NUL or is too long, or a folder on its way may not be entered.
+    Raises `error`, naming `argument`, if no file can have this path: the user after `~` is unknown,
+    the path contains a NUL or is too long, or one of its folders may not be entered.
     """
     try:
         expanded = Path(path).expanduser()
@@ -18,15 +18,17 @@ def user_path(path: str | Path, argument: str, error: type[Exception] = ValueErr
             expanded.stat()
     except (OSError, RuntimeError, ValueError) as reason:
         raise error(
-            f"{argument}={str(path)!r} cannot be a path here ({reason}); give another, such "
+            f"{argument}={str(path)!r} cannot be a path here ({reason}); give another path, such "
             "as runs/demo"
         ) from reason
     return expanded
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """`path` gets `content` whole or not at all, also where the process or the machine dies; a
-    killed writer leaves a `.tmp` file at most."""
+    """Writes `content` to `path` completely or not at all, even if the process or machine dies.
+
+    A killed writer leaves at most a `.tmp` file behind.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -36,4 +38,4 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # of a full disk, which else gets fuller each time
+        temporary.unlink(missing_ok=True)  # or each failed write to a full disk would fill it more

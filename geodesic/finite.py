@@ -1,4 +1,4 @@
-"""One check for every number of every config: NaN and infinity are refused."""
+"""Refuses NaN and infinity in any number of any config."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import Any
 
 
 def check_finite(config: Any, error: type[ValueError] = ValueError) -> None:
-    """Raises `error` where a field of the dataclass `config` holds NaN or infinity.
+    """Raises `error` if a field of the dataclass `config` contains NaN or infinity.
 
-    Lists, tuples and dicts are searched to any depth. Comparisons let NaN through (`nan < 1` is
-    false), so range checks alone do not refuse it. No field has a meaning for infinity: what has no
-    bound is None.
+    Lists, tuples and dicts are searched to any depth. Range checks alone do not catch NaN, because
+    `nan < 1` is false. No field has a meaning for infinity; a missing bound is written as None.
     """
     for setting in fields(config):
         for place, value in _numbers(getattr(config, setting.name), setting.name):
             if not isinstance(value, int) and not math.isfinite(value):  # an int may be too large
                 raise error(
                     f"{place}={value} of {type(config).__name__} must be finite; use a number, or "
-                    "drop it for the default"
+                    "leave it out to get the default"
                 )
 
 
 def _numbers(value: Any, place: str) -> Iterator[tuple[str, Real]]:
-    """Each number in `value`, and where it is, as `search.lr[0]`."""
+    """Yields each number in `value` with its place, such as `search.lr[0]`."""
     if isinstance(value, Real):
         yield place, value
     elif isinstance(value, Mapping):

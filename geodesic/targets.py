@@ -1,7 +1,7 @@
-"""From SGD runs to target paths on disk: runs, pairs, geodesics, shards.
+"""Makes data sets of target paths: SGD runs, pairs of their iterates, and a path for each pair.
 
-A shard holds the runs of one problem (runs of one shape), of which each gives up to
-`pairs_per_run` consecutive pairs (θ_a, θ_b) = (θ_t, θ_{t+T}); the pairs of one run join up.
+A shard holds the runs of one problem (runs of one shape). Each run gives up to `pairs_per_run`
+consecutive pairs (θ_a, θ_b) = (θ_t, θ_{t+T}); each pair begins where the one before ends.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from geodesic.trajectory import GradFn, Trajectory, probe_learning_rate, sgd_tra
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What a data set of target paths holds.
+    """Describes the target paths of a data set.
 
     Attributes:
-        horizon: T, SGD steps between θ_a and θ_b.
-        updates: K, target updates along the geodesic; T/K is the speed-up asked of the rule.
-        pairs_per_run: consecutive pairs of one run.
-        stride: SGD steps between recorded iterates; divides T.
-        level: "constant", λ = F(θ_a), or "sgd_profile", which falls as SGD's own loss does.
-        num_segments: segments of a geodesic.
-        path: "geodesic"; or, to compare with, the "chord" of each pair or SGD's own "trajectory",
-            neither of which is held to the level.
+        horizon: The number T of SGD steps between θ_a and θ_b.
+        updates: The number K of updates in which the rule is to follow one path. A rule that
+            follows it makes the progress of T/K SGD steps in each update.
+        pairs_per_run: The number of consecutive pairs that one SGD run gives.
+        stride: The number of SGD steps between recorded iterates. It must divide the horizon.
+        level: "constant" is the level λ = F(θ_a); "sgd_profile" falls as SGD's own loss does.
+        num_segments: The number of straight segments of a geodesic.
+        path: "geodesic", or, for comparison, the "chord" of each pair or SGD's own "trajectory".
+            Chords and trajectories may exceed the level.
     """
 
     horizon: int = 320
@@ -56,19 +57,20 @@ class TargetConfig:
         if self.updates < 1 or self.pairs_per_run < 1 or self.num_segments < 2:
             raise ValueError(
                 f"updates={self.updates} and pairs_per_run={self.pairs_per_run} must be at least "
-                f"1, num_segments={self.num_segments} at least 2"
+                f"1, and num_segments={self.num_segments} at least 2"
             )
 
 
 class Problem(NamedTuple):
-    """Runs of one shape, to make target paths of.
+    """Runs of one shape, from which target paths are made.
 
     Attributes:
-        theta: starts, (runs, d).
-        grad_fn: minibatch gradients of all runs, see GradFn.
-        loss_fn: F(θ, *args) -> scalar on the fixed evaluation set, θ (d,); vmap-able.
-        loss_args: what loss_fn takes besides θ, each with a leading dimension of runs.
-        facts: JSON facts about the problem that go into the shard's record.
+        theta: The starting points, (runs, d).
+        grad_fn: The minibatch gradients of all runs, see GradFn.
+        loss_fn: F(θ, *args) on the fixed evaluation set, from θ (d,) to a scalar. It must support
+            `torch.func.vmap`.
+        loss_args: The further arguments of loss_fn, each with a leading dimension of runs.
+        facts: JSON facts about the problem that are stored in the shard's record.
     """
 
     theta: Tensor
@@ -78,28 +80,31 @@ class Problem(NamedTuple):
     facts: dict
 
     def losses(self, theta: Tensor) -> Tensor:
-        """F of every run, (runs, d) -> (runs,)."""
+        """Returns F of every run: (runs, d) -> (runs,)."""
         return torch.func.vmap(self.loss_fn)(theta, *self.loss_args)
 
 
 class Pairs(NamedTuple):
-    """Pairs of runs: `run` (pairs,), `start` (pairs,) the record of θ_a, and their records."""
+    """Pairs of iterates of SGD runs, with the records between them."""
 
-    run: Tensor
-    start: Tensor
-    points: Tensor  # (pairs, T / stride + 1, d)
-    losses: Tensor  # (pairs, T / stride + 1)
+    run: Tensor  # (pairs,), the number of the run
+    start: Tensor  # (pairs,), the number of the record that is θ_a
+    points: Tensor  # (pairs, T / stride + 1, d), the records from θ_a to θ_b
+    losses: Tensor  # (pairs, T / stride + 1), F at these records
 
 
 def run_teacher(problem: Problem, steps: int, stride: int) -> Trajectory:
-    """SGD from `problem.theta`, each run at 0.32 to 1 times its own probed learning rate."""
+    """Runs SGD from `problem.theta`, each run at 0.32 to 1 times its own probed learning rate."""
     rate = probe_learning_rate(problem.grad_fn, problem.losses, problem.theta)
-    rate = rate * 10 ** torch.linspace(-0.5, 0, len(rate))  # teachers of several speeds
+    rate = rate * 10 ** torch.linspace(-0.5, 0, len(rate))  # so that the runs differ in speed
     return sgd_trajectory(problem.grad_fn, problem.losses, problem.theta, rate, steps, stride)
 
 
 def consecutive_pairs(trajectory: Trajectory, horizon: int) -> Pairs:
-    """For each good run its joined-up pairs θ_t, θ_{t+T}, up to the first with F(θ_b) > F(θ_a)."""
+    """Returns the consecutive pairs θ_t, θ_{t+T} of each run, up to the first that goes uphill.
+
+    A pair goes uphill if F(θ_b) > F(θ_a). Runs that diverged or are stuck give no pairs.
+    """
     span = horizon // trajectory.stride
     starts = torch.arange(0, len(trajectory.points) - span, span)
     ends = trajectory.losses[starts + span]
@@ -116,7 +121,10 @@ def consecutive_pairs(trajectory: Trajectory, horizon: int) -> Pairs:
 
 
 def solve_pairs(problem: Problem, pairs: Pairs, level: str, num_segments: int) -> Geodesic:
-    """Geodesics of all pairs; the subsampled trajectory is the first path if no chord fits."""
+    """Returns the geodesics of all pairs.
+
+    Where the chord exceeds the level, the search starts from the recorded SGD trajectory.
+    """
     loss_fn, loss_args = problem.loss_fn, tuple(arg[pairs.run] for arg in problem.loss_args)
     falls = level == "sgd_profile"
     return find_geodesics(
@@ -131,9 +139,9 @@ def solve_pairs(problem: Problem, pairs: Pairs, level: str, num_segments: int) -
 
 
 def solve_problem(problem: Problem, config: TargetConfig) -> tuple[dict[str, Tensor], dict]:
-    """One shard: tensors and facts. A chord is stored as its two ends.
+    """Returns the tensors and facts of one shard. A chord is stored as its two ends.
 
-    Paths other than geodesics count as certified: there is nothing that they promise.
+    Paths other than geodesics count as certified, because they need not stay below the level.
     """
     trajectory = run_teacher(problem, config.horizon * config.pairs_per_run, config.stride)
     pairs = consecutive_pairs(trajectory, config.horizon)
@@ -187,16 +195,20 @@ def write_dataset(
     rank: int = 0,
     world_size: int = 1,
 ) -> PathDataset:
-    """Makes the shards that `folder` lacks, and returns the finished data set.
+    """Makes the shards that are missing in `folder`, and returns the finished data set.
 
     Args:
-        problems: the problem of each shard, by its number.
+        folder: the folder of the data set; it is created if it does not exist.
+        problems: maps the number of a shard to its problem.
+        num_shards: the number of shards.
+        config: what the target paths are.
         header: identifies the problems; a folder with another header is refused.
-        progress: wraps the shard numbers, for a progress bar.
-        rank: of this process among `world_size` that call this at once, each for its share.
+        progress: wraps the iterable of shard numbers, for example in a progress bar.
+        rank: the number of this process among the `world_size` processes that share the work.
+        world_size: the number of processes that call this at the same time.
     """
     targets = asdict(config)
-    if config.path == "geodesic":  # data sets made before there was a choice stay good
+    if config.path == "geodesic":  # data sets from before this setting existed stay valid
         del targets["path"]
     dataset = PathDataset.create(folder, header | {"targets": targets}, num_shards)
     dataset.fill(lambda i: solve_problem(problems(i), config), rank, world_size, progress)
@@ -204,13 +216,18 @@ def write_dataset(
 
 
 def target_paths(tensors: dict[str, Tensor], updates: int, runs: int) -> tuple[Tensor, Tensor]:
-    """The joined-up target points of a shard's runs.
+    """Returns the target points of a shard's runs, along all pairs of each run.
+
+    Args:
+        tensors: the tensors of the shard.
+        updates: the number K of updates along each pair, equal in arclength.
+        runs: the number of runs of the shard.
 
     Returns:
-        points, (runs, P·K + 1, d): K updates along each of P pairs, equal in arclength within a
-        pair; a run with fewer pairs stays at its last point, one without any at zero.
-        lengths, (runs,): how many updates are real. Only certified geodesics count: a run ends
-        before its first uncertified pair.
+        points, (runs, P·K + 1, d): K updates along each of up to P pairs. A run with fewer pairs is
+        padded with its last point, and a run without pairs with zeros.
+        lengths, (runs,): the number of updates before the padding. A run ends before its first
+        pair without a certified path.
     """
     beads, offsets = tensors["beads"], tensors["bead_offsets"].tolist()
     paths: list[list[Tensor]] = [[] for _ in range(runs)]

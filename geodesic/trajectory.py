@@ -1,6 +1,8 @@
-"""Vanilla SGD runs: the teacher that geodesics shorten.
+"""Plain SGD runs, between whose iterates geodesics are found.
 
-θ_{t+1} = θ_t − η ∇F(θ_t; batch_t), many runs of one shape side by side, each with its own η.
+    θ_{t+1} = θ_t − η ∇F(θ_t; batch_t)
+
+Many runs of one shape are computed side by side, each with its own learning rate η.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 GradFn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(θ (runs, d), key) -> losses (runs,) and gradients (runs, d) on the minibatch of that key."""
+"""Maps θ (runs, d) and a key to the losses (runs,) and gradients (runs, d) on that minibatch."""
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 PROBE_STEPS = 60
@@ -21,13 +23,13 @@ STUCK_RATIO = 0.65  # 1.5 / log 10: a ten-class run that ends above loss 1.5 has
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Recorded iterates of SGD runs.
+    """The recorded iterates of SGD runs.
 
     Attributes:
-        points: (records, runs, d), one every `stride` steps, the first is the start.
-        losses: (records, runs), F on the fixed evaluation set.
+        points: (records, runs, d); every `stride`-th iterate, beginning with the start.
+        losses: (records, runs); F on the fixed evaluation set.
         learning_rate: (runs,).
-        stride: SGD steps between records.
+        stride: the number of SGD steps between two records.
     """
 
     points: Tensor
@@ -37,12 +39,12 @@ class Trajectory:
 
     @property
     def diverged(self) -> Tensor:
-        """(runs,) bool: some loss is not finite, or the run ends above its start."""
+        """(runs,) bool: a loss is not finite, or the last loss is above the first."""
         return ~self.losses.isfinite().all(0) | ~(self.losses[-1] <= self.losses[0])
 
     @property
     def stuck(self) -> Tensor:
-        """(runs,) bool: finite, but the last loss is above STUCK_RATIO of the first."""
+        """(runs,) bool: the run did not diverge, but its last loss is above STUCK_RATIO × first."""
         return ~self.diverged & (self.losses[-1] > STUCK_RATIO * self.losses[0])
 
 
@@ -53,12 +55,14 @@ def probe_learning_rate(
     rates: Sequence[float] = RATES,
     steps: int = PROBE_STEPS,
 ) -> Tensor:
-    """For each run the rate of lowest F after `steps` SGD steps, (runs,).
+    """Returns the rate of each run that gives the lowest F after `steps` SGD steps, (runs,).
 
     Args:
-        grad_fn: see GradFn.
-        loss_fn: F on the fixed evaluation set, (runs, d) -> (runs,).
-        theta: starts, (runs, d).
+        grad_fn: minibatch gradients, see GradFn.
+        loss_fn: F on the fixed evaluation set; it maps (runs, d) to (runs,).
+        theta: the starting points, (runs, d).
+        rates: the candidate learning rates.
+        steps: the number of SGD steps of each trial.
     """
     finals = []
     for rate in rates:
@@ -77,10 +81,18 @@ def sgd_trajectory(
     steps: int,
     stride: int,
 ) -> Trajectory:
-    """Runs SGD for `steps` steps (a multiple of `stride`) and records every `stride`-th iterate.
+    """Runs SGD for `steps` steps and records every `stride`-th iterate.
 
     Args:
-        learning_rate: (runs,).
+        grad_fn: minibatch gradients, see GradFn.
+        loss_fn: F on the fixed evaluation set; it maps (runs, d) to (runs,).
+        theta: the starting points, (runs, d).
+        learning_rate: η of each run, (runs,).
+        steps: the number of steps, a multiple of `stride`.
+        stride: the number of steps between two records.
+
+    Raises:
+        ValueError: `steps` is not a multiple of `stride`.
     """
     if steps % stride:
         raise ValueError(f"steps={steps} is not a multiple of stride={stride}; round one of them")
