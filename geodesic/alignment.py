@@ -1,8 +1,8 @@
-"""Permute the hidden units of one network to lie near another's, before a path between them.
+"""Permutes the hidden units of one network so that its parameters lie near another network's.
 
 Swapping two hidden units changes θ but not F, so two independently trained networks lie in
-different, equivalent corners of parameter space. Signs (tanh) and scales (ReLU) are symmetries too;
-they are left alone.
+different, equivalent parts of parameter space. Align them before searching for a path between them.
+Signs (tanh) and scales (ReLU) are symmetries too; they are not aligned.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """Which permutation acts on which axis of which tensor of θ.
+    """Says which permutation acts on which axis of which tensor of θ.
 
-    For example of an MLP 64-32-10, ``PermutationSpec(((32, 64), (32,), (10, 32), (10,)),
-    (("h", None), ("h",), (None, "h"), (None,)))``; `mlp_spec` and `sequential_spec` write it.
+    An MLP 64-32-10, for example, has ``PermutationSpec(((32, 64), (32,), (10, 32), (10,)),
+    (("h", None), ("h",), (None, "h"), (None,)))``. `mlp_spec` and `sequential_spec` construct it.
 
     Attributes:
-        shapes: of the tensors, in the order of θ. Each may be any view of its part: of an input
-            axis that holds c channels of k pixels say ``(c, k)`` and permute c, of the four stacked
-            gates of an LSTM say ``(4, h)`` and permute h, of a scalar say ``(1,)``.
-        axes: for every tensor a name or None for every axis. Axes of one name are permuted alike;
-            None stays, as inputs and outputs of the network must.
+        shapes: the shapes of the tensors, in the order of θ. A shape may be any view of the tensor:
+            write ``(c, k)`` for an input axis of c channels of k pixels and permute c; write
+            ``(4, h)`` for the four stacked gates of an LSTM and permute h; write ``(1,)`` for a
+            scalar.
+        axes: a name or None for each axis of each tensor. Axes of one name are permuted alike. An
+            axis with None is not permuted; the network's inputs and outputs must have None.
 
     Raises:
-        ValueError: where shapes and axes do not match, or a name has axes of different size.
+        ValueError: shapes and axes do not match, or a name has axes of different sizes.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -45,13 +46,13 @@ class PermutationSpec:
                 if name is not None and self.sizes[name] != size:
                     raise ValueError(
                         f"axes named {name!r} must be of one size, got {size} and "
-                        f"{self.sizes[name]}; split an axis that holds several values a unit, such "
-                        "as (out, channels, pixels)"
+                        f"{self.sizes[name]}; split an axis that holds several values for each "
+                        "unit, as in (out, channels, pixels)"
                     )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Units of each permutation, in the order of θ."""
+        """The number of units of each permutation, in the order of θ."""
         return {
             name: size
             for shape, names in zip(self.shapes, self.axes, strict=True)
@@ -60,19 +61,22 @@ class PermutationSpec:
         }
 
     def split(self, theta: Tensor) -> list[Tensor]:
-        """The tensors ``(..., *shape)`` of ``theta`` ``(..., d)``."""
+        """Returns the tensors ``(..., *shape)`` of ``theta`` ``(..., d)``."""
         counts = [torch.Size(shape).numel() for shape in self.shapes]
         if theta.ndim == 0 or theta.shape[-1] != sum(counts):
             raise ValueError(
                 f"theta must be (..., {sum(counts)}) for this spec, got {tuple(theta.shape)}; "
-                "the spec lists the parameters in the order of theta"
+                "the spec must list the parameters in the order of theta"
             )
         parts = theta.split(counts, dim=-1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def permute(theta: Tensor, spec: PermutationSpec, permutations: dict[str, Tensor]) -> Tensor:
-    """θ ``(..., d)`` whose unit i of a permutation p is unit p[i] of ``theta``; F is unchanged."""
+    """Returns ``theta`` ``(..., d)`` with its units permuted; F is unchanged.
+
+    For each permutation p, unit i of the result is unit p[i] of ``theta``.
+    """
     parts = [
         _permute(tensor, names, permutations).flatten(-len(names))
         for tensor, names in zip(spec.split(theta), spec.axes, strict=True)
@@ -81,28 +85,29 @@ def permute(theta: Tensor, spec: PermutationSpec, permutations: dict[str, Tensor
 
 
 def match_weights(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> dict[str, Tensor]:
-    """Permutations of θ_b's hidden units that bring it near θ_a, one index tensor ``(n,)`` a name.
+    """Returns permutations of θ_b's hidden units that bring it near θ_a, ``(n,)`` for each name.
 
         π* = argmin |θ_a - π(θ_b)|²   over the permutations π of ``spec``
 
-    by weight matching (Ainsworth et al. 2022, arXiv 2209.04836, sec. 3.2): one permutation at a
-    time, the others held, is a linear assignment; until none lowers the distance. That is a local
-    minimum. Two starts are tried, the identity and one layer after the other from the inputs, each
-    matched by what is matched already; in a chain the latter finds an exact copy. The paper starts
-    from the identity with the layers in random order; here all is deterministic.
+    This is weight matching (Ainsworth et al. 2022, arXiv 2209.04836, sec. 3.2): with the other
+    permutations fixed, one permutation is a linear assignment problem. These are solved in turn
+    until none lowers the distance, which is a local minimum. Two starts are tried: the identity,
+    and a greedy one that matches layer after layer from the inputs, each by the layers matched
+    before it. In a chain of layers the greedy start finds an exact copy. The paper starts from the
+    identity and takes the layers in random order; this function is deterministic.
 
     The result is never farther from θ_a than θ_b is.
 
     Raises:
-        ValueError: for wrong shapes and values that are not finite.
+        ValueError: theta_a or theta_b has a wrong shape or is not finite.
     """
     for name, theta in (("theta_a", theta_a), ("theta_b", theta_b)):
         if theta.ndim != 1 or not theta.isfinite().all():
             raise ValueError(
                 f"{name} must be a finite (d,) tensor, got {tuple(theta.shape)}; align pairs one "
-                "by one, without those of a diverged run"
+                "by one, and drop pairs of a diverged run"
             )
-    # The assignment runs on the CPU; sums of float32 would make equal distances differ.
+    # The assignment runs on the CPU. In float32, rounding would make equal distances differ.
     a, b = (spec.split(theta.detach().cpu().double()) for theta in (theta_a, theta_b))
     identity = {name: torch.arange(size) for name, size in spec.sizes.items()}
     greedy = {}
@@ -119,17 +124,17 @@ def match_weights(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> di
 
 
 def align(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> Tensor:
-    """θ_b ``(d,)`` with its hidden units permuted to lie near θ_a: the same network, the same F.
+    """Returns θ_b ``(d,)`` with its hidden units permuted to lie near θ_a; F is unchanged.
 
-    Report distances and path lengths of both the raw and the aligned pair. Buffers, such as the
-    running statistics of batch norm, are not part of θ: with `geodesic.model.ModelLoss` use
-    ``recalibrate=True``. See `match_weights`.
+    `match_weights` finds the permutations. Report distances and path lengths of both the raw and
+    the aligned pair. Buffers, such as the running statistics of batch norm, are not part of θ and
+    are not permuted, so use ``recalibrate=True`` with `geodesic.model.ModelLoss`.
     """
     return permute(theta_b, spec, match_weights(theta_a, theta_b, spec))
 
 
 def _permute(tensor: Tensor, names, permutations, keep: int | None = None) -> Tensor:
-    """``tensor`` with its last axes permuted, but for axis ``keep``."""
+    """Returns ``tensor`` with its last axes permuted, except axis ``keep``."""
     for axis, name in enumerate(names):
         if name in permutations and axis != keep:
             index = permutations[name].to(tensor.device)
@@ -138,7 +143,7 @@ def _permute(tensor: Tensor, names, permutations, keep: int | None = None) -> Te
 
 
 def _assign(a, b, spec, permutations, name, use) -> Tensor:
-    """The permutation ``name`` that maximises Σ ⟨a, b⟩ over the tensors in ``use``."""
+    """Returns the permutation ``name`` that maximizes Σ ⟨a, b⟩ over the tensors in ``use``."""
     gain = torch.zeros(spec.sizes[name], spec.sizes[name], dtype=torch.float64)
     for x, y, names, used in zip(a, b, spec.axes, use, strict=True):
         for axis in (axis for axis, other in enumerate(names) if used and other == name):
@@ -149,7 +154,7 @@ def _assign(a, b, spec, permutations, name, use) -> Tensor:
 
 
 def _descend(a, b, spec, permutations) -> tuple[dict[str, Tensor], float]:
-    """Coordinate descent on |a - π(b)|², its minimum and the value there."""
+    """Returns a local minimum of |a - π(b)|² by coordinate descent, and its value."""
     every = [True] * len(a)
 
     def distance(permutations) -> float:
@@ -163,14 +168,18 @@ def _descend(a, b, spec, permutations) -> tuple[dict[str, Tensor], float]:
         improved = False
         for name in permutations:
             new = {**permutations, name: _assign(a, b, spec, permutations, name, every)}
-            # An axis name twice in one tensor makes the assignment only a guess: keep gains alone.
+            # If a tensor has two axes of this name, the assignment is not exact: check that it
+            # lowers the distance.
             if (found := distance(new)) < best:
                 permutations, best, improved = new, found, True
     return permutations, best
 
 
 def mlp_spec(shapes: Sequence[tuple[int, ...]]) -> PermutationSpec:
-    """Of an MLP with ``shapes`` ((out, in), (out,), (out, in), …), or without biases."""
+    """Returns the spec of an MLP with ``shapes`` ((out, in), (out,), (out, in), …).
+
+    The biases (out,) may be absent.
+    """
     hidden = sum(len(shape) == 2 for shape in shapes) - 1
     axes, layer = [], -1
     for shape in shapes:
@@ -180,7 +189,7 @@ def mlp_spec(shapes: Sequence[tuple[int, ...]]) -> PermutationSpec:
     return PermutationSpec(tuple(map(tuple, shapes)), tuple(axes))
 
 
-# Layers that treat all units alike, and those that do so within each unit's map of pixels.
+# UNITWISE layers treat all units alike. POOLING layers do so with each unit's map of pixels.
 UNITWISE = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Mish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish),
@@ -197,14 +206,15 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def sequential_spec(module: nn.Sequential) -> PermutationSpec:
-    """Of a chain of Linear, Conv, BatchNorm, pooling, Flatten and elementwise activation layers.
+    """Returns the spec of a chain of layers.
 
-    Sequentials may be nested. The permutation of a layer's outputs has the layer's name; the last
-    layer with weights has none, as the outputs of the network must stay. Batches are
-    ``(n, features)`` or ``(n, channels, pixels...)``.
+    The layers may be Linear, Conv, BatchNorm, pooling, Flatten and elementwise activations, also in
+    nested Sequentials. The permutation of a layer's outputs has the layer's name. The last layer
+    with weights has no permutation, because the outputs of the network must keep their order.
+    Batches are ``(n, features)`` or ``(n, channels, pixels...)``.
 
     Raises:
-        ValueError: for any other layer, and where the units cannot be followed.
+        ValueError: there is another kind of layer, or the units cannot be traced through a layer.
     """
     named = module.named_modules(remove_duplicate=False)
     layers = [(name, m) for name, m in named if type(m) is not nn.Sequential]
@@ -215,8 +225,9 @@ def sequential_spec(module: nn.Sequential) -> PermutationSpec:
         )
     last = [name for name, m in layers if type(m) in (nn.Linear, *CONVOLUTIONS)][-1:]
     shapes, axes = [], []
-    # What arrives at a layer: ``count`` units of the permutation ``unit``, None for the inputs, as
-    # "features", as "maps" of pixels, or as maps that are "flat", the pixels of a unit together.
+    # The input of a layer: ``count`` units of the permutation ``unit`` (None for the network's
+    # inputs). ``form`` is "features", "maps" of pixels, or "flat": flattened maps, in which the
+    # pixels of a unit are adjacent.
     unit, count, form = None, 0, "maps"
     for name, layer in layers:
         kind = type(layer)
@@ -240,7 +251,7 @@ def sequential_spec(module: nn.Sequential) -> PermutationSpec:
         if not known:
             arriving = "" if unit is None else f" with {count} units arriving as {form}"
             raise ValueError(
-                f"module must be a chain whose units can be followed, got {layer} at {name!r}"
+                f"module must be a chain whose units can be traced, got {layer} at {name!r}"
                 f"{arriving}; write the PermutationSpec by hand"
             )
 

@@ -1,6 +1,7 @@
-"""What `find_geodesics` is given: errors that name the argument, the value and the usual fix.
+"""Checks the arguments of `find_geodesics`.
 
-What is wrong with the call is raised; what is wrong with one pair is noted, and spoils no other.
+A mistake in the call raises an error. A mistake in one pair is recorded as the error of that pair,
+so that the other pairs are still solved.
 """
 
 import math
@@ -15,15 +16,18 @@ Level = float | Tensor | Callable[[Tensor], Tensor] | None
 
 
 def errors_of_points(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor | None) -> list[str]:
+    """Returns what is wrong with the points of each pair, "" where nothing is."""
     errors = []
     for i, (a, b) in enumerate(zip(theta_a, theta_b, strict=True)):
         error = ""
         for name, value in (("theta_a", a), ("theta_b", b)):
             if not value.isfinite().all():
-                error = error or f"{name} must be finite, got inf or nan; drop pairs of a lost run"
+                error = (
+                    error or f"{name} must be finite, got inf or nan; drop pairs of a diverged run"
+                )
         if torch.equal(a, b):
             error = (
-                error or "theta_b must differ from theta_a; drop pairs of a run that stands still"
+                error or "theta_b must differ from theta_a; drop pairs of a run that does not move"
             )
         if initial_path is not None and not error:
             error = _error_of_start(a, b, initial_path[i])
@@ -32,6 +36,7 @@ def errors_of_points(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor | No
 
 
 def _error_of_start(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor) -> str:
+    """Returns what is wrong with the initial path of one pair, "" if nothing is."""
     if not initial_path.isfinite().all():
         return "initial_path must be finite, got inf or nan; drop pairs of a diverged run"
     for name, end, point in (("theta_a", theta_a, 0), ("theta_b", theta_b, -1)):
@@ -39,7 +44,7 @@ def _error_of_start(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor) -> s
         if gap > 1e-5 * max(1.0, end.abs().amax().item()):
             return (
                 f"initial_path must start at theta_a and end at theta_b, got a gap of {gap} to "
-                f"{name}; add the end points to the subsampled trajectory"
+                f"{name}; add both end points to the subsampled trajectory"
             )
     return ""
 
@@ -47,7 +52,7 @@ def _error_of_start(theta_a: Tensor, theta_b: Tensor, initial_path: Tensor) -> s
 def set_level(
     sublevel: SublevelSet, level: Level, start_loss: Tensor, end_loss: Tensor, errors: list[str]
 ) -> None:
-    """Sets λ, and notes in `errors` the pairs for which it cannot be."""
+    """Sets the level of `sublevel`, and records in `errors` what is wrong with it for each pair."""
     pairs = len(start_loss)
     if level is None:
         level = start_loss
@@ -60,7 +65,7 @@ def set_level(
     except Exception as error:
         raise ValueError(
             f"level must map a ({pairs}, m) tensor of fractions to levels, got {error!r}; write it "
-            "with tensor operations, and a LevelProfile with one profile a pair"
+            "with tensor operations, or use a LevelProfile with one profile for each pair"
         ) from error
     allowed = allowance(values)
     for i, (a, b) in enumerate(zip(start_loss.tolist(), end_loss.tolist(), strict=True)):
@@ -68,7 +73,7 @@ def set_level(
 
 
 def constant_level(level: float | Tensor, like: Tensor) -> Tensor:
-    """λ ``(pairs,)`` of the dtype and device of ``like`` ``(pairs, ...)``."""
+    """Returns λ ``(pairs,)`` with the dtype and device of ``like`` ``(pairs, ...)``."""
     try:
         level = torch.as_tensor(level, dtype=like.dtype, device=like.device).detach()
         if level.ndim > 1:
@@ -76,21 +81,22 @@ def constant_level(level: float | Tensor, like: Tensor) -> Tensor:
         return level.expand(len(like))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"level must be a number, ({len(like)},) for {len(like)} pairs, or a callable, got "
-            f"{describe(level)}; for one that falls along the path use LevelProfile"
+            f"level must be a number, a tensor ({len(like)},) of one for each pair, or a callable, "
+            f"got {describe(level)}; for a level that falls along the path use LevelProfile"
         ) from None
 
 
 def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed: Tensor) -> str:
+    """Returns what is wrong with the level of one pair, "" if nothing is."""
     ends = (("theta_a", start_loss, 0, 0), ("theta_b", end_loss, -1, 1))
     for name, loss, _, _ in ends:
         if not math.isfinite(loss):
             return (
-                f"loss_fn({name}) must be finite, got inf, -inf or nan; drop pairs from a diverged "
+                f"loss_fn({name}) must be finite, got inf, -inf or nan; drop pairs of a diverged "
                 "run"
             )
     if not values.isfinite().all():
-        return f"level must be finite, got {values[0].item()}; None is F(theta_a)"
+        return f"level must be finite, got {values[0].item()}; use None for F(theta_a)"
     rise = values.diff() - allowed[1:]
     if (rise > 0).any():
         k = int((rise > 0).nonzero()[0])
@@ -108,7 +114,7 @@ def _error_of_level(start_loss: float, end_loss: float, values: Tensor, allowed:
 
 
 def check_pairs(theta_a, theta_b, loss_args, **counts) -> None:
-    """Raises for pairs, their arguments and positive integers of the wrong kind."""
+    """Raises ValueError for pairs, loss_args or counts of a wrong shape, dtype or value."""
     for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
         if not torch.is_tensor(value) or value.ndim != 2 or 0 in value.shape:
             raise ValueError(
@@ -117,8 +123,8 @@ def check_pairs(theta_a, theta_b, loss_args, **counts) -> None:
             )
         if value.dtype not in TOLERANCE:
             raise ValueError(
-                f"{name} must be float32 or float64, got {value.dtype}; convert it with .float(): "
-                "lower precision cannot certify a level"
+                f"{name} must be float32 or float64, got {value.dtype}; convert it with .float(), "
+                "because lower precision cannot certify a level"
             )
     if _kind(theta_b) != _kind(theta_a):
         raise ValueError(
@@ -128,17 +134,18 @@ def check_pairs(theta_a, theta_b, loss_args, **counts) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(
-                f"{name} must be a positive integer, got {value!r}; the default serves for most"
+                f"{name} must be a positive integer, got {value!r}; leave it out for the default"
             )
     for argument in loss_args:
         if not torch.is_tensor(argument) or argument.shape[:1] != theta_a.shape[:1]:
             raise ValueError(
                 f"loss_args must be tensors with a leading dimension of {len(theta_a)} pairs, got "
-                f"{describe(argument)}; close over what all pairs share"
+                f"{describe(argument)}; let loss_fn close over what all pairs share"
             )
 
 
 def check_initial_path(initial_path, theta_a) -> None:
+    """Raises ValueError for an initial path of a wrong shape, dtype or device."""
     if initial_path is not None and (
         not torch.is_tensor(initial_path)
         or initial_path.ndim != theta_a.ndim + 1
@@ -147,8 +154,8 @@ def check_initial_path(initial_path, theta_a) -> None:
         or _kind(initial_path)[1:] != _kind(theta_a)[1:]
     ):
         raise ValueError(
-            "initial_path must have n ≥ 2 points of each pair's dimension, dtype and device, as "
-            f"theta_a {describe(theta_a)} has, got {describe(initial_path)}; include both ends"
+            "initial_path must have n ≥ 2 points for each pair, of the dimension, dtype and device "
+            f"of theta_a, {describe(theta_a)}, got {describe(initial_path)}; include both ends"
         )
 
 
@@ -157,6 +164,7 @@ def _kind(value: Tensor) -> tuple:
 
 
 def describe(value) -> str:
+    """Returns shape, dtype and device of a tensor for an error message, else the repr."""
     if torch.is_tensor(value):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
     return repr(value)
