@@ -1,6 +1,6 @@
-"""The sublevel set Ω_λ = {θ : F(θ) ≤ λ(s)}: its level, its loss, and whether a path stays inside.
+"""Evaluates and certifies whether a path stays in the sublevel set Ω_λ = {θ : F(θ) ≤ λ(s)}.
 
-The level is a constant (Bruna 2016, arXiv 1611.01540) or falls along the path: λ(s) is then
+The level is constant (Freeman & Bruna 2017, arXiv 1611.01540) or falls along the path: then λ(s) is
 non-increasing in the arclength fraction s, from at least F(θ_a) to at least F(θ_b).
 """
 
@@ -14,32 +14,32 @@ from torch.func import grad_and_value, vmap
 from geodesic.device import makes_tensors_on_cpu
 from geodesic.path import fractions, points_at, subdivide
 
-# Evaluations of F between the samples around the largest of a segment, see `certify`.
+# Extra evaluations of F around the largest sample of each segment, see `certify`.
 REFINEMENT = 8
-# Samples of a segment between recorded iterates in `sgd_profile`, as many as the certificate's.
+# Samples of each segment between recorded iterates in `sgd_profile`, as many as in the certificate.
 PROFILE_SAMPLES = 16
-# Of the dtypes that a level can be certified in, see `allowance`: 16 units of rounding in float32.
+# The dtypes in which a level can be certified, see `allowance`. 1e-6 is 16 float32 rounding units.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
-# Most of a level that F may exceed it by, however close the level is to zero.
+# The largest share of a level by which F may exceed it, however close the level is to zero.
 LARGEST_SHARE = 1e-3
 
 
 def allowance(level: Tensor) -> Tensor:
-    """What F may exceed levels λ by and count as inside, of any shape.
+    """Returns by how much F may exceed the levels λ (of any shape) and still count as inside.
 
         min(tol · max(1, |λ|), |λ| / 1000)        tol = 1e-9 in float64, 1e-6 in float32
 
-    The first is the rounding of a loss made of terms of size one, or of the size of the level. A
-    level near zero may be finer than that rounding, or belong to a loss whose terms are as small as
-    it is, which the level alone does not tell. The second decides for the strict reading: nothing
-    that is a thousandth above its level is inside. A level of zero allows nothing.
+    The first term is the rounding error of a loss whose terms are of size one, or of the size of
+    the level. For a level near zero that may be too much, because the terms of the loss may be as
+    small as the level, which the level alone does not tell. The second term therefore limits the
+    allowance to a thousandth of the level. A level of zero allows nothing.
     """
     size = level.abs()
     return torch.minimum(TOLERANCE[level.dtype] * size.clamp_min(1), LARGEST_SHARE * size)
 
 
 def check_loss(loss: object) -> Tensor:
-    """``loss`` as F returned it, refused unless it is a scalar that can be certified."""
+    """Returns ``loss``, what F returned, or raises if it is not a scalar that can be certified."""
     if not torch.is_tensor(loss) or loss.dtype not in TOLERANCE:
         got = loss.dtype if torch.is_tensor(loss) else f"a {type(loss).__name__}"
         raise ValueError(
@@ -49,22 +49,24 @@ def check_loss(loss: object) -> Tensor:
     if loss.ndim:
         raise ValueError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}; sum it or average it "
-            "(of a torch loss, use reduction='mean')"
+            "(give a torch loss reduction='mean')"
         )
     return loss
 
 
 class LevelProfile:
-    """A level that falls along the path: linear between knots, one profile a pair.
+    """A level that falls along the path, linear between knots, with one profile for each pair.
 
     Args:
         values: ``(m,)`` or ``(pairs, m)`` levels at the knots. They are made non-increasing by a
-            running maximum from the far end, λ_k = max_{j ≥ k} values_j: the least non-increasing
-            level that is nowhere below the values, so what was feasible for them stays feasible.
-        fractions: same shape, the knots, non-decreasing from 0 to 1. None means evenly spaced.
+            running maximum from the far end, λ_k = max_{j ≥ k} values_j. This is the smallest
+            non-increasing level that is nowhere below the values, so a path that is feasible for
+            the values stays feasible.
+        fractions: the arclength fractions of the knots, of the same shape, non-decreasing from 0 to
+            1. None spaces them evenly.
 
     Raises:
-        ValueError: for a wrong shape, values that are not finite or knots out of order.
+        ValueError: a shape is wrong, a value is not finite, or the knots are out of order.
     """
 
     def __init__(self, values: Tensor, fractions: Tensor | None = None):
@@ -72,7 +74,7 @@ class LevelProfile:
             raise ValueError(
                 f"values must be a tensor (m,) or (pairs, m) with m ≥ 2, got "
                 f"{tuple(values.shape) if torch.is_tensor(values) else values!r}; give one level "
-                "a knot, or a float as the level itself if it does not fall"
+                "for each knot, or pass a float as the level itself if it does not fall"
             )
         values = values.detach().reshape(-1, values.shape[-1])
         if not values.isfinite().all():
@@ -89,13 +91,13 @@ class LevelProfile:
         ):
             raise ValueError(
                 f"fractions must rise from 0 to 1 in the shape of values {tuple(values.shape)}, "
-                f"got shape {tuple(fractions.shape)}; geodesic.path.fractions gives a path's own"
+                f"got shape {tuple(fractions.shape)}; geodesic.path.fractions gives those of a path"
             )
         self.values = values.flip(1).cummax(1).values.flip(1)
         self.fractions = fractions.contiguous()
 
     def __call__(self, s: Tensor) -> Tensor:
-        """λ(s) at the fractions ``(pairs, k)``; a single profile serves any number of pairs."""
+        """Returns λ(s) at fractions ``(pairs, k)``; one profile serves any number of pairs."""
         shape = (s.shape[0], self.values.shape[1])
         values, knots = self.values.expand(shape), self.fractions.expand(shape).contiguous()
         s = s.to(knots.dtype).contiguous()
@@ -112,24 +114,25 @@ def sgd_profile(
     loss_args: tuple[Tensor, ...] = (),
     chunk_size: int = 256,
 ) -> LevelProfile:
-    """SGD's own loss at the same arclength fraction, as a level that the trajectory itself keeps.
+    """Returns SGD's own loss along its trajectory as a level, which the trajectory itself meets.
 
         λ(s_k) = max over j ≥ k - 1 of F(γ(s_j)) + ¼ max(0, -Δ²F(γ(s_j))),    λ(1) = F(θ_b)
 
-    with γ the polyline through the recorded iterates and s_j 16 even samples of each of its
-    segments. The running maximum covers a bump by holding the level up to it, so λ(0) is F(θ_a)
-    unless SGD later climbed higher. Being one sample late, and twice the bulge of a parabola above
-    a maximum, keep F below λ between the samples too: between iterates F is often concave, so a
-    line through their own losses would leave the trajectory out.
+    Here γ is the polyline through the recorded iterates, and s_j are the arclength fractions of 16
+    even samples of each of its segments. The running maximum holds the level up to the height of
+    any later bump, so λ(0) is F(θ_a) unless SGD climbed above it. Two margins keep F below λ
+    between the samples as well: the index j starts one sample early, and the second difference adds
+    twice the height by which a parabola rises above its samples. Without them the trajectory would
+    exceed its own level, because F is often concave between iterates.
 
     Args:
         loss_fn: F, ``loss_fn(theta, *args)``, as for `geodesic.find_geodesics`.
         trajectory: ``(n, d)`` or ``(pairs, n, d)``, from θ_a to θ_b.
         loss_args: tensors with a leading dimension of pairs.
-        chunk_size: points evaluated at once.
+        chunk_size: the number of points evaluated at once.
 
     Raises:
-        ValueError: for a wrong shape, and where F is not finite.
+        ValueError: the trajectory has a wrong shape, or F is not finite on it.
     """
     if trajectory.ndim not in (2, 3) or trajectory.shape[-2] < 2:
         raise ValueError(
@@ -148,21 +151,21 @@ def sgd_profile(
 
 @dataclass
 class Samples:
-    """A path measured densely: n + 1 samples on each of K segments, ends included."""
+    """Dense samples of paths: n + 1 on each of K segments, ends included."""
 
     losses: Tensor  # (rows, K, n + 1)
-    excess: Tensor  # (rows, K, 4n + 1): F - λ(s), F interpolated by parabolas between samples
+    excess: Tensor  # (rows, K, 4n + 1): F - λ(s), with F interpolated by parabolas between samples
     peak: Tensor  # (rows, K): the largest excess on each segment, also between the samples
-    inner: Tensor  # (rows, K): the same off the beads
+    inner: Tensor  # (rows, K): the largest excess on each segment without its beads
     max_loss: Tensor  # (rows,): the largest F that was computed
     feasible: Tensor  # (rows,): peak ≤ allowance(λ) on every segment
 
 
 class SublevelSet:
-    """F and λ for a batch of pairs: chunked, counted evaluation and dense certification.
+    """Evaluates F and λ for a batch of pairs, counts the evaluations, and certifies paths.
 
-    ``rows`` names the pairs (a long tensor) that a batch of points or fractions belongs to.
-    At most ``chunk_size`` points are evaluated at once, which bounds the memory.
+    ``rows`` is always a long tensor with the numbers of the pairs to which a batch of points or
+    fractions belongs. At most ``chunk_size`` points are evaluated at once, which bounds the memory.
     """
 
     def __init__(
@@ -181,18 +184,18 @@ class SublevelSet:
         self._level: Callable[[Tensor], Tensor] | None = None
 
     def set_level(self, level: Tensor | Callable[[Tensor], Tensor]) -> None:
-        """A constant a pair ``(pairs,)``, or a callable from ``(pairs, k)`` fractions to levels."""
+        """Sets λ: constants ``(pairs,)``, or a callable from fractions ``(pairs, k)`` to levels."""
         self._level = level if callable(level) else lambda s: level[:, None].expand_as(s)
 
     def level(self, s: Tensor, rows: Tensor) -> Tensor:
-        """λ at fractions ``(rows, k)``."""
+        """Returns λ at fractions ``(rows, k)``."""
         every = s.new_zeros(len(self.loss_evaluations), s.shape[1])
         every[rows] = s
         level = torch.as_tensor(self._level(every), dtype=s.dtype, device=s.device)
         return level.expand_as(every)[rows]
 
     def slope(self, s: Tensor, rows: Tensor, width: float) -> Tensor:
-        """dλ/ds by differences ``width`` to either side, one-sided at the ends."""
+        """Returns dλ/ds by differences over ``width`` to either side, one-sided at the ends."""
         low, high = (s - width).clamp_min(0), (s + width).clamp_max(1)
         return (self.level(high, rows) - self.level(low, rows)) / (high - low)
 
@@ -203,7 +206,7 @@ class SublevelSet:
         return [argument[rows] for argument in self.loss_args]
 
     def gradients(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """F ``(rows, m)`` and its gradients ``(rows, m, d)`` at points ``(rows, m, d)``."""
+        """Returns F ``(rows, m)`` and its gradients ``(rows, m, d)`` at points ``(rows, m, d)``."""
         self.gradient_evaluations.index_add_(0, rows, torch.full_like(rows, points.shape[1]))
         parts = [
             self._gradient(points[part], *self._arguments(rows[part]))
@@ -213,29 +216,29 @@ class SublevelSet:
         return losses, gradients
 
     def losses(self, path: Tensor, per_segment: int, rows: Tensor) -> Tensor:
-        """F at every sample of the paths, ``(rows, K, n + 1)``; where it is not finite, inf."""
+        """Returns F at every sample of the paths, ``(rows, K, n + 1)``; inf where not finite."""
         count = (path.shape[1] - 1) * per_segment + 1
         losses = self._evaluate(lambda part: subdivide(path[part], per_segment), count, rows)
         return losses.unfold(1, per_segment + 1, per_segment)
 
     def _evaluate(self, points: Callable[[Tensor], Tensor], count: int, rows: Tensor) -> Tensor:
-        """F ``(rows, count)`` at the points ``(part, count, d)`` of each part of the rows."""
+        """Returns F ``(rows, count)``; ``points`` maps part of the rows to ``(part, count, d)``."""
         self.loss_evaluations.index_add_(0, rows, torch.full_like(rows, count))
         parts = [
             self._loss(points(part), *self._arguments(rows[part]))
             for part in self._chunks(count, len(rows))
         ]
         losses = torch.cat(parts)
-        # -inf is no low loss, but one that has left its domain: outside, as NaN is.
+        # -inf counts as outside, as NaN does: the loss has left its domain.
         return losses.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
     def sample(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
     ) -> Samples:
-        """Certify paths ``(rows, K + 1, d)`` on their segments, not only at their beads.
+        """Returns dense samples of paths ``(rows, K + 1, d)`` and whether they are feasible.
 
-        The peak of a segment is its largest excess, or that of the parabola through neighbouring
-        samples where it is larger: beads-only or sampled maxima hide what lies between them.
+        The peak of a segment is the largest excess of its samples, or the maximum of the parabola
+        through neighbouring samples if that is larger, so that maxima between samples count.
         """
         if losses is None:
             losses = self.losses(path, per_segment, rows)
@@ -244,7 +247,7 @@ class SublevelSet:
         s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
         level = self.level(s.flatten(1), rows).view_as(s)
         excess = fine - level
-        # The parabola means nothing across a kink of λ; the fine samples of λ are exact there.
+        # Across a kink of λ the parabola is meaningless; there the fine samples of λ are exact.
         smooth = level.diff(n=2).abs() <= fine.diff(n=2).abs()
         inner = torch.where(smooth, _vertex(excess)[1], excess[..., 1:-1]).amax(-1)
         peak = torch.maximum(excess.amax(-1), inner)
@@ -253,15 +256,16 @@ class SublevelSet:
 
     @staticmethod
     def _allowed(level: Tensor) -> Tensor:
-        """What F may exceed the levels ``(rows, K, ...)`` of each segment by, ``(rows, K)``."""
+        """Returns by how much F may exceed the levels ``(rows, K, ...)``, ``(rows, K)``."""
         return allowance(level).amin(-1)
 
     def certify(
         self, path: Tensor, per_segment: int, rows: Tensor, losses: Tensor | None = None
     ) -> Samples:
-        """`sample`, and F itself between the samples beside each segment's largest.
+        """Returns what `sample` does, after more evaluations where F - λ may peak.
 
-        Where λ has knots, as a `LevelProfile` does, F at each of them too: F - λ can peak there.
+        F is evaluated between the samples around the largest of each segment, and at the knots of λ
+        if it has any, as a `LevelProfile` does.
         """
         found = self.sample(path, per_segment, rows, losses)
         knots = fractions(path)
@@ -298,8 +302,11 @@ class SublevelSet:
 
 
 def _refine(losses: Tensor) -> Tensor:
-    """``(..., n + 1)`` samples and, between each two, 3 values of the parabola through them and
-    the next sample, ``(..., 4n + 1)``, n ≥ 2: what lets a bent λ be met where it bends."""
+    """Returns samples ``(..., n + 1)`` with 3 interpolated values in each gap, ``(..., 4n + 1)``.
+
+    The values are those of the parabola through the two samples and a neighbour; n must be at least
+    2. The finer grid compares F with a level that bends between samples.
+    """
     t = torch.arange(4, dtype=losses.dtype, device=losses.device) / 4
     bend = losses.diff(n=2)
     bend = torch.cat((bend[..., :1], bend), dim=-1)[..., None].nan_to_num(0, 0, 0)
@@ -308,8 +315,12 @@ def _refine(losses: Tensor) -> Tensor:
 
 
 def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Where, in steps of the grid from 0, and how high the parabola through each three neighbours
-    of ``(..., n + 1)`` peaks, both ``(..., n - 1)``; the middle one where it does not."""
+    """Returns place and height of the peak of the parabola through each three neighbours.
+
+    ``values`` is ``(..., n + 1)`` and both results are ``(..., n - 1)``. The place is in grid steps
+    from the first value. Where the parabola has no peak between its outer two values, the result is
+    the middle value.
+    """
     before, middle, after = values[..., :-2], values[..., 1:-1], values[..., 2:]
     bend = before - 2 * middle + after
     offset = (before - after) / (2 * bend)
@@ -320,5 +331,5 @@ def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def worst_interior(excess: Tensor) -> Tensor:
-    """Where off its beads, t in (0, 1), a segment's excess ``(..., m + 1)`` is largest."""
+    """Returns where in (0, 1) a segment's excess ``(..., m + 1)`` is largest off its beads."""
     return excess[..., 1:-1].argmax(-1).add(1).to(excess.dtype) / (excess.shape[-1] - 1)

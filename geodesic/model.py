@@ -1,4 +1,4 @@
-"""A network, a loss and a fixed data set as F(θ) on flat parameters, for `find_geodesic`."""
+"""Turns a network, a loss and a fixed data set into F(θ) on flat parameters."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -11,59 +11,65 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from geodesic.level_set import TOLERANCE, check_loss
 
-# Subclasses may do more in their forward pass, which recalibration replaces.
+# Only these exact types: recalibration replaces the forward pass, and a subclass may do more in it.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ModelLoss:
-    """F(θ) = Σ_c (n_c / n) · loss_fn(module(inputs_c; θ), targets_c) over chunks c of the data.
+    """The loss of a module on a fixed data set, as a function of its flat parameters.
 
-    θ is ``(d,)``: the module's parameters, frozen ones too, flat and in the order of
-    ``module.named_parameters()``, tied ones once. F has the module's dtype and device, is
-    deterministic and works under `torch.func.vmap` and `torch.func.grad`; in more than one chunk
-    not under forward-mode `torch.func.jvp`.
+        F(θ) = Σ_c (n_c / n) · loss_fn(module(inputs_c; θ), targets_c)   over chunks c of the data
 
-    F reads θ and never writes to it. A forward pass that changes its own weights, such as that of
-    ``nn.Embedding(max_norm=1.0)``, changes a copy made for that call: F(θ) is the loss after the
-    change, and gradients pass through it as if it were the identity, as they do in training. A
-    forward pass that writes into its inputs or its buffers is refused.
+    θ is ``(d,)``: all parameters of the module, also frozen ones, flattened in the order of
+    ``module.named_parameters()``; tied parameters occur once. F has the module's dtype and device,
+    is deterministic, and works under `torch.func.vmap` and `torch.func.grad`. With more than one
+    chunk it does not work under forward-mode `torch.func.jvp`.
 
-    F holds a copy of the module in eval mode, so dropout is the identity. What stays random there
-    (``F.dropout`` that is always on, `nn.FractionalMaxPool2d`, ``torch.rand`` in ``forward``) is
-    found by two evaluations and refused.
+    F reads θ and never writes to it. If a forward pass changes its own weights, as that of
+    ``nn.Embedding(max_norm=1.0)`` does, it changes a copy made for that call: F(θ) is the loss
+    after the change, and gradients pass through the change as if it were the identity, as they do
+    in training. A forward pass that writes into its inputs or its buffers is refused.
 
-    *Batch norm.* Running statistics of θ_a and θ_b say nothing about the points between them, so
-    with such layers ``recalibrate`` must be chosen. True normalises with the mean and the (biased)
-    variance of the whole data set at each θ, differentiated through (the statistics are recomputed
-    per point as by Garipov et al. 2018, arXiv 1802.10026). In one chunk that is the forward pass in
-    train mode. In several, a first pass pools the chunks' moments,
+    F holds a copy of the module in eval mode, so dropout is the identity. Modules that are random
+    in eval mode (``F.dropout`` that is always on, `nn.FractionalMaxPool2d`, ``torch.rand`` in
+    ``forward``) are detected by evaluating F twice, and refused.
+
+    *Batch norm.* The running statistics at θ_a and θ_b do not hold for the points between them, so
+    ``recalibrate`` must be chosen for a module with batch norm. True normalizes with the mean and
+    the (biased) variance of the whole data set at each θ, and differentiates through them (as by
+    Garipov et al. 2018, arXiv 1802.10026, the statistics are recomputed at each point). With one
+    chunk that is the forward pass in train mode. With several chunks a first pass pools the
+    moments of the chunks,
 
         μ = Σ_c (n_c / n) μ_c        σ² = Σ_c (n_c / n) (σ_c² + (μ_c - μ)²),
 
-    and a second uses them. That is exact for the first layer; deeper ones see, in the first pass,
-    inputs normalised chunk by chunk, so F depends slightly on ``chunk_size``.
+    and a second pass uses them. This is exact for the first layer. In the first pass the inputs of
+    deeper layers are normalized chunk by chunk, so F depends slightly on ``chunk_size``.
 
-    *Recurrent layers.* `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells have no vmap rule; F takes
-    them apart by running inside `torch.func.vjp`. Tested on the CPU only: cuDNN's fused kernels may
-    refuse, where a cell written with matrix products does not.
+    *Recurrent layers.* `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells have no vmap rule. F runs
+    inside `torch.func.vjp`, which decomposes them. This is tested on the CPU only; cuDNN's fused
+    kernels may refuse it, while a cell written with matrix products works.
 
     Args:
-        module: float32 or float64, on one device. It is not changed.
-        loss_fn: ``(outputs, targets)`` to a scalar, the **mean** over examples, such as
-            `nn.functional.cross_entropy`. A mean over a varying number of items an example
-            (``ignore_index``) is weighted by examples across chunks.
-        inputs: ``(n, ...)``, a tuple of such for a module with several inputs, or a `DataLoader`
-            without shuffling whose batches end in the targets; it is read once, into memory.
+        module: the network, in float32 or float64, on one device. It is not changed.
+        loss_fn: maps ``(outputs, targets)`` to a scalar, the **mean** over examples, such as
+            `nn.functional.cross_entropy`. Chunks are weighted by their number of examples, also if
+            the mean is over a varying number of items in each example (``ignore_index``).
+        inputs: ``(n, ...)``; or a tuple of such tensors for a module with several inputs; or a
+            `DataLoader` without shuffling whose batches end in the targets. A DataLoader is read
+            once, into memory.
         targets: ``(n, ...)``; None with a `DataLoader`.
-        chunk_size: most examples in one forward pass, None for all; chunks are of even size. Memory
-            is that of one chunk, for each θ of a vmap. Gradients too: with several chunks they run
-            each chunk forward once more instead of storing it.
-        recalibrate: of batch norm, see above. False keeps the module's running statistics for every
-            θ: right only where θ moves little from the module's own.
+        chunk_size: the largest number of examples in one forward pass; None for all. Chunks are of
+            even size. The memory needed is that of one chunk for each θ of a vmap, also for
+            gradients: with several chunks they repeat the forward pass of each chunk instead of
+            storing it.
+        recalibrate: how batch norm is evaluated, see above. False uses the module's running
+            statistics at every θ, which is right only if θ stays close to the module's own.
 
     Raises:
-        ValueError: for shuffled or one-off data, batch norm without a choice, randomness, writes
-            into inputs or buffers, and wrong shapes or dtypes.
+        ValueError: the data are shuffled or can be read only once, ``recalibrate`` is not chosen
+            for a module with batch norm, the module is random or writes into inputs or buffers, or
+            a shape or dtype is wrong.
     """
 
     def __init__(
@@ -80,12 +86,12 @@ class ModelLoss:
         if len(kinds) != 1 or next(iter(kinds))[0] not in TOLERANCE:
             raise ValueError(
                 f"module must have parameters of one dtype, float32 or float64, on one device, got "
-                f"{sorted(map(str, kinds))}; convert it with module.float() or .to(device)"
+                f"{sorted(map(str, kinds))}; convert it with module.float() or module.to(device)"
             )
         ((self.dtype, self.device),) = kinds
         self.shapes = {name: p.shape for name, p in parameters.items()}
         self.loss_fn, self._module = loss_fn, _copy(module).eval()
-        # Each chunk: its share of the data, then (inputs, targets).
+        # A chunk is (its share of the data, inputs, targets).
         self._chunks = self._split(*_read(inputs, targets), chunk_size)
         self._layers = _recalibrated(self._module, recalibrate)
         for layer in self._layers.values():
@@ -98,7 +104,7 @@ class ModelLoss:
         check_deterministic(self, theta)
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """The loss over all the data, a scalar, at ``theta`` ``(d,)``."""
+        """Returns the loss on all data at ``theta`` ``(d,)``, a scalar."""
         self._check(theta)
         if len(self._chunks) == 1:
             return self._run(self._chunks[0], self._loss, theta)
@@ -109,17 +115,20 @@ class ModelLoss:
         )
 
     def flatten(self, source: nn.Module | Mapping[str, Tensor]) -> Tensor:
-        """θ ``(d,)`` of a module or of a ``state_dict`` of the same architecture, a copy."""
+        """Returns a copy of the parameters of ``source`` as θ ``(d,)``.
+
+        ``source`` is a module, or a ``state_dict`` of one, of the same architecture.
+        """
         tensors = self._matching(source)
         parts = [tensor.detach().to(self.device, self.dtype).flatten() for tensor in tensors]
         return torch.cat(parts)
 
     @torch.no_grad()
     def load(self, theta: Tensor, module: nn.Module) -> None:
-        """Put ``theta`` into ``module``; if F recalibrates, the running statistics at θ too.
+        """Copies ``theta`` into ``module``, and the running statistics at θ if F recalibrates.
 
-        The module's loss on the data in eval mode is then F(θ), unless one batch-norm layer is used
-        in several places.
+        Afterwards the module's loss on the data in eval mode is F(θ), unless one batch-norm layer
+        is used in several places.
         """
         self._check(theta)
         for parameter, value in zip(
@@ -139,19 +148,20 @@ class ModelLoss:
         if theta.shape != (d,) or theta.dtype != self.dtype or theta.device != self.device:
             raise ValueError(
                 f"theta must be ({d},) {self.dtype} on {self.device}, got {tuple(theta.shape)} "
-                f"{theta.dtype} on {theta.device}; flatten(module) gives it, vmap takes a batch"
+                f"{theta.dtype} on {theta.device}; make it with flatten(module), and use vmap for "
+                "a batch"
             )
 
     @torch.no_grad()
     def _check_pure(self, theta: Tensor) -> None:
-        """Refuse a forward pass that writes into its inputs or its buffers.
+        """Raises ValueError if the forward pass writes into its inputs or its buffers.
 
-        F would depend on the calls before it, `torch.func` could not differentiate it, and the
-        inputs are the caller's own tensors.
+        F would then depend on earlier calls, `torch.func` could not differentiate it, and the
+        caller's own inputs would change.
         """
         share, inputs, targets = self._chunks[0]
         inputs = tuple(tensor.clone() for tensor in inputs)
-        for _ in range(2):  # the first pass may fill a cache that later ones only read
+        for _ in range(2):  # the first pass may fill a cache that later passes only read
             buffers = {n: (b, b._version) for n, b in self._module.named_buffers()}
             versions = [tensor._version for tensor in inputs]
             self._run((share, inputs, targets), self._loss, theta)
@@ -164,13 +174,13 @@ class ModelLoss:
         written += [f"inputs[{i}]" for i, x in enumerate(inputs) if x._version != versions[i]]
         if written:
             raise ValueError(
-                f"module must write into parameters at most, got a forward pass that writes into "
-                f"{', '.join(written)} in eval mode; give that layer inplace=False, or update "
+                f"module must write into nothing but parameters, got a forward pass that writes "
+                f"into {', '.join(written)} in eval mode; give that layer inplace=False, or update "
                 "buffers only `if self.training`"
             )
 
     def _matching(self, source: nn.Module | Mapping[str, Tensor]) -> list[Tensor]:
-        """The tensors of ``source``, in the order of θ."""
+        """Returns the tensors of ``source`` in the order of θ."""
         module = isinstance(source, nn.Module)
         tensors = dict(source.named_parameters()) if module else source
         for name, shape in self.shapes.items():
@@ -178,12 +188,12 @@ class ModelLoss:
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise ValueError(
                     f"{name} must be {tuple(shape)}, got {found}; use a module of the same "
-                    "architecture (of a DistributedDataParallel, its .module)"
+                    "architecture (the .module of a DistributedDataParallel)"
                 )
         return [tensors[name] for name in self.shapes]
 
     def _unflatten(self, theta: Tensor) -> dict[str, Tensor]:
-        """The parameters as copies, into which a forward pass may write."""
+        """Returns copies of the parameters by name; a forward pass may write into them."""
         parts = theta.split([shape.numel() for shape in self.shapes.values()])
         return {
             name: part.view(shape).clone()
@@ -202,7 +212,10 @@ class ModelLoss:
         return tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def _run(self, chunk, result: Callable, theta: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """``result(outputs, targets)`` of one chunk, with its own or with ``pooled`` statistics."""
+        """Returns ``result(outputs, targets)`` of one chunk.
+
+        Batch norm uses the ``pooled`` statistics if they are given, else those of the chunk.
+        """
 
         def forward(theta: Tensor, *pooled: Tensor) -> Tensor:
             _, inputs, targets = chunk
@@ -221,14 +234,14 @@ class ModelLoss:
         return check_loss(self.loss_fn(outputs, targets))
 
     def _normalize(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The forward pass of a batch-norm layer that is recalibrated."""
+        """Runs the forward pass of a recalibrated batch-norm layer."""
         if self._given is not None:
             mean, variance = next(self._given)
         else:
             axes = [axis for axis in range(x.ndim) if axis != 1]
             variance, mean = torch.var_mean(x, axes, correction=0)
             self._seen.append((layer, torch.stack((mean, variance))))
-        # nn.functional.batch_norm has no gradient in the statistics it is given.
+        # nn.functional.batch_norm does not differentiate through the statistics that it is given.
         scale = (variance + layer.eps).rsqrt()
         if layer.affine:
             scale = scale * layer.weight
@@ -237,12 +250,12 @@ class ModelLoss:
         return x + layer.bias.view(channels) if layer.affine else x
 
     def _moments(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Means and variances ``(2, channels)`` of the batch-norm layers, in order of call."""
+        """Returns means and variances ``(2, channels)`` of the batch-norm layers in call order."""
         self._calls = [layer for layer, _ in self._seen]
         return torch.cat([moments for _, moments in self._seen], dim=1)
 
     def _pool(self, theta: Tensor) -> Tensor:
-        """The moments of all the data ``(2, channels)``."""
+        """Returns the means and variances over all data, ``(2, channels)``."""
         parts = [
             _recompute(partial(self._run, chunk, self._moments), theta) for chunk in self._chunks
         ]
@@ -270,9 +283,10 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _recompute(function: Callable, *tensors: Tensor) -> Tensor:
-    """function(*tensors), a tensor; only ``tensors`` are stored, and it runs again for gradients.
+    """Returns the tensor ``function(*tensors)`` and recomputes it for gradients.
 
-    `torch.utils.checkpoint` does this for autograd, but not under `torch.func`.
+    Only ``tensors`` are stored. `torch.utils.checkpoint` does this for autograd, but not under
+    `torch.func`.
     """
     return _Recompute.apply(lambda *tensors: (function(*tensors),), *tensors)[0]
 
@@ -295,38 +309,39 @@ class _Recompute(torch.autograd.Function):
             gradients, tensors = arguments[:count], arguments[count:]
             return vjp(ctx.function, *tensors)[1](gradients)
 
-        # Not stored either: torch.func.grad keeps the graph of every backward pass.
+        # The backward pass is recomputed too, because torch.func.grad keeps its graph.
         count = len(gradients)
         return (None, *_Recompute.apply(pull_back, *gradients, *ctx.saved_tensors))
 
 
 @torch.no_grad()
 def check_deterministic(loss_fn: Callable[[Tensor], Tensor], theta: Tensor) -> None:
-    """Evaluate F twice at ``theta`` ``(d,)`` and refuse one that differs.
+    """Evaluates F twice at ``theta`` ``(d,)`` and raises if the two values differ.
 
-    Differences within the certificate's tolerance pass: some GPU kernels sum in varying order.
+    Differences within the certificate's tolerance pass, because some GPU kernels sum in varying
+    order.
 
     Raises:
-        ValueError: if F is random, such as the loss of a fresh mini-batch.
+        ValueError: F is random, such as the loss of a fresh minibatch.
     """
     first, second = loss_fn(theta), loss_fn(theta)
     tolerance = TOLERANCE.get(first.dtype, 0.0)
     if not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise ValueError(
             f"loss_fn must be deterministic, got {first.item()} and {second.item()} at the same "
-            "theta; F must be the loss on one fixed evaluation set without dropout or other noise: "
-            "a level of a mini-batch loss means nothing on the next mini-batch"
+            "theta; use the loss on one fixed evaluation set, without dropout or other noise, "
+            "because the level of one minibatch does not hold for the next"
         )
 
 
 def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The data as (inputs, targets), all ``(n, ...)``."""
+    """Returns the data as (inputs, targets), all ``(n, ...)``."""
     fix = (
         "F must be the loss on one fixed evaluation set: give tensors, or a DataLoader with "
         "shuffle=False, which is read once"
     )
     if isinstance(inputs, DataLoader):
-        batches = inputs.batch_sampler  # one of the user's own leaves inputs.sampler sequential
+        batches = inputs.batch_sampler  # with a custom one, inputs.sampler is always sequential
         if type(batches) is BatchSampler:
             batches = batches.sampler
         sampler = inputs.sampler if batches is None else batches
@@ -339,9 +354,9 @@ def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
         for batch in batches:
             if not isinstance(batch, tuple | list) or len(batch) < 2 or targets is not None:
                 raise ValueError(
-                    f"inputs as a DataLoader must give (inputs, targets) batches and leave targets "
-                    f"None, got a {type(batch).__name__} and targets={type(targets).__name__}; "
-                    "give tensors instead"
+                    f"inputs must be a DataLoader of (inputs, targets) batches if targets is None, "
+                    f"got batches of type {type(batch).__name__} and targets of type "
+                    f"{type(targets).__name__}; give tensors instead"
                 )
         *inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))
     inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
@@ -351,13 +366,13 @@ def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
         if value.ndim == 0 or len(value) == 0 or len(value) != len(inputs[0]):
             raise ValueError(
                 f"{name} must be (n, ...) with n ≥ 1 the same for all, got {tuple(value.shape)} "
-                f"beside inputs {tuple(inputs[0].shape)}; examples come first (batch_first=True)"
+                f"with inputs {tuple(inputs[0].shape)}; put examples first (batch_first=True)"
             )
     return inputs, targets
 
 
 def _recalibrated(module: nn.Module, recalibrate: bool | None) -> dict[str, nn.Module]:
-    """The layers to recalibrate, by name."""
+    """Returns the layers to recalibrate by name."""
     layers = {
         name: layer
         for name, layer in module.named_modules()
@@ -367,13 +382,13 @@ def _recalibrated(module: nn.Module, recalibrate: bool | None) -> dict[str, nn.M
     if layers and recalibrate is None:
         raise ValueError(
             f"recalibrate must be chosen for a module with batch norm, got None with {list(layers)}"
-            ": running statistics hold for the module's own parameters, not along a path; use "
-            "recalibrate=True for the statistics of the data at each theta (False keeps them)"
+            "; use recalibrate=True for the statistics of the data at each theta, or False for the "
+            "module's running statistics, which hold for its own parameters but not along a path"
         )
     for name, layer in layers.items():
         if recalibrate and type(layer) not in BATCH_NORMS:
             raise ValueError(
-                f"recalibrate=True knows nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, got "
+                f"recalibrate=True supports nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, got "
                 f"{type(layer).__name__} at {name!r}; replace that layer"
             )
         if not recalibrate and layer.running_mean is None:
