@@ -354,8 +354,8 @@ def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
         for batch in batches:
             if not isinstance(batch, tuple | list) or len(batch) < 2 or targets is not None:
                 raise ValueError(
-                    f"inputs must be a DataLoader of (inputs, targets) batches if targets is None, "
-                    f"got batches of type {type(batch).__name__} and targets of type "
+                    f"inputs as a DataLoader must yield (inputs, targets) batches, with "
+                    f"targets=None, got batches of type {type(batch).__name__} and targets of type "
                     f"{type(targets).__name__}; give tensors instead"
                 )
         *inputs, targets = (torch.cat(part) for part in zip(*batches, strict=True))

@@ -1,9 +1,10 @@
-"""Thousands of pairs on disk: geodesics found shard by shard, by one process or many.
+"""Finds the geodesics of thousands of pairs shard by shard, on disk, by one process or many.
 
     result = find_geodesics_on_disk("paths", loss_fn, theta_a, theta_b, shard_size=64)
 
-Run the same script under `torchrun --nproc_per_node 2` or SLURM, on one machine or several that
-share the folder, and each process does its share. A run that was killed goes on where it was.
+Run the same script under `torchrun --nproc_per_node 2` or SLURM, on one machine or on several that
+share the folder, and each process does its share. A run that was killed resumes from the shards
+that it has written.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ DEFAULTS = {name: signature(find_geodesics).parameters[name].default for name in
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun or SLURM set them; else 0 of 1."""
+    """Returns this process's rank and the number of processes, as set by torchrun or SLURM.
+
+    Without either it returns (0, 1).
+    """
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
@@ -50,22 +54,36 @@ def find_geodesics_on_disk(
     patience: float = 3600.0,
     **settings: int,
 ) -> Geodesic:
-    """`find_geodesics`, kept in `folder` as it goes; all processes return the whole result.
+    """Solves the pairs as `find_geodesics` does, and saves the results in `folder` shard by shard.
+
+    Every process returns the results of all pairs.
 
     Args:
-        shard_size: pairs solved at once and then written.
-        name: of the problem. The pairs, levels, arguments and settings of a folder are known by
-            their checksum, but not what ``loss_fn`` computes: tell two of them apart by name.
-        progress: wraps the numbers of the shards to do, such as tqdm.
-        patience: seconds without a new shard after which the other processes are given up.
-        settings: num_segments, seed, max_iterations, and chunk_size, which another run may change.
+        folder: the folder of the results; it is created if it does not exist.
+        loss_fn: F, as for `find_geodesics`.
+        theta_a: ``(pairs, d)``, float32 or float64.
+        theta_b: ``(pairs, d)``, of the same dtype.
+        level: λ, as for `find_geodesics`.
+        initial_path: ``(pairs, n, d)``, as for `find_geodesics`.
+        loss_args: tensors with a leading dimension of pairs, as for `find_geodesics`.
+        shard_size: the number of pairs that are solved together and then written.
+        name: a name of the problem. A folder with other pairs, levels, arguments or settings is
+            recognized by checksums, but one with another ``loss_fn`` is not; give different loss
+            functions different names.
+        progress: wraps the iterable of shard numbers, for example tqdm.
+        patience: after this many seconds without a new shard the other processes are taken for
+            dead, and an error is raised.
+        settings: num_segments, seed, max_iterations and chunk_size of `find_geodesics`. Only
+            chunk_size may differ when a run is resumed.
 
     Raises:
-        ValueError: as `find_geodesics`, for a shard none of whose pairs can be searched.
+        ValueError: `find_geodesics` raised it, for example because no pair of a shard can be
+            searched.
+        TypeError: there is an unknown setting.
         DatasetError: the folder holds another problem, or another process stopped.
     """
     if unknown := sorted(settings.keys() - SETTINGS):
-        raise TypeError(f"unknown settings {unknown}; there are {SETTINGS}")
+        raise TypeError(f"settings has unknown names {unknown}; use some of {SETTINGS}")
     settings = DEFAULTS | settings
     counts = {name: value for name, value in settings.items() if name != "seed"}
     check_pairs(theta_a, theta_b, loss_args, shard_size=shard_size, **counts)

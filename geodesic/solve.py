@@ -1,4 +1,4 @@
-"""Geodesics of sublevel sets: the shortest path from θ_a to θ_b along which F ≤ λ(s)."""
+"""Finds geodesics of sublevel sets: shortest paths from θ_a to θ_b along which F ≤ λ(s)."""
 
 import warnings
 from collections.abc import Callable
@@ -22,42 +22,46 @@ from geodesic.level_set import Samples, SublevelSet
 from geodesic.path import chord, length, refine, resample
 from geodesic.shortening import join, shorten
 
-# Samples on the chord, and on each segment of a path while shortened and when certified.
-# Shortening also covers what lies between its samples (see SublevelSet.sample); a path that the
-# finer certificate refuses is shortened once more on those samples.
+# Samples on the chord, and on each segment of a path while it is shortened and when it is
+# certified. Shortening also covers the gaps between its samples (see SublevelSet.sample). A path
+# that the finer certificate refuses is shortened once more on the certificate's samples.
 CHORD_SAMPLES = 64
 SHORTENING_SAMPLES = 4
 CERTIFICATE_SAMPLES = 16
-# Coordinates of paths shortened at once; a few dozen times as many numbers are kept.
+# Coordinates of the paths shortened at once. Memory holds a few dozen times as many numbers.
 AT_ONCE = 2**24
-# Sideways bulges of the chord, over its length, tried in turn where nothing else is feasible.
+# Heights of sideways bulges over the length of the chord, tried in turn if no start is feasible.
 BULGES = (0.1, 0.5)
-# What is tried last: a step of Adam moves a bead by a hundredth of the chord.
+# The last resort. A step of Adam moves a bead by about a hundredth of the chord.
 STRINGS = StringSampling(insertion="midpoint", max_depth=4, learning_rate=0.01, max_steps=200)
 
 
 @dataclass
 class Geodesic:
-    """A path and its certificate; `find_geodesics` adds a leading dimension of pairs to each field.
+    """A path and its certificate.
+
+    `find_geodesics` returns one object for a batch: each field has a leading dimension of pairs.
 
     Attributes:
         path: ``(num_segments + 1, d)``, from exactly θ_a to exactly θ_b.
-        length: |γ|, an upper bound on the geodesic's if certified.
-        normalized_length: |γ| / |θ_a - θ_b|, exactly 1 for the chord.
-        max_loss: largest F among the dense samples.
-        certified: F is finite and F - λ(s) ≤ min(tol · max(1, |λ|), |λ| / 1000) at every dense
-            sample on the segments, at 8 more around the largest of each, at the knots of a
-            `LevelProfile` and at the estimated maximum between samples; tol is 1e-9 in float64,
-            1e-6 in float32. False: no such path was found, not that there is none. Near a level of
-            zero rounding alone may exceed a thousandth of it: use float64 there.
-        chord_feasible: the chord is certified; the geodesic is then the chord.
+        length: |γ|. If the path is certified, this is an upper bound on the geodesic's length.
+        normalized_length: |γ| / |θ_a - θ_b|; it is exactly 1 for the chord.
+        max_loss: the largest F among the dense samples.
+        certified: whether the path passes the test that F is finite and F - λ(s) is at most
+            min(tol · max(1, |λ|), |λ| / 1000), with tol = 1e-9 in float64 and 1e-6 in float32. The
+            test covers the dense samples of every segment, 8 more around the largest sample of each
+            segment, the knots of a `LevelProfile`, and estimated maxima between samples. False
+            means that no such path was found, not that none exists. If the level is near zero,
+            rounding errors may exceed a thousandth of it; use float64 then.
+        chord_feasible: whether the chord is certified. The geodesic is then the chord.
         level: λ(0).
-        loss_evaluations, gradient_evaluations: points at which F, and F with its gradient, was
-            computed.
-        iterations: quadratic programs solved; 0 for the chord.
-        residual: H¹ norm of the last projected gradient over the length: about √(2 × the share of
-            the length still to gain). 0 for the chord, inf where the path is a first one as it was.
-        error: what is wrong with the pair as given, "" if nothing; it is then not searched.
+        loss_evaluations: the number of points at which F alone was computed.
+        gradient_evaluations: the number of points at which F and its gradient were computed.
+        iterations: the number of quadratic programs solved; 0 for the chord.
+        residual: the H¹ norm of the last projected gradient, divided by the length. It is about
+            √(2r) if a share r of the length can still be gained, 0 for the chord, and inf if the
+            path is an initial path that was not shortened.
+        error: why the pair was not searched, or "" if it was.
     """
 
     path: Tensor
@@ -83,12 +87,13 @@ def find_geodesic(
     initial_path: Tensor | None = None,
     seed: int = 0,
 ) -> Geodesic:
-    """Shortest path from ``theta_a`` to ``theta_b`` inside the sublevel set of ``loss_fn``.
+    """Returns a shortest path from ``theta_a`` to ``theta_b`` in the sublevel set of ``loss_fn``.
 
         γ* = argmin |γ|   over γ from θ_a to θ_b with F(γ(s)) ≤ λ(s) for all s in [0, 1]
 
-    The same as `find_geodesics` on one pair, which see; ``theta_a`` and ``theta_b`` are ``(d,)``,
-    ``initial_path`` is ``(n, d)`` and the result's scalars are Python numbers.
+    This is `find_geodesics` for a single pair, and that function documents the arguments and the
+    method. Here ``theta_a`` and ``theta_b`` are ``(d,)``, ``initial_path`` is ``(n, d)``, and the
+    result's scalars are Python numbers.
     """
     for name, value in (("theta_a", theta_a), ("theta_b", theta_b)):
         if not torch.is_tensor(value) or value.ndim != 1:
@@ -120,46 +125,51 @@ def find_geodesics(
     chunk_size: int = 256,
     max_iterations: int = 60,
 ) -> Geodesic:
-    """Shortest paths inside sublevel sets (Freeman & Bruna 2017, arXiv 1611.01540), many at once.
+    """Returns shortest paths inside sublevel sets (Freeman & Bruna 2017, arXiv 1611.01540).
 
-    The chord is tried first: one dense evaluation, and where it is feasible nothing is shorter.
-    Else the initial path is repaired if it sticks out a little, and shortened inside the set (see
-    `geodesic.shortening`). Without one, or where it cannot be repaired, a chord bulging to a random
-    side is pushed into the set, and at last Dynamic String Sampling (`geodesic.dss`) looks for a
-    way, for a bounded time. A failure is reported, not raised, with the path that exceeds the level
-    least. A certified path is never longer than a
-    feasible initial one. It is a local minimum of the length, in the homotopy class of its start.
-    A pair that cannot be searched, such as one with NaN, spoils no other: its `error` says why, its
-    path is the chord, not certified, and a warning counts such pairs.
+    All pairs are solved at once. For each pair, these steps are tried until a path is certified:
+
+    1. The chord. If it is feasible, no path is shorter.
+    2. The initial path, repaired if it exceeds the level a little, and shortened inside the set
+       (see `geodesic.shortening`).
+    3. Chords that bulge to a random side, pushed into the set and shortened.
+    4. Dynamic String Sampling (`geodesic.dss`) for a bounded time, then shortened.
+
+    A certified path is a local minimum of the length, in the homotopy class of its start, and is
+    never longer than a feasible initial path. If no path is certified, nothing is raised, and the
+    path that exceeds the level least is returned. A pair that cannot be searched, such as one with
+    NaN, does not affect the others: its `error` says why, its path is the chord, which is not
+    certified, and a warning gives the number of such pairs.
 
     Args:
-        loss_fn: F, ``loss_fn(theta, *args)`` from ``(d,)`` to a scalar; deterministic, and made of
-            operations that `torch.func.vmap` and `torch.func.grad` support.
+        loss_fn: F; ``loss_fn(theta, *args)`` maps ``(d,)`` to a scalar. It must be deterministic
+            and consist of operations that `torch.func.vmap` and `torch.func.grad` support.
         theta_a: ``(pairs, d)``, float32 or float64.
-        theta_b: ``(pairs, d)``, same dtype.
-        level: λ. None is F(θ_a); a float or a tensor ``(pairs,)`` is constant along the path; a
-            callable maps a ``(pairs, m)`` tensor of arclength fractions to levels and must not
-            increase, such as `geodesic.sgd_profile`.
-        num_segments: K, segments of the resulting polyline. With few of them a path around an
-            obstacle is longer than the geodesic, by about φ²/12m² for m segments on an arc φ.
-        initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory; it is
-            cut into K segments unless n = K + 1, first with its corners kept, if K allows it.
-        loss_args: tensors with a leading dimension of pairs, handed to ``loss_fn`` pair by pair.
-        seed: of the direction in which a chord is made to bulge.
-        chunk_size: points evaluated at once; lower it if memory runs out.
-        max_iterations: quadratic programs a pair and start.
+        theta_b: ``(pairs, d)``, of the same dtype.
+        level: λ. None is F(θ_a). A float, or a tensor ``(pairs,)``, is constant along the path. A
+            callable, such as `geodesic.sgd_profile` returns, maps a ``(pairs, m)`` tensor of
+            arclength fractions to levels, and must not increase.
+        num_segments: the number K of segments of the resulting polyline. With few segments a path
+            around an obstacle is longer than the geodesic: by about φ²/12m² of its length for m
+            segments on an arc of angle φ.
+        initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory. It is
+            cut into K segments unless n = K + 1; if K allows it, its corners are kept first.
+        loss_args: tensors with a leading dimension of pairs, passed to ``loss_fn`` pair by pair.
+        seed: the seed of the direction in which the chord bulges.
+        chunk_size: the number of points evaluated at once; lower it if memory runs out.
+        max_iterations: the largest number of quadratic programs for each pair and start.
 
     Raises:
-        ValueError: for tensors that are not on the CPU, wrong shapes and dtypes, and where no pair
-            can be searched: values that are not finite, θ_a equal to θ_b, an initial path that does
-            not join them, a level that increases or that F(θ_a) or F(θ_b) exceeds.
+        ValueError: a tensor is not on the CPU or has a wrong shape or dtype; or no pair can be
+            searched, because values are not finite, θ_a equals θ_b, the initial path does not
+            connect them, the level increases, or F(θ_a) or F(θ_b) exceeds the level.
     """
     counts = {"num_segments": num_segments, "chunk_size": chunk_size}
     check_pairs(theta_a, theta_b, loss_args, **counts, max_iterations=max_iterations)
     if theta_a.device.type != "cpu":
         raise ValueError(
             f"theta_a is on {theta_a.device}, but geodesics are found on CPUs only; move theta_a, "
-            "theta_b, loss_args and what loss_fn closes over there"
+            "theta_b, loss_args and the tensors that loss_fn closes over to the CPU"
         )
     check_initial_path(initial_path, theta_a)
     theta_a, theta_b = theta_a.detach(), theta_b.detach()
@@ -180,7 +190,7 @@ def find_geodesics(
         warnings.warn(
             f"{int((~good).sum())} of {pairs} pairs are not searched, see `error`; pair {first}: "
             f"{errors[first]}",
-            stacklevel=3,  # of the caller of the decorated function
+            stacklevel=3,  # the caller of the decorated function
         )
     samples = sublevel.certify(straight, losses.shape[2] - 1, every, losses)
     samples.feasible &= good
@@ -189,13 +199,13 @@ def find_geodesics(
     iterations = torch.zeros(pairs, dtype=torch.long)
     residual = torch.where(chord_feasible, 0.0, torch.inf).to(theta_a)
 
-    # From rows to paths, and whether these may be feasible as they are.
+    # Each start maps rows to paths, and says whether these may be feasible without shortening.
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
         given = initial_path.detach()
         cuts = [partial(resample, num_segments=num_segments)]  # even beads are easier to shorten
         if given.shape[1] == num_segments + 1:
-            cuts = [lambda path: path]  # rows of a tensor are a copy
+            cuts = [lambda path: path]  # given[rows] is a copy already
         elif given.shape[1] <= num_segments:
             cuts.insert(0, lambda path: torch.stack([refine(p, num_segments) for p in path]))
 
@@ -229,7 +239,7 @@ def find_geodesics(
             refused = found.feasible & ~best.certified[rows]
             rows, path, limit = rows[refused], found.path[refused], max(1, max_iterations // 4)
         if may_do:
-            # Shortening lowers the energy, which for uneven beads need not lower the length.
+            # Shortening lowers the energy. With uneven beads that need not lower the length.
             longer = best.length[first_rows] > length(first)
             left = longer | ~best.certified[first_rows]
             rows = first_rows[left]
@@ -256,7 +266,11 @@ def find_geodesics(
 
 
 class _Best:
-    """The best path of each pair: certified before not, then the shorter, or the less violating."""
+    """Keeps the best path of each pair.
+
+    A certified path is better than one that is not. Of two certified paths the shorter is better;
+    of two others, the one that exceeds the level less.
+    """
 
     def __init__(self, path: Tensor, samples: Samples):
         self.path, self.length, self.certified = path, length(path), samples.feasible.clone()
@@ -264,7 +278,7 @@ class _Best:
         self.max_loss = samples.max_loss.clone()
 
     def update(self, rows: Tensor, path: Tensor, samples: Samples) -> Tensor:
-        """Keeps the better paths, and returns their rows."""
+        """Replaces paths by better ones, and returns the rows that changed."""
         new_length, new_peak = length(path), samples.peak.amax(1)
         better = torch.where(
             samples.feasible,
@@ -281,9 +295,13 @@ class _Best:
 def _strings(
     sublevel: SublevelSet, loss_fn: Callable, ends: Tensor, num_segments: int, rows: Tensor
 ) -> Tensor:
-    """Strings from DSS, cut into segments; the chord is the unit, so that steps are scale-free."""
+    """Returns strings found by DSS, cut into segments.
+
+    Parameters are scaled by the chord, so that the step size does not depend on their units.
+    """
     ends, arguments = ends[rows], tuple(argument[rows] for argument in sublevel.loss_args)
-    unit = ends.diff(dim=1).square().mean((1, 2)).sqrt().log2().round().exp2()  # exact to undo
+    # A power of two, by which multiplication and division are exact.
+    unit = ends.diff(dim=1).square().mean((1, 2)).sqrt().log2().round().exp2()
     found = sample_strings(
         lambda x, unit, *args: loss_fn(x * unit, *args),
         *(ends / unit[:, None, None]).unbind(1),
@@ -301,16 +319,15 @@ def _strings(
 
 
 def _bulge(theta_a: Tensor, theta_b: Tensor, num_segments: int, size: float, seed: int) -> Tensor:
-    """The chord plus size·|θ_b - θ_a|·sin(πs) along one random direction across it."""
+    """Returns the chord plus size·|θ_b - θ_a|·sin(πs) along a random direction orthogonal to it."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float64 whatever the dtype, and the same for each pair: a pair's result does not
-    # depend on its batch.
+    # One draw, in float64, serves all pairs, so a pair's result does not depend on its batch.
     draw = torch.randn(theta_a.shape[1], generator=generator, dtype=torch.float64).to(theta_a)
     span = theta_b - theta_a
     unit = torch.nn.functional.normalize(span, dim=1)
     across = torch.nn.functional.normalize(draw - (unit @ draw)[:, None] * unit, dim=1)
     if theta_a.shape[1] == 1:
-        across = torch.zeros_like(across)  # a line has no side
+        across = torch.zeros_like(across)  # in one dimension nothing is orthogonal to the chord
     path = chord(theta_a, theta_b, num_segments)
     s = torch.linspace(0, 1, num_segments + 1).to(path)[1:-1]
     height = size * torch.linalg.vector_norm(span, dim=1)[:, None] * (torch.pi * s).sin()

@@ -420,9 +420,9 @@ def test_refuses_data_that_is_not_one_fixed_set():
     one_off = iter(DataLoader(dataset))
     refused("inputs must be a tensor, got.*fixed evaluation", ModelLoss, module, loss_fn, one_off)
     refused("targets must be a tensor, got NoneType", ModelLoss, module, loss_fn, x)
-    refused("leave targets None", ModelLoss, module, loss_fn, DataLoader(dataset), y)
-    refused("leave targets None", ModelLoss, module, loss_fn, DataLoader(x))
-    refused("targets must be .n, .*examples come first", ModelLoss, module, loss_fn, x, y[1:])
+    refused("with targets=None", ModelLoss, module, loss_fn, DataLoader(dataset), y)
+    refused("with targets=None", ModelLoss, module, loss_fn, DataLoader(x))
+    refused("targets must be .n, .*put examples first", ModelLoss, module, loss_fn, x, y[1:])
     refused("inputs must be .n, ", ModelLoss, module, loss_fn, x[:0], y[:0])
     refused("chunk_size must be at least 1, got 0", ModelLoss, module, loss_fn, x, y, 0)
 
