@@ -1,9 +1,9 @@
-"""Dynamic String Sampling: does a path join θ_a and θ_b along which F ≤ λ?
+"""Dynamic String Sampling: searches for a path from θ_a to θ_b along which F ≤ λ.
 
 Freeman & Bruna, "Topology and Geometry of Half-Rectified Network Optimization", ICLR 2017
-(arXiv 1611.01540). A string of beads joins θ_a and θ_b. Wherever F exceeds the level on the segment
-between two beads, a bead is inserted there and descends until F ≤ αλ; its two segments are next.
-The string is never shortened: its length only bounds the geodesic's from above.
+(arXiv 1611.01540). A string of beads connects θ_a and θ_b. If F exceeds the level on the segment
+between two beads, a new bead is inserted there and descends until F ≤ αλ; then its two segments are
+tested. The string is never shortened, so its length is only an upper bound on the geodesic's.
 """
 
 from collections.abc import Callable
@@ -22,21 +22,25 @@ from geodesic.path import fractions, length, normalized_length
 
 @dataclass(frozen=True)
 class StringSampling:
-    """Settings; the defaults are strict, for a path whose every sample lies in the sublevel set.
+    """The settings of Dynamic String Sampling.
+
+    With the defaults every sample of a connecting path lies in the sublevel set (slack 1).
 
     Attributes:
-        bead_target: α in (0, 1]. A bead is trained until F ≤ λ - (1 - α)|λ|: αλ where λ > 0.
-        slack: at least 1. A segment passes when F ≤ λ + (slack - 1)|λ| on its grid.
-        insertion: where on a failing segment a bead goes: "midpoint", or "worst", where on the
-            grid F - λ is largest, for the first time if often; for a flat F take the midpoint.
-        grid: steps of the grid on a segment, at least 2; both its ends are on it.
-        max_depth: rounds of insertion after which a pair counts as not connected.
-        always_insert: begin with a trained bead at the midpoint even where the chord passes.
-        optimizer: "adam" (β = .9, .999) or "sgd"; each bead starts it afresh.
-        learning_rate: of the beads.
-        max_gradient_norm: a longer gradient is scaled to this norm; None leaves it.
-        max_steps: descent steps of a bead after which its pair counts as not connected.
-        check_every: descent steps before and between looks at whether a bead's F has reached its
+        bead_target: α in (0, 1]. A bead is trained until F ≤ λ - (1 - α)|λ|, which is αλ if λ > 0.
+        slack: at least 1. A segment passes if F ≤ λ + (slack - 1)|λ| on its grid.
+        insertion: where a bead is inserted on a failing segment: at the "midpoint", or at the
+            "worst" point of the grid, where F - λ is largest (the first such point). If F is flat,
+            use the midpoint.
+        grid: the number of grid steps on a segment, at least 2; both ends are grid points.
+        max_depth: the number of rounds of insertion after which a pair counts as not connected.
+        always_insert: whether to begin with a trained midpoint bead even if the chord passes.
+        optimizer: "adam" (β = .9, .999) or "sgd". Each bead starts with a fresh optimizer.
+        learning_rate: the learning rate of the beads.
+        max_gradient_norm: longer gradients are scaled to this norm; None does not clip.
+        max_steps: the number of descent steps of a bead after which its pair counts as not
+            connected.
+        check_every: the number of descent steps between two tests of whether a bead has reached its
             target.
     """
 
@@ -54,11 +58,11 @@ class StringSampling:
 
     def __post_init__(self):
         for name, valid, fix in (
-            ("bead_target", 0 < self.bead_target <= 1, "be in (0, 1]; published are .95 and .98"),
-            ("slack", 1 <= self.slack < torch.inf, "be at least 1, which is strict"),
+            ("bead_target", 0 < self.bead_target <= 1, "be in (0, 1], such as 0.95 or 0.98"),
+            ("slack", 1 <= self.slack < torch.inf, "be at least 1, which allows no excess"),
             ("insertion", self.insertion in ("midpoint", "worst"), "be 'midpoint' or 'worst'"),
             ("optimizer", self.optimizer in ("adam", "sgd"), "be 'adam' or 'sgd'"),
-            ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive; 1e-3 with adam"),
+            ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive, such as 1e-3"),
             (
                 "max_gradient_norm",
                 self.max_gradient_norm is None or self.max_gradient_norm > 0,
@@ -74,11 +78,12 @@ class StringSampling:
                 raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
 
 
-# In the order of the fields. Published in the scripts behind the paper's Figure 1,
-# github.com/danielfreeman11/convex-nets at 252a823. They look at a bead every 15 full-batch steps,
-# every 100 minibatches of 128 (CIFAR-10), or every epoch: 550 minibatches of 100 MNIST images, 2323
-# of 20 × 20 PTB words, whose rate they also halve each epoch after the fourth. A bead of the
-# polynomials or MNIST may take for ever there, one of CIFAR-10 10⁶ steps and one of PTB 100 epochs.
+# Values in the order of the fields, from the scripts behind the paper's Figure 1,
+# github.com/danielfreeman11/convex-nets at 252a823. The scripts test a bead every 15 full-batch
+# steps (polynomials), every 100 minibatches of 128 (CIFAR-10), or every epoch: 550 minibatches of
+# 100 images (MNIST), 2323 of 20 × 20 words (PTB). For PTB they also halve the rate each epoch after
+# the fourth. They do not limit the steps of a bead for the polynomials and MNIST; the limit is 10⁶
+# steps for CIFAR-10 and 100 epochs for PTB.
 PRESETS = {
     name: StringSampling(*values)
     for name, values in {
@@ -93,19 +98,20 @@ PRESETS = {
 
 @dataclass
 class Strings:
-    """One string a pair.
+    """The result of `sample_strings`: one string for each pair.
 
     Attributes:
-        paths: a list of ``(n, d)`` tensors from exactly θ_a to exactly θ_b. Where a pair is not
-            connected, the last string whose beads had all reached their targets.
-        connected: ``(pairs,)`` bool, every segment passes, in the slack and on the grid of the
-            settings. False is "not connected as far as DSS can tell", never a disconnection.
-        num_beads: ``(pairs,)``, n; both ends count, as published.
-        length, normalized_length: ``(pairs,)``, |γ| and |γ| / |θ_a - θ_b|.
-        max_loss: ``(pairs,)``, largest F on the grids of the path; inf where it is not a number.
-        rounds: ``(pairs,)``, rounds of insertion.
-        loss_evaluations: ``(pairs,)``, points at which F alone was computed.
-        gradient_evaluations: ``(pairs,)``, points at which the gradient that beads descend was.
+        paths: a list of ``(n, d)`` tensors from exactly θ_a to exactly θ_b. For a pair that is not
+            connected it is the last string whose beads had all reached their targets.
+        connected: ``(pairs,)`` bool; whether every segment passes, on the grid and with the slack
+            of the settings. False means that DSS found no connection, not that there is none.
+        num_beads: ``(pairs,)``; the number n of beads, both ends included, as in the paper.
+        length: ``(pairs,)``; |γ|.
+        normalized_length: ``(pairs,)``; |γ| / |θ_a - θ_b|.
+        max_loss: ``(pairs,)``; the largest F on the grids of the path, inf if F was NaN.
+        rounds: ``(pairs,)``; the number of rounds of insertion.
+        loss_evaluations: ``(pairs,)``; the number of points at which F alone was computed.
+        gradient_evaluations: ``(pairs,)``; the number of points at which the gradient was computed.
     """
 
     paths: list[Tensor]
@@ -132,34 +138,36 @@ def sample_strings(
     chunk_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Strings:
-    """Join pairs inside sublevel sets by Dynamic String Sampling, many at once.
+    """Returns strings that connect pairs inside sublevel sets, by Dynamic String Sampling.
 
-    The beads of all pairs descend in one `torch.func.vmap`, which a bead leaves when it is done. No
-    pair waits for another: its next round begins with the step after its last bead's, and its
-    result does not depend on its batch, but for rounding.
+    The beads of all pairs descend in one `torch.func.vmap`, and a bead leaves it when it reaches
+    its target. Pairs do not wait for each other: a pair's next round begins right after its last
+    bead is done. Its result does not depend on the other pairs, apart from rounding.
 
-    A bead's target is set, when it is inserted, by the level at its arclength fraction of the
-    string. Where the level falls, a string that grows can leave a bead above the level; the bead is
-    then trained further, in the next round.
+    When a bead is inserted, its target is set by the level at its arclength fraction. If the level
+    falls along the path, a growing string can move a bead to where the level is lower than the bead
+    reached. The bead is then trained further in the next round.
 
     Args:
-        loss_fn: F, ``loss_fn(theta, *args)`` from ``(d,)`` to a scalar; deterministic, vmap-able.
-        theta_a, theta_b: ``(pairs, d)``, float32 or float64.
-        level: λ, a number, ``(pairs,)``, or a callable from ``(pairs, m)`` arclength fractions to
-            levels, such as `geodesic.sgd_profile`.
+        loss_fn: F; ``loss_fn(theta, *args)`` maps ``(d,)`` to a scalar. It must be deterministic
+            and support `torch.func.vmap`.
+        theta_a: ``(pairs, d)``, float32 or float64.
+        theta_b: ``(pairs, d)``, of the same dtype.
+        level: λ; a number, a tensor ``(pairs,)``, or a callable from ``(pairs, m)`` arclength
+            fractions to levels, such as `geodesic.sgd_profile` returns.
         settings: see `StringSampling`; `PRESETS` has the published ones.
-        loss_args: tensors with a leading dimension of pairs, handed to both functions.
-        train_fn: what beads descend where F has no gradient or needs all data: ``train_fn(theta,
-            step, *args)`` to a scalar, vmap-able. ``step`` is an int that counts the pair's
-            descent steps over all rounds and picks the minibatch, for all beads the same; random
-            draws in it (dropout) are seeded by the step, and for all beads the same, too.
-            None is F.
-        chunk_size: points evaluated at once; lower it if memory runs out.
+        loss_args: tensors with a leading dimension of pairs, passed to both functions.
+        train_fn: the function that beads descend if it is not F, because F has no gradient or needs
+            all data. ``train_fn(theta, step, *args)`` returns a scalar and supports vmap. ``step``
+            is an int that counts descent steps over all rounds and selects the minibatch, the same
+            for all beads. Random draws in it (dropout) are seeded by the step and are the same for
+            all beads, too.
+        chunk_size: the number of points evaluated at once; lower it if memory runs out.
         progress: called after every step with the numbers of pairs finished and beads in training.
 
     Raises:
-        ValueError: for wrong shapes, mixed or unsupported dtypes, values that are not finite, and a
-            level that θ_a or θ_b exceeds by more than the slack.
+        ValueError: a shape or dtype is wrong, a value is not finite, or F(θ_a) or F(θ_b) exceeds
+            the level by more than the slack.
     """
     check_pairs(theta_a, theta_b, loss_args, chunk_size=chunk_size)
     if error := next(filter(None, errors_of_points(theta_a, theta_b, None)), None):
@@ -175,7 +183,7 @@ def sample_strings(
     gradient_evaluations = sublevel.gradient_evaluations
 
     def evaluate(function: Callable, theta: Tensor, pair: Tensor):
-        """``function`` at beads ``(n, d)`` of pairs ``(n,)``."""
+        """Returns ``function`` at beads ``(n, d)`` of pairs ``(n,)``."""
         mapped = vmap(function, randomness="same")
         parts = [
             mapped(points, *(argument[rows] for argument in loss_args))
@@ -218,7 +226,7 @@ def sample_strings(
 
         if len(beads.pair):
             if train_fn is not None:
-                # Dropout and the like: a step's draws do not depend on the batch.
+                # The random draws of a step, as of dropout, must not depend on the batch.
                 with torch.random.fork_rng([theta_a.device] if theta_a.is_cuda else []):
                     objective = grad(partial(_seeded, train_fn, step))
                     gradients = evaluate(objective, beads.theta, beads.pair)
@@ -253,22 +261,23 @@ def _seeded(train_fn: Callable, step: int, theta: Tensor, *args: Tensor) -> Tens
 
 @dataclass
 class _String:
-    """A pair's string, and what it becomes once the beads of its round have reached their targets.
+    """A pair's string, and its draft for the round in progress.
 
-    Losses are F on the grid of every segment, nan where a segment was not evaluated yet.
+    The draft replaces the string when all beads of the round have reached their targets. Losses are
+    F on the grid of every segment, NaN if a segment has not been evaluated.
     """
 
     path: Tensor  # (n, d)
     losses: Tensor  # (n - 1, grid + 1)
     draft: Tensor | None = None  # (n', d)
-    known: Tensor | None = None  # (n' - 1, grid + 1)
+    known: Tensor | None = None  # (n' - 1, grid + 1), the losses of the draft
     rounds: int = 0
     connected: bool = False
 
 
 @dataclass
 class _Beads:
-    """Beads in training, of any pairs; bookkeeping is on the CPU."""
+    """The beads in training, of all pairs. `pair`, `slot` and `age` are on the CPU."""
 
     theta: Tensor  # (beads, d)
     target: Tensor  # (beads,)
@@ -282,12 +291,12 @@ class _Beads:
         return _Beads(*(value[index] for value in vars(self).values()))
 
     def descend(self, gradients: Tensor, settings: StringSampling) -> None:
-        """One step of every bead, in place."""
+        """Moves every bead by one step, in place."""
         self.age += 1
         if settings.max_gradient_norm is not None:
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
             gradients = gradients * (settings.max_gradient_norm / norms).clamp_max(1)
-        if settings.optimizer == "adam":  # Kingma & Ba 2015, arXiv 1412.6980, its own constants
+        if settings.optimizer == "adam":  # Kingma & Ba 2015, arXiv 1412.6980, with its constants
             age = self.age[:, None].to(gradients)
             self.mean.lerp_(gradients, 0.1)
             self.square.lerp_(gradients.square(), 0.001)
@@ -301,7 +310,7 @@ def _join(parts: list[_Beads]) -> _Beads:
 
 
 def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid: int) -> None:
-    """F on the grid of every new segment."""
+    """Evaluates F on the grid of every new segment, and stores it in the strings."""
     new = [string.losses[:, 0].isnan() for string in strings]
     segments = [
         torch.stack((string.path[:-1], string.path[1:]), dim=1)[mask]
@@ -315,7 +324,7 @@ def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid
 
 
 def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSampling) -> _Beads:
-    """Beads to train so that the string may pass; none where it passes or is given up."""
+    """Returns the beads that the string needs next; none if it passes or is given up."""
     path, grid, pair = string.path, settings.grid, torch.tensor([row])
     t = torch.linspace(0, 1, grid + 1, dtype=path.dtype, device=path.device)
     knots = fractions(path)
@@ -327,9 +336,10 @@ def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSamp
         _check_ends(string.losses[0], level[0], over[0], row)
 
     failing = over.any(1)
-    at_midpoint = settings.always_insert and string.rounds == 0  # also the first of "worst"
+    at_midpoint = settings.always_insert and string.rounds == 0  # whatever the insertion is
     string.connected = not failing.any() and not at_midpoint
-    # Only where λ falls: the string grew, and a bead moved on to where λ is lower than it reached.
+    # Beads above the level. This occurs only if λ falls: the string grew, and so the bead is now at
+    # a fraction where λ is lower than its target was.
     fallen = torch.nn.functional.pad(over[1:, 0], (1, 1))
     kept = ~fallen[:-1] & ~fallen[1:]
     added = ((failing | at_midpoint) & kept).nonzero().flatten()
@@ -373,5 +383,5 @@ def _check_ends(losses: Tensor, level: Tensor, over: Tensor, row: int) -> None:
         if over[end]:
             raise ValueError(
                 f"level must be at least F({name}) = {losses[end].item()} up to the slack, got "
-                f"{level[end].item()} for pair {row}; train that end further, or raise the level"
+                f"{level[end].item()} for pair {row}; train {name} further, or raise the level"
             )

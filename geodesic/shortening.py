@@ -1,21 +1,22 @@
-"""Shortening a path inside the sublevel set: sequential quadratic programming in the H¹ metric.
+"""Shortens a path inside the sublevel set by sequential quadratic programming in the H¹ metric.
 
-The beads minimise the energy E = K/2 Σ |Δ_i|² ≥ |γ|²/2 (equal when the beads are evenly spaced,
-which the minimum therefore is, nearly) subject to F - λ(s) ≤ 0 along the path. One iteration solves
+The beads minimize the energy E = K/2 Σ |Δ_i|² ≥ |γ|²/2 subject to F - λ(s) ≤ 0 along the path. The
+two sides are equal if the beads are evenly spaced, and at the minimum they nearly are. One
+iteration solves
 
     min_δ  ½ δᵀAδ/η + ∇Eᵀδ    subject to    c + Jδ ≤ 0,        A = K DᵀD  (D: differences of beads)
 
-with one constraint c at every bead, one at the worst interior point of every segment and one at
-each end, and takes the step if E plus an exact penalty on the densely sampled excess falls; else
-the damping η shrinks and the excess that the linearisation missed is allowed for (second-order
-correction). The path may so leave the set for some steps; what is returned is the feasible one of
-the least energy. A path that starts outside, or strays for long, is pushed in with the same step,
-less ∇E.
+There is one constraint c at every bead, one at the worst interior point of every segment, and one
+at each end. The step δ is accepted if E plus an exact penalty on the densely sampled excess falls.
+Otherwise the damping η shrinks, and the next step allows for the excess that the linearization
+missed (second-order correction). The path may thus leave the set for some steps; the feasible path
+of the least energy is returned. A path that starts outside the set, or stays outside for many
+steps, is pushed in by the same step without ∇E.
 
-The step is δ = -η (e + A⁻¹Jᵀμ), where e = A⁻¹∇E is the offset from the chord and the multipliers
-μ ≥ 0 solve a problem of 2K + 1 unknowns whatever d is: only Gram products see d. A⁻¹ takes away the
-K² stiffness of plain curve shortening. A falling level depends on the whole path through s; so
-does J.
+The step is δ = -η (e + A⁻¹Jᵀμ), where e = A⁻¹∇E is the offset from the chord. The multipliers μ ≥ 0
+solve a problem of 2K + 1 unknowns whatever d is, because d occurs in Gram products only. A⁻¹
+removes the K² stiffness of plain curve shortening. A falling level depends on the whole path
+through s, and so does J.
 """
 
 from dataclasses import dataclass
@@ -26,27 +27,30 @@ from torch import Tensor
 from geodesic.level_set import Samples, SublevelSet, worst_interior
 from geodesic.path import fractions, length, segment_lengths
 
-# Constraints aim this share of a segment's length inside, so that the second-order error of a step
-# does not leave the set; it lengthens the path by some 1e-5.
+# Constraints aim this share of a segment's length inside the set, so that the second-order error of
+# a step does not leave it. This lengthens the path by about 1e-5.
 MARGIN = 1e-3
-# |δ|_A/(η|γ|) at which to stop: what is left to gain is about half its square, 5e-6 of the length.
+# Stop at this |δ|_A/(η|γ|). About half its square, 5e-6 of the length, can then still be gained.
 STOP_RESIDUAL = 3e-3
-# Relative fall of E in one undamped step below which the path no longer shortens.
+# Stop if the relative fall of E in one undamped step is below this.
 STOP_DECREASE = 1e-6
-# Steps outside the set before a path is pushed back in, and before that is given up.
+# Steps outside the set before a path is pushed back in, and before pushing is given up.
 PATIENCE, LAST_PATIENCE = 8, 20
 SMALLEST_DAMPING = 1e-3
-# Largest bead displacement in one step over max(chord, path / 4): a linearisation's reach; a path
-# that got lost starts again from its last feasible one with a quarter of it, down to the least.
+# Largest displacement of a bead in one step over max(chord, path / 4), within which the
+# linearization holds. A path that does not return to the set restarts from its best feasible form
+# with a quarter of this, down to the least.
 TRUST, LEAST_TRUST = 0.25, 0.25 / 64
-# Ridge on the unit-diagonal dual matrix, above the rounding of its Gram products.
+# Ridge on the dual matrix, scaled to a unit diagonal. It exceeds the rounding of the Gram products.
 RIDGE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 @dataclass
 class Shortened:
+    """The result of `shorten`."""
+
     path: Tensor  # (rows, K + 1, d)
-    feasible: Tensor  # (rows,), at the sampling used here
+    feasible: Tensor  # (rows,), judged by the samples that were used to shorten
     iterations: Tensor  # (rows,)
     residual: Tensor  # (rows,): |δ|_A / (η |γ|) of the last step tried
 
@@ -59,11 +63,12 @@ def shorten(
     max_iterations: int,
     strict: bool = False,
 ) -> Shortened:
-    """Shorten ``(rows, K + 1, d)`` paths, K ≥ 2, with fixed ends, each until it has converged.
+    """Returns ``path`` shortened, ``(rows, K + 1, d)`` with K ≥ 2 and fixed ends.
 
-    A row that starts inside ends inside, judged on ``per_segment`` samples a segment, with no more
-    energy; a row that starts outside may end there. ``strict`` judges by the certificate, of paths
-    that are outside by little, such as one that was shortened on fewer samples.
+    A path that starts inside the set ends inside with no more energy, judged by ``per_segment``
+    samples of each segment. A path that starts outside may end outside. With ``strict`` paths are
+    judged by the certificate; use it for paths that exceed the level only a little, such as those
+    shortened on fewer samples.
     """
     measure = sublevel.certify if strict else sublevel.sample
     path = path.clone()
@@ -101,8 +106,8 @@ def shorten(
         candidate[:, 1:-1] += step
         trial = measure(candidate, per_segment, rows[active])
 
-        # Shortening: E plus an exact penalty (its weight above the multipliers) has to fall.
-        # Pushing in: the violation, by a tenth of what the linearisation promises.
+        # While shortening, E plus an exact penalty (whose weight exceeds the multipliers) has to
+        # fall. While pushing in, the violation has to fall by a tenth of the linear prediction.
         margin = sites.margin[active, candidate.shape[1] - 2 : -2].clone()
         margin[:, [0, -1]] = 0
         penalty = torch.maximum(penalties[active], 2 * multipliers.amax(1))
@@ -141,7 +146,7 @@ def shorten(
         shorter = accepted & trial.feasible & (trial_energy < least[active])
         shortest[active[shorter]] = candidate[shorter]
         least[active[shorter]] = trial_energy[shorter]
-        # An excursion that does not come back by itself is pushed in.
+        # A path that stays outside the set for too long is pushed in.
         away[active] = torch.where(samples.feasible[active], 0, away[active] + 1)
         lost = ~samples.feasible[active] & shortens & (failed | (away[active] >= PATIENCE))
         back = ~samples.feasible[active] & ~shortens & least[active].isfinite()
@@ -169,17 +174,17 @@ def shorten(
 
 
 def join(parts: list[Shortened]) -> Shortened:
-    """One after the other."""
+    """Concatenates results along their rows."""
     return Shortened(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 @dataclass
 class _Sites:
-    """Linearised constraints: K - 1 beads, K worst segment points, 2 ends; n = 2K + 1 a row."""
+    """Linearized constraints at n = 2K + 1 sites: K - 1 beads, K worst segment points, 2 ends."""
 
     excess: Tensor  # (rows, n): c, without margin
     margin: Tensor  # (rows, n)
-    weights: Tensor  # (rows, n, K - 1): how a site moves with the beads
+    weights: Tensor  # (rows, n, K - 1): the derivative of a site in the beads
     gradients: Tensor  # (rows, n, d)
     stretch: Tensor  # (rows, n, K): -λ'(s) ∂s/∂(segment length)
 
@@ -189,8 +194,9 @@ def _sites(
 ) -> _Sites:
     num_rows, segments = path.shape[0], path.shape[1] - 1
     beads = torch.arange(segments, device=path.device)
-    # The end rows linearise in the neighbouring bead: F_a - λ(0) + τ (g_a·Δ_1 - λ'(0) s_1) ≤ 0 at
-    # τ = 1/8 segment. A site near an end that lies on the boundary says the same with less digits.
+    # The two end constraints are linear in the neighbouring bead: F_a - λ(0) + τ (g_a·Δ_1 - λ'(0)
+    # s_1) ≤ 0 at τ = 1/8 segment. If an end lies on the boundary, a site near it would give the
+    # same constraint with fewer digits.
     segment = torch.cat((beads[1:], beads, beads[:1], beads[-1:]))
     t = torch.cat(
         (
@@ -208,7 +214,7 @@ def _sites(
     at = torch.cat((s[:, :-2], torch.zeros_like(s[:, :1]), torch.ones_like(s[:, :1])), dim=1)
     slope = sublevel.slope(at, rows, width=1 / (8 * segments))
     excess = torch.cat((losses, ends[0]), dim=1) - sublevel.level(at, rows)
-    # Between samples a path is judged by interpolation; what that holds against it must show here.
+    # The certificate interpolates between samples, so the constraints include that excess as well.
     inner = slice(segments - 1, 2 * segments - 1)
     excess[:, inner] = torch.maximum(excess[:, inner], samples.inner)
     to_neighbour = points[:, -2:] - path[:, [0, -1]]
@@ -224,7 +230,7 @@ def _sites(
 
     mean_length = lengths.mean(1, keepdim=True)
     margin = MARGIN * mean_length * torch.linalg.vector_norm(gradients, dim=-1)
-    # F(θ_a) = λ leaves no room for a margin at the ends; it grows from 0 over the outer segments.
+    # If F(θ_a) = λ, there is no room for a margin at the end: it grows from 0 over the segment.
     margin[:, segments - 1] *= t[:, segments - 1]
     margin[:, 2 * segments - 2] *= 1 - t[:, 2 * segments - 2]
     return _Sites(excess, margin, weights[..., 1:-1], gradients, stretch)
@@ -239,7 +245,10 @@ def _step(
     pushing: Tensor,
     bend: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Interior beads' step ``(rows, K - 1, d)``, and ``(rows, n)`` each: multipliers, c + Jδ."""
+    """Returns the step of the interior beads, the multipliers, and the predicted excess c + Jδ.
+
+    They are ``(rows, K - 1, d)``, ``(rows, n)`` and ``(rows, n)``.
+    """
     segments = path.shape[1] - 1
     beads = torch.arange(1, segments, dtype=path.dtype, device=path.device)
     low, high = torch.minimum(beads[:, None], beads), torch.maximum(beads[:, None], beads)
@@ -247,8 +256,8 @@ def _step(
     difference = torch.diff(torch.eye(segments + 1).to(path), dim=0)[:, 1:-1]
     tangents = torch.nn.functional.normalize(path.diff(dim=1), dim=-1)
     gradients, weights, stretch = sites.gradients, sites.weights, sites.stretch
-    # Before a path was ever inside, only the part across it counts: sliding along would pile the
-    # beads up on either side of an obstacle.
+    # Until a path has been inside, only gradients across it count. Along the path, beads would
+    # slide to either side of an obstacle and pile up there.
     along = torch.nn.functional.normalize(weights @ difference.mT.abs() @ tangents, dim=-1)
     across = gradients - (gradients * along).sum(-1, keepdim=True) * along
     gradients = torch.where(pushing[:, None, None], across, gradients)
@@ -284,17 +293,18 @@ def _step(
 
 
 def nonnegative_qp(matrix: Tensor, vector: Tensor, ridge: float) -> Tensor:
-    """argmin over μ ≥ 0 of ½ μᵀHμ - qᵀμ for ``(rows, n, n)`` and ``(rows, n)``, float64.
+    """Returns argmin over μ ≥ 0 of ½ μᵀHμ - qᵀμ, with H ``(rows, n, n)`` and q ``(rows, n)``.
 
-    Mehrotra's predictor-corrector interior point (SIAM J. Optim. 2(4), 1992), all rows at once, on
-    the problem scaled to a unit diagonal; ``ridge`` keeps it bounded where constraints conflict.
+    All rows are solved at once, in float64, by Mehrotra's predictor-corrector interior-point method
+    (SIAM J. Optim. 2(4), 1992) on the problem scaled to a unit diagonal. ``ridge`` is added to the
+    diagonal and keeps μ bounded if constraints conflict.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
-    # A constraint with next to no gradient cannot be acted on: its multiplier is 0.
+    # A constraint with almost no gradient cannot be satisfied by a step: its multiplier is 0.
     scale = diagonal.rsqrt().where(diagonal > 1e-16 * diagonal.amax(1, keepdim=True), 0.0)
     vector = torch.where(scale > 0, vector * scale, -torch.inf)
     unit = vector.amax(1, keepdim=True).clamp_min(1e-200)
-    # A constraint a thousand times further away than the closest is violated is not active.
+    # Slacks beyond a thousand times the largest violation are cut off: they cannot become active.
     q = (vector / unit).clamp_min(-1e3)
     h = scale[:, :, None] * matrix * scale[:, None] + ridge * torch.eye(q.shape[1]).to(q)
     mu, z = torch.ones_like(q), torch.ones_like(q)

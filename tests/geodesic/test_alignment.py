@@ -212,7 +212,7 @@ def test_mlp_spec_is_that_of_the_chain():
 )
 def test_refuses_layers_it_cannot_follow(layers):
     with pytest.raises(
-        ValueError, match=r"can be followed, got .*; write the PermutationSpec by hand"
+        ValueError, match=r"can be traced, got .*; write the PermutationSpec by hand"
     ):
         sequential_spec(nn.Sequential(*layers))
 
