@@ -1,20 +1,21 @@
-"""The store of target paths: shards of tensors beside a JSON manifest. No pickle.
+"""Stores target paths as shards of tensors with a JSON manifest, without pickle.
 
     manifest.json             format, version, header; once finished, the record of every shard
     shard-00042.safetensors   the tensors of shard 42
     shard-00042.json          its record: bytes, sha256, shapes and dtypes, facts
 
-A shard's record is written after the shard, and every file appears by an atomic rename. So a shard
-that fits its record is whole, any other one is missing, and a run that was killed resumes with the
-missing ones. Writers share no other file: several processes may fill one folder at once, each its
-own shards. Equal contents give equal bytes (sorted keys, no time stamps).
+A shard's record is written after the shard, and every file appears by an atomic rename. A shard
+that matches its record is therefore complete; any other shard counts as missing, and a run that was
+killed resumes with the missing ones. Processes share no file but the manifest, so several of them
+may fill one folder at once, each with its own shards. Equal contents give equal bytes (sorted keys,
+no time stamps).
 
-Each shard carries a digest of the header that it was made under, in the metadata of its file. One
-of another header is refused, and so is one without a digest, as earlier versions wrote them, unless
-the manifest of a finished dataset records its checksum. A writer whose folder was deleted and made
-again under another header stops.
+The metadata of each shard contains a digest of the header that it was made with. A shard of another
+header is refused. So is a shard without a digest, as earlier versions wrote it, unless the manifest
+of a finished dataset records its checksum. A writer stops if its folder was deleted and made again
+with another header.
 
-The store is generic: what the header, the facts and the tensors mean is up to its writer.
+The store is generic: its writer defines the meaning of the header, the facts and the tensors.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ from geodesic.files import user_path, write_atomic
 
 FORMAT = "geodesic-paths"
 VERSION = 1
-ORIGIN = "header"  # in the metadata of a shard: the digest of its dataset's header
-NAMED = 8  # of the shards of another dataset, to be deleted one by one; of more, the folder
+ORIGIN = "header"  # the key of the header's digest in the metadata of a shard
+NAMED = 8  # foreign shards that an error names one by one; if there are more, it names the folder
 NEWS = 30.0  # seconds after which a process says what it is waiting for
 
 _RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "facts": dict}
@@ -46,16 +47,16 @@ class DatasetError(ValueError):
 
 
 class PathDataset:
-    """A folder of shards; make one with `create` to write it, or with `open` to read it.
+    """A folder of shards, opened with `create` to write it or with `open` to read it.
 
         dataset = PathDataset.create("paths", header={"task": "digits", "seed": 0}, num_shards=8)
         for index in dataset.missing():
             dataset.write_shard(index, {"beads": beads}, facts={"chord_feasible": 0.1})
-        dataset.finish()  # from here on `dataset` can be read, as by PathDataset.open("paths")
+        dataset.finish()  # now `dataset` can be read, as after PathDataset.open("paths")
 
     Attributes:
-        folder: where it is.
-        header: what all shards have in common, as JSON gives it back (tuples become lists).
+        folder: the folder of the shards.
+        header: what all shards have in common, as read back from JSON (tuples become lists).
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], check: bool) -> None:
@@ -65,17 +66,18 @@ class PathDataset:
         self._records: list[dict[str, Any]] | None = manifest["shards"]
         self._check = check
         self._origin = hashlib.sha256(_to_json(self.header, "header")).hexdigest()
-        self._verified: dict[int, str] = {}  # shard index -> the sha256 that its file was seen with
+        self._verified: dict[int, str] = {}  # shard index -> the sha256 last computed of its file
 
     @classmethod
     def create(cls, folder: str | Path, header: dict[str, Any], num_shards: int) -> "PathDataset":
-        """Open `folder` for writing, making it if need be; one with the same header is resumed.
+        """Opens `folder` for writing, and creates it if it does not exist.
 
-        Several processes may do so at once if they pass the same header.
+        A dataset with the same header is resumed. Several processes may call this at once with the
+        same header.
 
         Raises:
             DatasetError: the folder holds a dataset with another header or number of shards (the
-                first key that differs is named), or shards without a manifest; or `header` is not
+                first key that differs is named) or shards without a manifest, or `header` is not
                 JSON.
         """
         if num_shards < 1:
@@ -92,8 +94,8 @@ class PathDataset:
         if not (folder / "manifest.json").exists():
             if any(folder.glob("shard-*")):
                 raise DatasetError(
-                    f"{folder} holds shards but no manifest.json that says what they are; "
-                    "write to another folder, or delete them"
+                    f"{folder} holds shards but no manifest.json that describes them; write to "
+                    "another folder, or delete them"
                 )
             write_atomic(folder / "manifest.json", _to_json(manifest, "manifest"))
         found = _read_manifest(folder)
@@ -106,35 +108,35 @@ class PathDataset:
 
     @classmethod
     def open(cls, folder: str | Path, check: bool = True) -> "PathDataset":
-        """Open a finished dataset for reading.
+        """Opens a finished dataset for reading.
 
         Args:
-            folder: where `finish` left it.
-            check: compare the sha256 of a shard with its record when the shard is first read;
-                False saves reading it twice, and leaves the comparison of sizes and shapes.
+            folder: the folder of the dataset.
+            check: whether to compare the sha256 of a shard with its record when it is first read.
+                False saves reading each shard twice, and compares only sizes and shapes.
 
         Raises:
-            DatasetError: there is none, it is unfinished, of an unknown version, or damaged.
+            DatasetError: the dataset is missing, unfinished, damaged, or of an unknown version.
         """
         folder = user_path(folder, "folder", DatasetError)
         manifest = _read_manifest(folder)
         if manifest["shards"] is None:
             raise DatasetError(
-                f"{folder} is unfinished; run the command that writes it again, which makes only "
-                "the missing shards"
+                f"{folder} is unfinished; run the command that writes it again; it makes only the "
+                "missing shards"
             )
         return cls(folder, manifest, check)
 
     def __len__(self) -> int:
-        """The number of shards, written or not."""
+        """Returns the number of shards, whether written or not."""
         return self._num_shards
 
     def facts(self, index: int) -> dict[str, Any]:
-        """What was written as the facts of shard `index`."""
+        """Returns the facts that were written with shard `index`."""
         return self._record(index)["facts"]
 
     def shard(self, index: int) -> dict[str, Tensor]:
-        """The tensors of shard `index`, memory-mapped: a page is read when it is touched.
+        """Returns the tensors of shard `index`, memory-mapped, so that pages are read on access.
 
         Raises:
             DatasetError: the shard's file is missing, truncated or altered.
@@ -156,10 +158,10 @@ class PathDataset:
         return tensors
 
     def verify(self) -> None:
-        """Compare every shard's file with its checksum, whatever was checked before.
+        """Compares every shard's file with its checksum, also if it was checked before.
 
         Raises:
-            DatasetError: names the first shard that is missing, truncated or altered.
+            DatasetError: a shard is missing, truncated or altered; the first one is named.
         """
         self._verified.clear()
         for index in range(len(self)):
@@ -171,27 +173,27 @@ class PathDataset:
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` was called: the manifest records all shards."""
+        """Whether `finish` was called, so that the manifest records all shards."""
         return self._records is not None
 
     def missing(self) -> list[int]:
-        """The shards to write: those never written, half written, or damaged since.
+        """Returns the numbers of the shards that were not written, not completed, or damaged.
 
         Raises:
-            DatasetError: some are of another header, or the folder is by now.
+            DatasetError: some shards are of another header, or by now the folder is.
         """
         return [index for index, record in enumerate(self._found()) if record is None]
 
     def write_shard(self, index: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write shard `index`, replacing what is there; it is whole on disk when this returns.
+        """Writes shard `index`, and replaces an old one; it is complete on disk on return.
 
         Raises:
-            DatasetError: `facts` is not JSON (NaN and infinity are not; None is), or the folder was
-                deleted or given to another dataset meanwhile.
+            DatasetError: `facts` is not JSON (NaN and infinity are not; None is), or in the
+                meantime the folder was deleted or used for another dataset.
             IndexError: `index` is not in [0, len(self)).
         """
         self._check_index(index)
-        # Copies, as safetensors refuses views and tensors that share memory.
+        # Copies, because safetensors refuses views and tensors that share memory.
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=contiguous_format)
             for name, tensor in tensors.items()
@@ -218,16 +220,20 @@ class PathDataset:
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
         patience: float = 3600.0,
     ) -> None:
-        """Make the missing shards, with others: each process those of its rank; then `finish`.
+        """Makes the missing shards together with the other processes, and then calls `finish`.
 
         Args:
-            make: tensors and facts of a shard, by its number.
-            progress: wraps the numbers of this process's shards, such as tqdm.
-            patience: seconds without a new shard after which the other processes are given up.
+            make: maps the number of a shard to its tensors and facts.
+            rank: the number of this process; it makes the shards whose number is rank modulo
+                world_size.
+            world_size: the number of processes that call this at the same time.
+            progress: wraps the iterable of this process's shard numbers, for example tqdm.
+            patience: after this many seconds without a new shard the other processes are taken for
+                dead, and an error is raised.
 
         Raises:
             DatasetError: another process did not make its shards, the folder holds shards of
-                another header, or was deleted or given to another dataset meanwhile.
+                another header, or in the meantime it was deleted or used for another dataset.
         """
         if self.finished and not self.missing():
             return
@@ -239,8 +245,8 @@ class PathDataset:
             if waited > NEWS and not told:
                 told = True
                 warnings.warn(
-                    f"waiting for {len(missing)} shards of {self.folder} that other processes are "
-                    f"to make: this one is {rank} of {world_size}",
+                    f"waiting for {len(missing)} shards of {self.folder} that other processes have "
+                    f"to make; this is process {rank} of {world_size}",
                     stacklevel=2,
                 )
             time.sleep(0.2)
@@ -248,28 +254,28 @@ class PathDataset:
             missing, last = left, last if left == missing else time.monotonic()
         if missing:
             raise DatasetError(
-                f"{self.folder} lacks {len(missing)} shards of other processes, and got none in "
-                f"{patience:.0f} s; see their output, and run the command again"
+                f"{self.folder} lacks {len(missing)} shards of other processes, and none was added "
+                f"in {patience:.0f} s; read their output for the cause, and run the command again"
             )
         if rank == 0:
             self.finish()
         self._records = self._found()
 
     def finish(self) -> None:
-        """Put the records of all shards into the manifest: the dataset can now be opened.
+        """Writes the records of all shards into the manifest, so that the dataset can be opened.
 
-        One process calls it, when all writers are done.
+        One process calls this when all writers are done.
 
         Raises:
-            DatasetError: shards are missing or of another header, or the folder was deleted or
-                given to another dataset meanwhile.
+            DatasetError: shards are missing or of another header, or in the meantime the folder was
+                deleted or used for another dataset.
         """
         records = self._found()
         missing = [index for index, record in enumerate(records) if record is None]
         if missing:
             raise DatasetError(
-                f"{self.folder} lacks {len(missing)} of {len(self)} shards, the first of them "
-                f"{_shard_name(missing[0])}; write those that missing() lists first"
+                f"{self.folder} lacks {len(missing)} of {len(self)} shards, the first is "
+                f"{_shard_name(missing[0])}; write the shards that missing() returns first"
             )
         manifest = {
             "format": FORMAT,
@@ -292,7 +298,7 @@ class PathDataset:
         return self._records[index]
 
     def _found(self) -> list[dict[str, Any] | None]:
-        """The record of each shard, None where it is missing; all are of this dataset."""
+        """Returns the record of each shard, None if it is missing; raises for foreign shards."""
         self._check_folder()
         records = [self._written(index) for index in range(len(self))]
         foreign = [i for i, record in enumerate(records) if record and self._is_foreign(i, record)]
@@ -301,7 +307,7 @@ class PathDataset:
         return records
 
     def _check_folder(self) -> None:
-        """That the folder still is this dataset's: another process may have made it anew."""
+        """Raises DatasetError if another process has made the folder into another dataset."""
         found = _read_manifest(self.folder)
         if difference := _difference(found, {"header": self.header, "num_shards": len(self)}):
             raise DatasetError(
@@ -310,7 +316,10 @@ class PathDataset:
             )
 
     def _is_foreign(self, index: int, record: dict[str, Any]) -> bool:
-        """Whether a whole shard was made under another header, or says none and is not known."""
+        """Whether a complete shard was made with another header.
+
+        A shard without a digest of its header is foreign unless this dataset records its checksum.
+        """
         with safe_open(self.folder / _shard_name(index), "pt") as file:
             origin = (file.metadata() or {}).get(ORIGIN)
         if origin is None and self._records is not None:  # finished by an earlier version
@@ -325,12 +334,12 @@ class PathDataset:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         return DatasetError(
             f"{self.folder}: {names[0]}{more} came from another dataset, or from an earlier "
-            f"version, which did not say from which; run `{remove}` and then the command that "
-            "writes this folder, which makes only the missing shards"
+            f"version, which did not record its dataset; run `{remove}` and then the command that "
+            "writes this folder; it makes only the missing shards"
         )
 
     def _written(self, index: int) -> dict[str, Any] | None:
-        """The record of a shard that is whole on disk, else None."""
+        """Returns the record of a shard that is complete on disk, else None."""
         try:
             record = _read_json(self.folder, _record_name(index))
             _check_record(record, index, _record_name(index))
@@ -340,7 +349,10 @@ class PathDataset:
         return record if fault is None else None
 
     def _fault(self, index: int, record: dict[str, Any], checksum: bool) -> str | None:
-        """What is wrong with a shard's file; a checksum that was right is not computed again."""
+        """Returns what is wrong with a shard's file, or None.
+
+        A checksum that matched before is not computed again.
+        """
         path = _inside(self.folder, _shard_name(index))
         if not path.is_file():
             return "is missing"
@@ -356,7 +368,7 @@ class PathDataset:
     def _error(self, index: int, fault: str) -> DatasetError:
         return DatasetError(
             f"{self.folder / _shard_name(index)} {fault}; delete the file and run the command that "
-            "wrote it again, which makes only the missing shards"
+            "wrote it again; it makes only the missing shards"
         )
 
 
@@ -393,7 +405,9 @@ def _to_json(value: Any, what: str) -> bytes:
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if path.resolve().parent != folder.resolve():
-        raise DatasetError(f"{path} is a link that leads out of its folder; put the file there")
+        raise DatasetError(
+            f"{path} is a link that leads out of its folder; replace it by the file itself"
+        )
     return path
 
 
@@ -402,18 +416,20 @@ def _read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: {folder} is not a dataset of paths") from None
+        raise DatasetError(
+            f"{path} is missing, so {folder} is not a dataset of paths; give another folder"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not JSON: {error}") from error
+        raise DatasetError(f"{path} is not JSON: {error}; restore it, or write it again") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest, where = _read_json(folder, "manifest.json"), folder / "manifest.json"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DatasetError(f"{where} is not the manifest of a dataset of paths")
+        raise DatasetError(f"{where} is not the manifest of a dataset of paths; give its folder")
     if manifest.get("version") != VERSION:
         raise DatasetError(
-            f"{where} has format version {manifest.get('version')!r}, and this code reads "
+            f"{where} has format version {manifest.get('version')!r}, and this version reads "
             f"{VERSION}; use the release that wrote it, or write the dataset again"
         )
     num_shards, records = manifest.get("num_shards"), manifest.get("shards")
@@ -422,7 +438,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         or type(num_shards) is not int
         or not (records is None or (isinstance(records, list) and len(records) == num_shards))
     ):
-        raise DatasetError(f"{where} is damaged: header, num_shards or shards is not as written")
+        raise DatasetError(
+            f"{where} is damaged: header, num_shards or shards is invalid; write the dataset again"
+        )
     for index, record in enumerate(records or ()):
         _check_record(record, index, where)
     manifest["shards"] = records
@@ -430,11 +448,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_record(record: Any, index: int, where: str | Path) -> None:
-    """A record names its own shard's file and no other, so it cannot lead out of the folder."""
+    """Raises DatasetError if a record is damaged or names any file but that of its shard."""
     if not isinstance(record, dict) or any(
         type(record.get(key)) is not kind for key, kind in _RECORD_TYPES.items()
     ):
-        raise DatasetError(f"{where}: the record of shard {index} is damaged")
+        raise DatasetError(
+            f"{where}: the record of shard {index} is damaged; write the dataset again"
+        )
     if record["file"] != _shard_name(index):
         raise DatasetError(
             f"{where}: shard {index} must be the file {_shard_name(index)}, got {record['file']!r}"
@@ -442,7 +462,7 @@ def _check_record(record: Any, index: int, where: str | Path) -> None:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first difference that makes two manifests those of different datasets."""
+    """Returns the first difference in header or number of shards of two manifests, or None."""
     differences = (_first_difference(found[k], wanted[k], k) for k in ("header", "num_shards"))
     return next(filter(None, differences), None)
 
@@ -456,7 +476,7 @@ def _first_difference(found: Any, wanted: Any, key: str) -> str | None:
             if difference:
                 return difference
         return None
-    # As JSON, because Python holds 1, 1.0 and True for equal.
+    # Compared as JSON, because in Python 1, 1.0 and True are equal.
     if json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True):
         return None
     return f"{key} is {found!r} there and {wanted!r} here"

@@ -1,14 +1,14 @@
-"""Pictures of geodesics: matplotlib figures, made without its global state.
+"""Plots geodesics as matplotlib figures, without matplotlib's global state.
 
     figure = plot_plane(loss_fn, result.path)
     figure.savefig("plane.png")
 
-A loss here is a function of one point, ``(d,)`` to a scalar, that `torch.func.vmap` supports; what
-else it needs is closed over. A path is ``(n, d)``. A level is None for F(θ_a), a number, or a
-callable of the arclength fraction, as for `geodesic.find_geodesic`. Tensors are on any one device,
-where the loss is evaluated; what is drawn is brought from there.
+A loss here maps one point ``(d,)`` to a scalar, supports `torch.func.vmap`, and closes over all
+else that it needs. A path is ``(n, d)``. A level is None for F(θ_a), a number, or a callable of the
+arclength fraction, as for `geodesic.find_geodesic`. All tensors must be on one device, on which the
+loss is evaluated; results are copied to the CPU.
 
-This module is not imported with the package, because matplotlib takes its time.
+The package does not import this module, because importing matplotlib is slow.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from geodesic.targets import Problem, TargetConfig, run_teacher
 Loss = Callable[[Tensor], Tensor]
 Level = float | Callable[[Tensor], Tensor] | None
 
-# Okabe & Ito 2008, told apart with any colour vision, in an order in which neighbours also differ
-# in lightness. More curves than colours differ by the dashes.
+# Okabe & Ito 2008: readers with any colour vision can tell these apart. The order makes neighbours
+# differ in lightness as well. If there are more curves than colours, they differ in their dashes.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
-INSIDE, DEEPER = "#DCEAF4", "#B4D3E8"  # Ω_λ(0) and, where the level falls, Ω_λ(1)
+INSIDE, DEEPER = "#DCEAF4", "#B4D3E8"  # Ω_λ(0) and, if the level falls, Ω_λ(1)
 
 
 class Plane(NamedTuple):
-    """A plane in parameter space, {centre + x·directions[0] + y·directions[1]}."""
+    """The plane {centre + x·directions[0] + y·directions[1]} in parameter space."""
 
     centre: Tensor  # (d,)
     directions: Tensor  # (2, d), orthonormal
-    shares: tuple[float, float]  # of the path's variance, along each direction
+    shares: tuple[float, float]  # the share of the path's variance along each direction
 
     def coordinates(self, points: Tensor) -> Tensor:
-        """Orthogonal projection of ``(..., d)`` into the plane, ``(..., 2)``."""
+        """Returns the coordinates ``(..., 2)`` in the plane of the projections of ``(..., d)``."""
         return (points.to(self.centre) - self.centre) @ self.directions.T
 
     def points(self, coordinates: Tensor) -> Tensor:
-        """The points of the plane, ``(..., d)``, at coordinates ``(..., 2)``."""
+        """Returns the points of the plane, ``(..., d)``, at coordinates ``(..., 2)``."""
         return self.centre + coordinates @ self.directions
 
 
 def principal_plane(loss_fn: Loss, path: Tensor) -> Plane:
-    """The plane of the path's two leading principal directions, through its mean.
+    """Returns the plane through the path's mean along its two leading principal directions.
 
-    Mean and covariance are those over arclength, whatever the spacing of the beads. The first
-    direction points from θ_a to θ_b, the second to the side of the chord that the path is on. A
-    straight path has no second direction: it is then ∇F at the middle, or if that vanishes or lies
-    along the path a coordinate axis, less its part along the first.
+    Mean and covariance are integrals over arclength, so the spacing of the beads does not matter.
+    The first direction points from θ_a to θ_b, and the second to the side of the chord on which the
+    path lies. A straight path has no second direction. It then is the part of ∇F at the middle that
+    is orthogonal to the first; if that vanishes, the orthogonal part of a coordinate axis.
 
     Raises:
-        ValueError: the path is not ``(n, d)`` with n, d ≥ 2, not finite, or a single point.
+        ValueError: the path is not ``(n, d)`` with n, d ≥ 2, is not finite, or is a single point.
     """
     _check_path("path", path, least_dimension=2)
     # Simpson's rule: a segment's ends and middle give both moments of a polyline exactly.
@@ -72,7 +72,7 @@ def principal_plane(loss_fn: Loss, path: Tensor) -> Plane:
     weight[1::2, 0] = 4 * share
     weight[2::2, 0] += share
     centre = (weight * points).sum(0)
-    # Singular values of this size are rounding of the path's own dtype.
+    # Singular values up to this size are rounding errors of the path's own dtype.
     noise = 10 * torch.finfo(path.dtype).eps * torch.linalg.matrix_norm(weight.sqrt() * points)
     around = weight.sqrt() * (points - centre)
     _, values, directions = torch.linalg.svd(around, full_matrices=False)
@@ -102,19 +102,21 @@ def plot_loss(
     samples: int = 512,
     chunk_size: int = 256,
 ) -> Figure:
-    """F along paths against arclength fraction, and the level that they are to stay below.
+    """Plots F along paths against arclength fraction, with the level.
 
-    A curve is F at exact points of the path, its beads among them. The legend gives normalised
+    F is evaluated at exact points of each path, including its beads. The legend gives normalized
     lengths |γ| / |θ_a - θ_b|.
 
     Args:
-        paths: by label, such as ``{"geodesic": result.path, "SGD": trajectory}``.
+        loss_fn: F, see the module.
+        paths: the paths by label, such as ``{"geodesic": result.path, "SGD": trajectory}``.
         level: λ; None is F at the start of the first path.
-        samples: points evaluated along each path, at least.
-        chunk_size: points evaluated at once; lower it if memory runs out.
+        samples: the least number of points evaluated along each path.
+        chunk_size: the number of points evaluated at once; lower it if memory runs out.
 
     Raises:
-        ValueError: no paths, or one that is not ``(n, d)`` and finite; a level of a wrong shape.
+        ValueError: there are no paths, one is not ``(n, d)`` or not finite, or the level has a
+            wrong shape.
     """
     if not paths:
         raise ValueError("paths must hold at least one path, got none; pass {'label': path}")
@@ -146,23 +148,24 @@ def plot_plane(
     grid: int = 81,
     chunk_size: int = 256,
 ) -> Figure:
-    """A path and the sublevel set Ω_λ in the plane of the path's leading principal directions.
+    """Plots a path and the sublevel set Ω_λ in the plane of the path's principal directions.
 
-    Shaded is where F ≤ λ(0) in the plane, and darker where F ≤ λ(1) if the level falls. Axes are in
-    units of parameters, equal in both directions, and say how much of the path's variance they
-    hold. Paths are projected: where the two shares do not add up to all, a path that stays in Ω_λ
-    may seem to leave it.
+    The region F ≤ λ(0) of the plane is shaded, and F ≤ λ(1) is darker if the level falls. Both axes
+    are in units of the parameters, at the same scale, and give their share of the path's variance.
+    Paths are projected onto the plane, so if the two shares do not add up to 100 %, a path that
+    stays in Ω_λ may seem to leave it.
 
     Args:
-        path: whose plane it is, see `principal_plane`.
+        loss_fn: F, see the module.
+        path: the path that determines the plane, see `principal_plane`.
         level: λ; None is F at the path's start.
         others: further paths by label, such as the chord or the SGD trajectory.
-        label: of `path`.
+        label: the label of `path`.
         grid: F is evaluated at grid × grid points.
-        chunk_size: points evaluated at once; lower it if memory runs out.
+        chunk_size: the number of points evaluated at once; lower it if memory runs out.
 
     Raises:
-        ValueError: as `principal_plane` does, or for a level of a wrong shape.
+        ValueError: `principal_plane` refuses the path, or the level has a wrong shape.
     """
     plane = principal_plane(loss_fn, path)
     lines = {label: path, **(others or {})}
@@ -176,7 +179,7 @@ def plot_plane(
     losses = _losses(
         lambda xy: loss_fn(plane.points(xy).to(path.dtype)), torch.cartesian_prod(x, y), chunk_size
     )
-    # A loss that is no number is outside, whatever the level.
+    # Points at which the loss is NaN or infinite are outside, whatever the level.
     losses = np.ma.masked_invalid(losses.reshape(grid, grid).T)
     start, end = _levels(loss_fn, path, level, torch.tensor([0.0, 1.0]).to(path))
     x, y, lines = _host(x), _host(y), {name: _host(line) for name, line in lines.items()}
@@ -194,7 +197,7 @@ def plot_plane(
         axes.plot(*line.T, _dash(i), color=_colour(i), lw=_width(i), label=name)
     for (px, py), name in zip(lines[label][[0, -1]].tolist(), "ab", strict=True):
         axes.plot(px, py, "ko", ms=5)
-        # Below, as the path bulges upwards.
+        # Below the point, because the path bulges upwards.
         axes.annotate(f"$\\theta_{name}$", (px, py), (-4, -15), textcoords="offset points")
     names = "principal direction 1", "principal direction 2" if plane.shares[1] else "across it"
     labels = [
@@ -209,19 +212,19 @@ def plot_plane(
 def plot_length_against_level(
     curves: Mapping[str, tuple[Tensor, Tensor]], log_x: bool = False
 ) -> Figure:
-    """Normalised length against level, mean and one standard deviation over pairs.
+    """Plots the mean normalized length over pairs against the level, with one standard deviation.
 
-    The picture of Freeman & Bruna 2017 (arXiv 1611.01540, Figure 1). A failure is not a length: it
-    is left out of mean and band and counted in the legend, and the marker of a level at which some
-    pair failed is hollow, as its mean is that of the others.
+    This is Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540). Pairs without a certified path are
+    left out of the mean and the band, and counted in the legend. The marker of a level at which
+    pairs failed is hollow, because its mean is that of the other pairs.
 
     Args:
-        curves: by label, levels ``(levels,)`` and normalised lengths ``(pairs, levels)``, NaN where
-            no path was certified.
-        log_x: a logarithmic axis of levels.
+        curves: by label, the levels ``(levels,)`` and the normalized lengths ``(pairs, levels)``,
+            NaN if no path was certified.
+        log_x: whether the axis of levels is logarithmic.
 
     Raises:
-        ValueError: no curves, or shapes that do not fit; a level ≤ 0 with ``log_x``.
+        ValueError: there are no curves, shapes do not match, or a level is ≤ 0 with ``log_x``.
     """
     if not curves:
         raise ValueError("curves must hold at least one, got none; pass {'label': (levels, ...)}")
@@ -233,7 +236,7 @@ def plot_length_against_level(
             raise ValueError(
                 f"curves[{label!r}] must be levels (levels,) and lengths (pairs, levels), got "
                 f"{tuple(levels.shape)} and {tuple(lengths.shape)}; transpose the lengths, or add "
-                "a dimension to those of one pair with [None]"
+                "a dimension to the lengths of one pair with [None]"
             )
         if log_x and not (levels > 0).all():
             raise ValueError(
@@ -250,14 +253,14 @@ def plot_length_against_level(
 
 
 def plot_stages(times: Tensor, lengths: Tensor, chord_feasible: Tensor) -> Figure:
-    """Normalised length of a data set's geodesics, and how they came about, by stage of the run.
+    """Plots the normalized lengths of a data set's geodesics against the stage of the SGD run.
 
-    Above all certified lengths as dots, with their mean and one standard deviation; below the
-    shares of pairs of which any path was certified, and of which the chord was feasible.
+    The upper panel has all certified lengths as dots, with mean and one standard deviation. The
+    lower panel has the share of pairs with a certified path, and with a feasible chord.
 
     Args:
-        times: ``(pairs,)``, SGD step of θ_a.
-        lengths: ``(pairs,)``, NaN where no path was certified.
+        times: ``(pairs,)``; the SGD step of θ_a.
+        lengths: ``(pairs,)``; NaN if no path was certified.
         chord_feasible: ``(pairs,)`` bool.
     """
     times, lengths, chord_feasible = (v.detach().cpu() for v in (times, lengths, chord_feasible))
@@ -286,18 +289,19 @@ def plot_stages(times: Tensor, lengths: Tensor, chord_feasible: Tensor) -> Figur
 def plot_dataset(
     dataset: PathDataset, problems: Callable[[int], Problem]
 ) -> Iterator[tuple[str, Figure]]:
-    """Names and pictures of a data set that `geodesic.targets.write_dataset` made.
+    """Yields the name and the figure of each plot of a data set made by `write_dataset`.
 
     "lengths" is `plot_stages` of all pairs. "pair-loss" and "pair-plane" are `plot_loss` and
-    `plot_plane` of the first certified pair whose chord was not feasible, or else of the first. As
-    shards do not keep SGD's iterates, its run is made again, at the cost of its shard's teacher. A
-    data set without pairs has no pictures.
+    `plot_plane` of the first certified pair whose chord was not feasible, or of the first pair if
+    there is none. Shards do not contain SGD's iterates, so the SGD runs of that pair's shard are
+    repeated. A data set without pairs has no plots.
 
     Args:
-        problems: the problem of each shard, by its number, as `write_dataset` had it.
+        dataset: the finished data set.
+        problems: maps the number of a shard to its problem, as for `write_dataset`.
 
     Raises:
-        DatasetError: the run made again does not meet the stored pair.
+        DatasetError: the repeated run does not pass through the stored pair.
     """
     names = ("time", "normalized_length", "certified", "chord_feasible")
     shards = {i: tensors for i in range(len(dataset)) if (tensors := dataset.shard(i))}
@@ -319,18 +323,18 @@ def plot_dataset(
     sgd = trajectory.points[records, run]
     path = path.to(sgd)
     gap = (sgd[[0, -1]] - path[[0, -1]]).norm() / (path[-1] - path[0]).norm()
-    if not gap < 1e-3:  # no one would see it
+    if not gap < 1e-3:  # a smaller gap is invisible in the plot
         raise DatasetError(
             f"pair {i} of shard {index} in {dataset.folder} is not what SGD finds here (off by "
-            f"{gap:.1g} of its length); make its pictures with the version and on the kind of "
-            "machine that made the data"
+            f"{gap:.1g} of its length); plot it with the version and on the kind of machine that "
+            "made the data"
         )
 
     def loss_fn(theta: Tensor) -> Tensor:
         return problem.loss_fn(theta, *(argument[run] for argument in problem.loss_args))
 
     falls = config.level == "sgd_profile"
-    # the level of chords and SGD's own way, which keep to none, is that of their start
+    # Chords and SGD's own trajectory were made without a level; plot the loss at their start.
     level = sgd_profile(loss_fn, sgd) if falls else loss_fn(sgd[0]).item()
     straight, label = len(path) == 2, config.path
     if straight and label == "geodesic":
@@ -350,11 +354,11 @@ def plot_dataset(
 def _mean_and_band(
     axes: Axes, x: Tensor, columns: Sequence[Tensor] | Tensor, label: str, number: int
 ) -> None:
-    """Mean and one standard deviation of each column's finite values; the others are counted."""
+    """Draws mean and one standard deviation of each column's finite values, and counts the rest."""
     found = [column[column.isfinite()].double() for column in columns]
     failed = torch.tensor([len(c) for c in columns]) - torch.tensor([len(f) for f in found])
     total = sum(map(len, columns))
-    mean = torch.stack([f.mean() for f in found])  # NaN, a gap, where all failed
+    mean = torch.stack([f.mean() for f in found])  # NaN, which is a gap in the plot, if all failed
     sd = torch.stack([(f - f.mean()).square().mean().sqrt() for f in found])
     if failed.any():
         label = f"{label}, {failed.sum()} of {total} failed (hollow)"
@@ -365,7 +369,7 @@ def _mean_and_band(
 
 
 def _sublevel(axes: Axes, x, y, losses, level: float, line: str, fill: str, s: str) -> None:
-    """The region F ≤ λ(s) filled, and its boundary, where the picture has them."""
+    """Fills the region F ≤ λ(s) and draws its boundary, if they are in the picture."""
     least, most = losses.min(), losses.max()
     if least <= level:
         axes.contourf(x, y, losses, [least - 1, level], colors=fill)
@@ -382,26 +386,26 @@ def _finish(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def _losses(loss_fn: Loss, points: Tensor, chunk_size: int) -> np.ndarray:
-    """F at ``(m, d)`` points, ``(m,)``."""
+    """Returns F ``(m,)`` at points ``(m, d)``."""
     return _host(torch.func.vmap(loss_fn, chunk_size=chunk_size)(points.detach()))
 
 
 def _host(values: Tensor) -> np.ndarray:
-    """What matplotlib takes."""
+    """Returns a numpy array on the CPU, as matplotlib needs it."""
     return values.detach().cpu().numpy()
 
 
 def _levels(loss_fn: Loss, path: Tensor, level: Level, s: Tensor) -> np.ndarray:
-    """λ at fractions ``(m,)``, ``(m,)``."""
+    """Returns λ ``(m,)`` at fractions ``(m,)``."""
     if level is None:
         level = loss_fn(path[0])
-    try:  # a LevelProfile takes a dimension of pairs
+    try:  # a LevelProfile needs a dimension of pairs
         values = torch.as_tensor(level(s[None]) if callable(level) else level, dtype=s.dtype)
         return _host(values.flatten().expand(len(s)))
     except Exception as error:
         raise ValueError(
             f"level must be None, a number or a callable that maps fractions to levels, got "
-            f"{error!r}; of a LevelProfile of many pairs take that of this one"
+            f"{error!r}; if a LevelProfile has many pairs, make one of this pair"
         ) from error
 
 
@@ -409,12 +413,12 @@ def _check_path(name: str, path: Tensor, least_dimension: int = 1) -> None:
     if not torch.is_tensor(path) or path.ndim != 2 or len(path) < 2:
         got = tuple(path.shape) if torch.is_tensor(path) else repr(path)
         raise ValueError(
-            f"{name} must be a tensor of n ≥ 2 points (n, d), got {got}; of a batch take one pair"
+            f"{name} must be a tensor of n ≥ 2 points (n, d), got {got}; pass one pair of a batch"
         )
     if path.shape[1] < least_dimension:
         raise ValueError(f"{name} must have d ≥ 2, got {tuple(path.shape)}; use plot_loss instead")
     if not path.isfinite().all():
-        raise ValueError(f"{name} must be finite, got inf or nan; drop what diverged")
+        raise ValueError(f"{name} must be finite, got inf or nan; drop paths of diverged runs")
 
 
 def _colour(number: int) -> str:
@@ -426,5 +430,5 @@ def _dash(number: int) -> str:
 
 
 def _width(number: int) -> float:
-    """Broad for the first line, and narrow for what lies over it."""
+    """Returns a broad width for the first line and a narrow one for those drawn over it."""
     return 1.2 if number else 2.5
