@@ -341,7 +341,7 @@ def test_a_manifest_cannot_name_another_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2, and this code reads 1"),
+        ({"version": 2}, "format version 2, and this version reads 1"),
         ({"format": "something"}, "is not the manifest of a dataset of paths"),
         ({"shards": []}, "is damaged"),
         ({"num_shards": "4"}, "is damaged"),
