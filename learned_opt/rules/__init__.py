@@ -1,4 +1,4 @@
-"""Update rules, by name."""
+"""Update rules. Configs and weights files refer to them by name."""
 
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM

@@ -1,12 +1,14 @@
-"""What an update rule is: a pure pair `init_state`, `update` on a module of meta-parameters.
+"""The interface of update rules: pure functions `init_state` and `update` of a network.
 
-Coordinates are flat and last: params, grads and updates are (*tasks, d), the concatenation of
-tensors of known shapes; per-coordinate features are (*tasks, features, d), per-tensor ones
-(*tasks, features, tensors).
+The weights of the network are called meta-parameters, and the entries of the parameters that the
+rule updates are called coordinates. Tensors are flattened and concatenated along the last
+dimension: params, grads and updates are (*tasks, d). Features of each coordinate are
+(*tasks, features, d), and features of each tensor are (*tasks, features, tensors).
 
-`update` = `observe` (statistics of gradients and parameters; no meta-parameters) followed by
-`respond` (the network, the update). Training rolls a rule out without a graph, keeps the
-observations of some coordinates, and replays `respond` on them with one.
+`update` is `observe`, which computes statistics of gradients and parameters without
+meta-parameters, followed by `respond`, which runs the network and computes the update. Training
+first runs the rule without an autograd graph and stores the observations of some coordinates. It
+then replays `respond` on these observations with a graph.
 """
 
 from __future__ import annotations
@@ -28,23 +30,24 @@ from learned_opt.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
 
-CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide what a call costs
-SMALL = 1 << 12  # coordinates of tensors of several sizes that are worked on together
-UNITS = 1 << 12  # the same for an LSTM, whose 16 to 20 hidden units have four gates each
-MIN_UNITS = 1 << 9  # of each task, where there are many: shorter rows cost more than the cache
+CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide the cost of a call
+SMALL = 1 << 12  # the most coordinates of tensors of several sizes that are processed together
+UNITS = 1 << 12  # as CHUNK, for an LSTM, whose 16 to 20 hidden units have four gates each
+MIN_UNITS = 1 << 9  # of each of many tasks: shorter rows cost more than cache misses
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a flat vector divides into tensors.
+    """Describes how a flat vector is divided into tensors.
 
     Attributes:
-        shapes: of the tensors.
-        local: of the parts of them that are here, where they are sharded over processes.
-        reduction: adds sums over these parts, (*, tensors, *), to those of the other processes.
-        chunk: coordinates to work on at a time; None: all.
-        gather: x (*, coordinates here) of a tensor, and its number -> (*, all its coordinates).
-        scatter: the inverse.
+        shapes: the shapes of the tensors.
+        local: if tensors are sharded over processes, the shapes of the parts on this process.
+        reduction: adds sums over these parts, (*, tensors, *), over all processes.
+        chunk: the number of coordinates that are processed together; None for all.
+        gather: maps the part on this process, (*, local coordinates), and the number of its tensor
+            to all coordinates of the tensor, (*, coordinates).
+        scatter: the inverse of `gather`.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -56,24 +59,27 @@ class Layout:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Coordinates of each tensor that are here."""
+        """The number of coordinates of each tensor on this process."""
         return tuple(math.prod(s) for s in self.local or self.shapes)
 
     @cached_property
     def tensor_of(self) -> Tensor:
-        """(d,), the number of the tensor that each coordinate belongs to."""
+        """(d,), the number of the tensor of each coordinate."""
         numbers, sizes = range(len(self.sizes)), self.sizes
         numbers, sizes = (torch.tensor(x, dtype=torch.long, device="cpu") for x in (numbers, sizes))
         return numbers.repeat_interleave(sizes)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int, int]]:
-        """(first tensor, tensors, start, stop), in chunks: neighbours of one size, or a part of a
-        large one. The coordinates of each are a matrix (tensors, size)."""
+        """Ranges of coordinates, as (first tensor, number of tensors, start, stop).
+
+        Each run is either several neighbouring tensors of one size or a part of one large tensor,
+        so its coordinates are a matrix (tensors, size). It has at most about `chunk` coordinates.
+        """
         return self.runs_of(self.chunk)
 
     def runs_of(self, chunk: int | None) -> list[tuple[int, int, int, int]]:
-        """`runs` in chunks of another size."""
+        """Returns the `runs` for another size of chunk."""
         if chunk not in self._runs:
             self._runs[chunk] = self._divide(chunk)
         return self._runs[chunk]
@@ -97,7 +103,7 @@ class Layout:
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """The `runs`, small ones together: what calls cost then hardly depends on the sizes."""
+        """The `runs`, with small ones combined, so that many small tensors need few calls."""
         gathered: list[list[tuple[int, int, int, int]]] = []
         for run in self.runs:
             if not gathered or run[3] - gathered[-1][0][2] > SMALL:
@@ -109,7 +115,7 @@ class Layout:
         return sums if self.reduction is None else self.reduction(sums)
 
     def squared_norms(self, x: Tensor) -> Tensor:
-        """|x|² of each tensor, (*, tensors), from (*, d)."""
+        """Returns |x|² of each tensor, (*, tensors), for x (*, d)."""
         squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
         for i, n, a, b in self.runs:
             part = _side_by_side(x[..., a:b], n)
@@ -117,7 +123,7 @@ class Layout:
         return self.reduce(squares)
 
     def expand(self, x: Tensor) -> Tensor:
-        """What each tensor has, (*, tensors), for each of its coordinates, (*, d)."""
+        """Repeats a value of each tensor, (*, tensors), for each of its coordinates, (*, d)."""
         parts = []
         for chunk in self.chunks:
             part = chunk.spread(x)
@@ -126,14 +132,14 @@ class Layout:
         return join(parts) if parts else x[..., :0]
 
     def numbers(self, of: Callable[[tuple[int, ...]], float], x: Tensor) -> Tensor:
-        """`of` each tensor's shape, (tensors,), of the type and on the device of `x`."""
+        """Returns `of(shape)` of each tensor, (tensors,), with the dtype and device of `x`."""
         key = (of, x.dtype, x.device)
         if key not in self._made:
             self._made[key] = x.new_tensor([float(of(shape)) for shape in self.shapes])
         return self._made[key]
 
     def constant(self, values: tuple, x: Tensor) -> Tensor:
-        """`values` as a tensor of the type and on the device of `x`."""
+        """Returns `values` as a tensor with the dtype and device of `x`."""
         key = (values, x.dtype, x.device)
         if key not in self._made:
             self._made[key] = x.new_tensor(values)
@@ -141,16 +147,18 @@ class Layout:
 
     @cached_property
     def _made(self) -> dict[tuple, Tensor]:
-        return {}  # a copy to an accelerator would wait for it at every step
+        return {}  # cached: a copy to an accelerator at every step would wait for the device
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Coordinates to work on at a time, as a matrix (n, size): tensors of one size side by side, or
-    a part of one; tensors of several sizes in one row.
+    """Coordinates that are processed together, as a matrix (n, size).
+
+    A row of the matrix is one of n tensors of equal size, or a part of one tensor. A chunk of
+    tensors of several sizes has a single row.
 
     Attributes:
-        runs: of the layout, neighbours.
+        runs: neighbouring runs of the layout.
     """
 
     runs: tuple[tuple[int, int, int, int], ...]
@@ -160,13 +168,16 @@ class Chunk:
         return slice(self.runs[0][2], self.runs[-1][3])
 
     def of(self, x: Tensor) -> Tensor:
-        """(*, d) -> (*, n, size)."""
+        """Returns the coordinates of x in this chunk: (*, d) -> (*, n, size)."""
         n = self.runs[0][1] if len(self.runs) == 1 else 1
         return _side_by_side(x[..., self.where], n)
 
     def spread(self, x: Tensor) -> Tensor:
-        """What each tensor has, (*, tensors), to go with `of`: (*, n, 1) or (*, 1, size). What all
-        have in common, (*, 1), stays so."""
+        """Returns a value of each tensor, (*, tensors), in a shape that broadcasts with `of`.
+
+        The result is (*, n, 1) or (*, 1, size). A value (*, 1) that all tensors share gives
+        (*, 1, 1).
+        """
         if x.shape[-1] == 1 or len(self.runs) == 1:
             first, n, *_ = self.runs[0]
             return x[..., None] if x.shape[-1] == 1 else x[..., first : first + n, None]
@@ -181,7 +192,10 @@ class Chunk:
         return {}
 
     def parts(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(*, n, size) of `of` -> which tensors, and theirs, (*, their number, their size)."""
+        """Splits x (*, n, size), as `of` returns it, by runs.
+
+        Yields the slice of the tensors of a run and their coordinates, (*, tensors, size).
+        """
         if len(self.runs) == 1:
             first, n, *_ = self.runs[0]
             yield slice(first, first + n), x
@@ -193,14 +207,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class State:
-    """What a rule remembers of a run.
+    """The state of a rule in a training run.
 
     Attributes:
-        layout: the tensors.
-        step: updates made so far; (tensors,) where the tensors differ in it.
-        coordinate: name -> (*tasks, features, d).
-        tensor: name -> (*tasks, features, tensors).
-        matrix: of each tensor, name -> (*tasks, n, n), see basis.py.
+        layout: how d coordinates are divided into tensors.
+        step: the number of updates made so far; (tensors,) if the tensors differ in it.
+        coordinate: features of each coordinate by name, (*tasks, features, d).
+        tensor: features of each tensor by name, (*tasks, features, tensors).
+        matrix: for each tensor, square matrices by name, (*tasks, n, n); see basis.py.
     """
 
     layout: Layout
@@ -210,7 +224,7 @@ class State:
     matrix: tuple[dict[str, Tensor], ...] = ()
 
     def map(self, f: Callable[[Tensor], Tensor]) -> State:
-        """`f` of all but the step."""
+        """Returns the state with `f` applied to all tensors except the step."""
 
         def each(entries: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: f(x) for name, x in entries.items()}
@@ -223,10 +237,16 @@ class State:
 
 @dataclass(frozen=True)
 class Observation:
-    """What `respond` sees: `coordinate` (*tasks, C, d), `tensor` (*tasks, Q, tensors), without rows
-    where the network does not look, and which tensor each coordinate belongs to: a Layout; for
-    picked coordinates an index (n,); None for `pieces`, whose tensors have equal shares. `basis` is
-    that of `coordinate`, None for its own."""
+    """The input of `respond`.
+
+    Attributes:
+        coordinate: features of each coordinate, (*tasks, C, d).
+        tensor: features of each tensor, (*tasks, Q, tensors). Q is 0 for a rule without such
+            features, and in steps in which the network is not run.
+        layout: assigns coordinates to tensors: a Layout; an index (n,) for coordinates that were
+            picked; None for one of the `pieces`, whose tensors have equal numbers of coordinates.
+        basis: the basis in which `coordinate` is given; None for the parameters' own.
+    """
 
     coordinate: Tensor
     tensor: Tensor
@@ -234,9 +254,12 @@ class Observation:
     basis: Basis | None = None
 
     def pick(self, index: Tensor) -> Observation:
-        """The coordinates `index` (n,) of the flattened (*tasks, d), tasks merged."""
+        """Returns the coordinates `index` (n,) of the flattened (*tasks, d), with tasks merged."""
         if self.basis is not None:
-            raise ValueError("single coordinates in an eigenbasis are none of the parameters'")
+            raise ValueError(
+                "index cannot pick coordinates in an eigenbasis, because each is a combination of "
+                "many parameters; use a rule with basis=0"
+            )
         d, tensors = self.coordinate.shape[-1], self.tensor.shape[-1]
         task, where = index // d, index % d
         return Observation(
@@ -246,8 +269,11 @@ class Observation:
         )
 
     def pieces(self) -> Iterator[tuple[slice, Observation]]:
-        """Where, and what of it: coordinates of tensors of one size, few enough for an LSTM; of
-        any tensors where nothing is known of them."""
+        """Yields (slice, sub-observation) pieces that are small enough for the cache of an LSTM.
+
+        The tensors of a piece have one size. Without features of tensors a piece may be any range
+        of coordinates.
+        """
         d, width = self.coordinate.shape[-1], self.layout.chunk
         if width:
             width = max(MIN_UNITS, UNITS // math.prod(self.coordinate.shape[:-2]))
@@ -262,88 +288,114 @@ class Observation:
 
 
 def _side_by_side(x: Tensor, n: int) -> Tensor:
-    """(*, coordinates of n tensors) -> (*, n, size); `unflatten` takes three times as long."""
+    """Reshapes (*, n · size) to (*, n, size). `unflatten` takes three times as long."""
     return x.view(*x.shape[:-1], n, -1)
 
 
 def due(step: int, every: int) -> bool:
-    """Whether what is made anew every so many steps is: before the first time too, after 1, 2, 4,
-    8, ... steps."""
+    """Whether something that is renewed every `every` steps is due after `step` steps.
+
+    Before the first multiple of `every` it is also due after 0, 1, 2, 4, 8, ... steps.
+    """
     return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
 def as_numbers(step: int | Tensor) -> list[int]:
-    """`State.step` in Python, which waits for the device; 0 where it has no values (meta)."""
+    """Returns `State.step` as a list of ints, which waits for the device.
+
+    Tensors on the meta device, which have no values, give 0.
+    """
     if not isinstance(step, Tensor):
         return [step]
     return [0] * step.numel() if step.is_meta else [int(t) for t in step.tolist()]
 
 
 def join(pieces: list[Tensor]) -> Tensor:
-    """Their concatenation along the last dimension; the piece itself if there is but one."""
+    """Concatenates pieces along the last dimension; a single piece is returned without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def merge_tasks(x: Tensor) -> Tensor:
-    """(tasks, features, n) -> (features, tasks · n)."""
+    """Reshapes (tasks, features, n) to (features, tasks · n)."""
     return x if x.dim() == 2 else x.movedim(0, 1).flatten(1)
 
 
 def pick_columns(x: Tensor, index: Tensor) -> Tensor:
-    """Columns `index` of the flattened (tasks, n), from x (tasks, features, n)."""
+    """Returns the columns `index` of the flattened (tasks, n) from x (tasks, features, n)."""
     if x.dim() == 2:
         return x[:, index]
     return x[index // x.shape[-1], :, index % x.shape[-1]].T
 
 
 class UpdateRule(nn.Module, ABC):
-    """θ ← θ + u, with u = update(∇F(θ), θ, state).
+    """An update rule θ ← θ + u, with u = update(∇F(θ), θ, state).
 
-    A subclass is registered under its `name` and says in `config` how to build it again.
+    A subclass holds only meta-parameters, is registered under its `name`, and returns in `config`
+    the constructor arguments that build it again.
     """
 
     name: ClassVar[str]
-    hidden_per: str  # "coordinate" or "tensor": to what a recurrent state belongs
-    # True if u = Σ_k c_k f_k, with gains c of each tensor from `gains(tensor, hidden)`,
-    # `features(observation)` f without meta-parameters and the sum from `mix(gains, observation)`:
-    # training is then far cheaper.
+    hidden_per: str  # "coordinate" or "tensor": which of them has a recurrent state of its own
+    # Whether u = Σ_k c_k f_k with gains c of each tensor. The rule then has three more methods:
+    # `gains(tensor, hidden)` returns c, `features(observation)` returns f, which does not depend on
+    # meta-parameters, and `mix(gains, observation)` returns the sum. Training is far cheaper then.
     gains_per_tensor: bool = False
-    # True if `respond` also takes weights with the leading dimensions of its observation, a set of
-    # them for each task; else vmap makes it so, at a price.
+    # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
+    # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
-    every: int = 1  # steps from one look of the network at a tensor to the next, see `due`
+    every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
-    # All names that entries of its State have, with any config. A rule that keeps fewer refuses the
-    # state of one that keeps more by them; other names belong to whoever added them.
+    # The names of all State entries of this rule, with any config. They tell the entries of a rule
+    # with more state, which are refused, from entries that other code has added, which are kept.
     entries: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """The constructor arguments, as JSON."""
 
     @abstractmethod
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
-        """The state before the first update of params, (*tasks, d)."""
+        """Returns the state before the first update.
+
+        Args:
+            params: (*tasks, d).
+            shapes: the shapes of the tensors that `params` concatenates.
+        """
 
     @abstractmethod
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Observation, State]:
-        """Statistics of this step, and the state with all but `hidden` moved on."""
+        """Returns the statistics of this step, and the next state except its `hidden`.
+
+        Args:
+            grads: (*tasks, d).
+            params: (*tasks, d).
+            state: the state before this step.
+            in_place: whether the tensors of `state` may be overwritten.
+        """
 
     @abstractmethod
     def respond(
         self, observation: Observation, hidden: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The update of the observed coordinates, (*tasks, n), and the next recurrent state, which
-        overwrites `hidden` if `in_place`: rules with hidden_per="coordinate" are then given one of
-        `Observation.pieces`, and no graph is wanted."""
+        """Returns the update of the observed coordinates, (*tasks, n), and the next `hidden`.
+
+        Args:
+            observation: what `observe` returned, or a part of it.
+            hidden: the recurrent state, (*tasks, rows, units).
+            in_place: whether to overwrite `hidden`. Only rules with hidden_per="coordinate" are
+                called so, with one of `Observation.pieces` and without an autograd graph.
+        """
 
     def compile_kernels(self) -> None:
-        """Compiles `kernels`, once for any sizes: one graph of the whole step would take minutes
-        where tensors have many sizes. Not fullgraph: past torch's limit of recompilations a program
-        with many optimizers goes on in Python."""
+        """Compiles the methods named in `kernels`, once for all sizes of tensors.
+
+        Compiling the whole step would take minutes if tensors have many sizes. `fullgraph` is not
+        set, so that a program with many optimizers falls back to Python beyond torch's limit of
+        recompilations.
+        """
         for module in self.modules():
             for name in getattr(module, "kernels", ()):
                 kernel = torch.compile(getattr(module, name), dynamic=True)
@@ -357,14 +409,17 @@ class UpdateRule(nn.Module, ABC):
         return replace(state, **{self.hidden_per: entries})
 
     def pick_hidden(self, state: State, index: Tensor) -> Tensor:
-        """The recurrent state that goes with `Observation.pick(index)`."""
+        """Returns the recurrent state that belongs to `Observation.pick(index)`."""
         hidden = self.hidden(state)
         return merge_tasks(hidden) if self.hidden_per == "tensor" else pick_columns(hidden, index)
 
     def advance(
         self, observation: Observation, state: State, in_place: bool = False
     ) -> tuple[Tensor, State]:
-        """`respond`, with the recurrent state kept in `state`, and overwritten if `in_place`."""
+        """Returns the update by `respond`, and `state` with the next recurrent state.
+
+        The recurrent state is overwritten if `in_place`.
+        """
         hidden = self.hidden(state)
         if self.hidden_per == "tensor" or torch.is_grad_enabled():
             updates, hidden = self.respond(observation, hidden)
@@ -379,15 +434,13 @@ class UpdateRule(nn.Module, ABC):
     def update(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Tensor, State]:
-        """One step.
+        """Returns the update u, (*tasks, d), which is added to params, and the next state.
 
         Args:
             grads: (*tasks, d).
             params: (*tasks, d).
-            state: of these parameters; its tensors are overwritten if `in_place`.
-
-        Returns:
-            what to add to params, (*tasks, d), and the next state.
+            state: the state of these parameters.
+            in_place: whether the tensors of `state` are overwritten.
         """
         return self.advance(*self.observe(grads, params, state, in_place), in_place)
 
@@ -396,18 +449,26 @@ _REGISTRY: dict[str, type[UpdateRule]] = {}
 
 
 def register(rule: type[UpdateRule]) -> type[UpdateRule]:
-    """Makes a rule known by its `name` to configs and weights files."""
+    """Class decorator that lets configs and weights files refer to a rule by its `name`."""
     _REGISTRY[rule.name] = rule
     return rule
 
 
 def known_entries() -> set[str]:
-    """Names of what registered rules keep."""
+    """Returns the names of all State entries of the registered rules."""
     return {name for rule in _REGISTRY.values() for name in rule.entries}
 
 
 def make_rule(name: str, **config: Any) -> UpdateRule:
-    """The registered rule `name`, freshly initialised."""
+    """Returns a freshly initialized instance of the registered rule `name`.
+
+    Args:
+        name: the name of the rule.
+        config: its constructor arguments.
+
+    Raises:
+        ConfigError: there is no such rule, or it does not take these arguments.
+    """
     if name not in _REGISTRY:
         raise ConfigError(
             f"rule is {name!r}; known rules are {', '.join(sorted(_REGISTRY))}"

@@ -1,9 +1,10 @@
-"""Eigenbases of the gradients of matrices, for rules to work in.
+"""Computes eigenbases of the gradients of matrices, in which rules can work.
 
-Of a matrix' gradients G (n, k), L = E[G Gᵀ] and R = E[Gᵀ G], averaged over past steps, have the
-orthonormal eigenvectors Q_L and Q_R. The coordinates of Q_Lᵀ G Q_R are nearly uncorrelated, and to
-divide each of them by its √v̂, as Adam does, amounts to Shampoo's preconditioner (Gupta et al. 2018,
-arXiv 1802.09568). To run Adam there is SOAP (Vyas et al. 2024, arXiv 2409.11321).
+For the gradients G (n, k) of a matrix let L = E[G Gᵀ] and R = E[Gᵀ G], averaged over past steps,
+and let Q_L and Q_R be their orthonormal eigenvectors. The entries of Q_Lᵀ G Q_R are nearly
+uncorrelated. Dividing each of them by its √v̂, as Adam does, amounts to Shampoo's preconditioner
+(Gupta et al. 2018, arXiv 1802.09568). Running Adam in these bases is SOAP (Vyas et al. 2024, arXiv
+2409.11321).
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from torch import Tensor
 
 from learned_opt.rules.base import Layout, State, as_numbers, due
 
-BETA = 0.95  # of L and R
-EVERY = 1024  # steps from one basis to the next; before, after 1, 2, 4, 8, ... steps, see `due`
-JITTER = 1e-3  # at most added to the diagonals of L and R, in units of their mean
+BETA = 0.95  # the decay of the averages L and R
+EVERY = 1024  # steps between two bases, and at first after 1, 2, 4, 8, ... steps, see `due`
+JITTER = 1e-3  # the most that is added to the diagonals of L and R, in units of their mean
 SIDES = ("rows", "columns")
 ENTRIES = tuple(f"{kind}_{side}" for kind in ("covariance", "basis") for side in SIDES)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor as a matrix; of convolutions all but the outputs are columns.
+    """A tensor seen as a matrix. The columns of a convolution are all its dimensions but the first.
 
     Attributes:
-        index: the tensor's number.
-        where: its coordinates that are here.
-        shape: rows and columns.
-        sides: those of SIDES that are turned.
+        index: the number of the tensor.
+        where: the slice of its coordinates on this process.
+        shape: the numbers of rows and columns.
+        sides: those of SIDES that have an eigenbasis.
     """
 
     index: int
@@ -43,7 +44,7 @@ class Matrix:
 
 
 def matrices(layout: Layout, limit: int) -> tuple[Matrix, ...]:
-    """The tensors of which a side has 2 to `limit` rows or columns."""
+    """Returns the tensors with a side of 2 to `limit` rows or columns, as matrices."""
     return _matrices(layout.shapes, layout.sizes, limit)
 
 
@@ -62,11 +63,13 @@ def _matrices(shapes: tuple, sizes: tuple[int, ...], limit: int) -> tuple[Matrix
 
 @dataclass(frozen=True)
 class Basis:
-    """Q_L and Q_R of the matrices of a layout.
+    """The bases Q_L and Q_R of the matrices of a layout.
 
     Attributes:
-        q: of each matrix, side -> (*tasks, n, n). A new basis is in new tensors, as training keeps
-            those of all steps of a window.
+        layout: the layout of the coordinates.
+        matrices: the matrices that have a basis.
+        q: for each matrix, its bases (*tasks, n, n) by side. A new basis is made of new tensors,
+            because training keeps the bases of all steps of a window.
     """
 
     layout: Layout
@@ -74,11 +77,11 @@ class Basis:
     q: tuple[dict[str, Tensor], ...]
 
     def turn(self, x: Tensor) -> Tensor:
-        """x (*tasks, d) or (*tasks, features, d) in the eigenbases: Q_Lᵀ X Q_R."""
+        """Returns x (*tasks, d) or (*tasks, features, d) in the eigenbases: Q_Lᵀ X Q_R."""
         return self._turn_in_place(x.clone(), back=False)
 
     def turn_back(self, x: Tensor) -> Tensor:
-        """The inverse, in place: Q_L X Q_Rᵀ."""
+        """Inverts `turn`, in place: Q_L X Q_Rᵀ."""
         return self._turn_in_place(x, back=True)
 
     def _turn_in_place(self, x: Tensor, back: bool) -> Tensor:
@@ -91,7 +94,7 @@ class Basis:
 
 
 def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor], ...]:
-    """`State.matrix` before the first gradient: the coordinates' own basis."""
+    """Returns `State.matrix` before the first gradient, with identity matrices as bases."""
     entries: tuple[dict[str, Tensor], ...] = tuple({} for _ in layout.shapes)
     for matrix in matrices(layout, limit):
         for side, n in zip(SIDES, matrix.shape, strict=True):
@@ -104,24 +107,26 @@ def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor]
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """Without autocast: in bfloat16 no basis is orthonormal."""
+    """Returns a context without autocast, because in bfloat16 bases would not be orthonormal."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()  # which takes no time, and which meta tensors need
+        return nullcontext()  # it is free, and torch.autocast does not support meta tensors
     return torch.autocast(x.device.type, enabled=False)
 
 
-@torch.compiler.disable  # whether a new basis is due is for Python to say, and eigh is torch's
+@torch.compiler.disable  # Python decides whether a new basis is due, and eigh is not compiled
 def follow(
     grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool = False
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
-    """The basis of the gradients so far, and the `State.matrix` to keep.
+    """Returns the basis for this step and the next `State.matrix`.
 
     Args:
-        grads: (*tasks, d), turned in place.
-        rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages and
-            r = √v̂. Both are taken over to a new basis, in place: v as if the old coordinates were
-            uncorrelated, that is with the squares of what turns the one basis into the other.
-        state: before this gradient; L and R are overwritten if `in_place`.
+        grads: the gradients, (*tasks, d). They are rotated into the basis in place.
+        rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages, and
+            r = √v̂. If the basis is new, averages and r are rotated in place. v uses the squared
+            rotation, which assumes uncorrelated coordinates.
+        state: the state before this gradient.
+        limit: the most rows or columns for which a side has a basis.
+        in_place: whether L and R of `state` are overwritten.
     """
     with full_precision(grads):
         return _follow(grads, rows, state, limit, in_place)
@@ -151,7 +156,7 @@ def _follow(
 
 
 def _renew(entries: dict[str, Tensor], rows: Tensor, matrix: Matrix, layout: Layout) -> None:
-    """A new basis, to which the `rows` (*, 1 + momenta + 1, coordinates here) are taken over."""
+    """Computes a new basis of a matrix and rotates its `rows` (see `follow`) into it, in place."""
     old = {side: entries[f"basis_{side}"] for side in matrix.sides}
     for side in matrix.sides:
         entries[f"basis_{side}"] = _eigenvectors(entries[f"covariance_{side}"])
@@ -165,21 +170,23 @@ def _renew(entries: dict[str, Tensor], rows: Tensor, matrix: Matrix, layout: Lay
 
 
 def _whole(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
-    """(*, coordinates here) -> (*, rows, columns)."""
+    """Returns a matrix (*, rows, columns) from its coordinates on this process, (*, local)."""
     if layout.gather is not None:
         x = layout.gather(x, matrix.index)
     return x.view(*x.shape[:-1], *matrix.shape)
 
 
 def _own(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
-    """The inverse of `_whole`."""
+    """Inverts `_whole`."""
     x = x.flatten(-2)
     return x if layout.gather is None else layout.scatter(x, matrix.index)
 
 
 def _sandwich(x: Tensor, factors: dict[str, Tensor], back: bool = False) -> Tensor:
-    """rowsᵀ X columns, or rows X columnsᵀ; factors (*tasks, n, n), X (*tasks, n, k) or
-    (*tasks, features, n, k)."""
+    """Returns rowsᵀ X columns, or rows X columnsᵀ if `back`.
+
+    The factors are (*tasks, n, n) by side, and X is (*tasks, n, k) or (*tasks, features, n, k).
+    """
     for side, factor in factors.items():
         if x.dim() > factor.dim():
             factor = factor.unsqueeze(-3)
@@ -190,10 +197,11 @@ def _sandwich(x: Tensor, factors: dict[str, Tensor], back: bool = False) -> Tens
 
 
 def _eigenvectors(covariance: Tensor) -> Tensor:
-    """(*, n, n); of one that is not finite, as of a lost task, those of the unit matrix.
+    """Returns the eigenvectors (*, n, n) of a covariance (*, n, n).
 
-    Where there were no gradients all directions are as good: a small, rising diagonal makes the
-    coordinates' own the ones, in place of what rounding would.
+    A covariance that is not finite, as after a task diverged, is replaced by zero. If a covariance
+    is degenerate, as without gradients, a small increasing diagonal selects the coordinate axes,
+    instead of directions that depend on rounding.
     """
     n = covariance.shape[-1]
     rising = torch.arange(1, n + 1, dtype=covariance.dtype, device=covariance.device) / n
@@ -201,6 +209,6 @@ def _eigenvectors(covariance: Tensor) -> Tensor:
     scaled = covariance / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     good = scaled.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     scaled = torch.where(good, scaled, 0) + JITTER * rising.diag()
-    if scaled.device.type == "mps":  # where torch has no eigh
+    if scaled.device.type == "mps":  # torch has no eigh there
         return torch.linalg.eigh(scaled.cpu())[1].to(scaled.device)
     return torch.linalg.eigh(scaled)[1]

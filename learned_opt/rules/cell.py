@@ -1,4 +1,4 @@
-"""The recurrent cell that all rules share."""
+"""The LSTM cell that all rules share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from torch import Tensor, nn
 
 
 def per_task(weight: Tensor, x: Tensor) -> Tensor:
-    """A matrix to multiply x (*tasks, inputs, units) with, as a view for each task: else matmul
-    transposes x to make one product of many, which costs several times the product. One that is
-    there for each task stays as it is."""
+    """Returns `weight`, to be multiplied with x (*tasks, inputs, units), as a view for each task.
+
+    Without the view, matmul would transpose x to merge the tasks into one product, which costs
+    several times the product itself. A weight that already has a matrix for each task is unchanged.
+    """
     return weight.expand(*x.shape[:-2], *weight.shape[-2:])
 
 
 class LSTMCell(nn.Module):
-    """Hochreiter & Schmidhuber's LSTM over many independent units, features first.
+    """Hochreiter & Schmidhuber's LSTM for many independent units, which are the last dimension.
 
         i, f, g, o = W x + U h + b;   c' = σ(f) c + σ(i) tanh(g);   h' = σ(o) tanh(c')
 
-    Written from matrix products because `nn.LSTMCell` fails under vmap and wants features last:
-    with units last every gate is a contiguous row, which on CPU is what makes it fast.
+    It is written with matrix products because `nn.LSTMCell` fails under vmap and needs features
+    last. With units last, each gate is a contiguous row, which is much faster on a CPU.
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
@@ -32,11 +34,15 @@ class LSTMCell(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor, shared: Tensor | None = None, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """x (*, inputs, units), state (*, 2·hidden, units) = [h; c] -> (h', state').
+        """Returns h' (*, hidden, units) and the next state (*, 2·hidden, units).
 
         Args:
-            shared: (*, first inputs, 1 or units), those that come before x.
-            in_place: without a graph, in fewer passes over memory; overwrites `state`.
+            x: the inputs, (*, inputs, units).
+            state: [h; c], (*, 2·hidden, units).
+            shared: the first inputs, before x, (*, first inputs, 1 or units); 1 if all units share
+                them.
+            in_place: whether to overwrite `state`, with fewer passes over memory and without an
+                autograd graph.
         """
         h, c = state.chunk(2, dim=-2)
         if in_place and not torch.compiler.is_compiling():
@@ -57,11 +63,11 @@ class LSTMCell(nn.Module):
         if shared is not None:  # (*, 4·hidden, 1): the product for all units at once
             first, weight = weight.split([shared.shape[-2], weight.shape[-1] - shared.shape[-2]], 1)
             bias = first @ shared + bias
-        # a row of ones makes the bias part of the product, which saves a pass over the gates
+        # A row of ones makes the bias part of the product, which saves a pass over the gates.
         weight = torch.cat([per_task(weight, x), bias.expand(*x.shape[:-2], -1, 1)], dim=-1)
         ones = x.new_ones(()).expand(*x.shape[:-2], 1, x.shape[-1])
         gates = weight @ torch.cat([x, h, ones], dim=-2)
-        # compiled, these were slower with every form of tanh that was tried
+        # These lines are not compiled: every form of tanh that was tried was slower compiled.
         i, f, g, o = gates.chunk(4, dim=-2)
         for gate in (i, f, o):
             gate.sigmoid_()

@@ -1,4 +1,4 @@
-"""The rule of "Learning to learn by gradient descent by gradient descent"."""
+"""The rule of "Learning to learn by gradient descent by gradient descent" (L2L)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from learned_opt.rules.cell import LSTMCell, per_task
 PRESETS = {
     "deepmind-code": {"log_scale": 5.0, "output_scale": 0.01},
     "paper": {"log_scale": 10.0, "output_scale": 0.1},
-    "quadratic": {"log_scale": 0.0, "output_scale": 1.0},  # of both, on quadratics
+    "quadratic": {"log_scale": 0.0, "output_scale": 1.0},  # paper and code agree on quadratics
 }
 
 
 def lstm_layers(inputs: int, hidden: int, layers: int) -> nn.ModuleList:
-    """LSTMs on top of each other; as in the code, they start by forgetting little."""
+    """Returns stacked LSTMs with a forget-gate bias of 1, as in the authors' code."""
     if min(hidden, layers) < 1:
-        raise ConfigError(f"hidden is {hidden} and layers {layers}; use at least 1 of each")
+        raise ConfigError(f"hidden is {hidden} and layers is {layers}; use at least 1 for each")
     cells = nn.ModuleList(LSTMCell(hidden if i else inputs, hidden) for i in range(layers))
     for cell in cells:
         nn.init.ones_(cell.bias.data[hidden : 2 * hidden])
@@ -31,26 +31,29 @@ def lstm_layers(inputs: int, hidden: int, layers: int) -> nn.ModuleList:
 
 @register
 class CoordinatewiseLSTM(UpdateRule):
-    """u = s · Linear(LSTM(LSTM(LogAndSign(g)))), one LSTM for every coordinate alike.
+    """u = s · Linear(LSTM(LSTM(LogAndSign(g)))), with the same network for every coordinate.
 
-    LogAndSign(g) = [max(log|g| / k, −1), clip(g eᵏ, −1, 1)]. Andrychowicz et al. 2016 (arXiv
-    1606.04474) and their code (google-deepmind/learning-to-learn) differ in k and s:
+        LogAndSign(g) = [max(log|g| / k, −1), clip(g eᵏ, −1, 1)]
+
+    Andrychowicz et al. 2016 (arXiv 1606.04474) and their code (google-deepmind/learning-to-learn)
+    use different k and s:
 
         preset          k     s
         deepmind-code   5     0.01
         paper           10    0.1
-        quadratic       none  1      both, on quadratics: the network sees g itself
+        quadratic       none  1      paper and code on quadratics: the input is g itself
 
-    As published it is not gated by the gradient: a zero gradient does move a parameter.
+    As published, the update is not zero for a zero gradient, so parameters without a gradient move.
+
+    The state takes 8 bytes for each hidden unit of each layer and each coordinate, which is 320
+    bytes for each coordinate at the published size.
 
     Args:
-        hidden: LSTM units of each layer.
-        layers: LSTMs on top of each other.
-        preset: where k and s come from.
-        log_scale: k, if not the preset's; 0 is no LogAndSign.
-        output_scale: s, if not the preset's.
-
-    State: 8 bytes per hidden unit of each layer and coordinate, 320 at the published size.
+        hidden: the number of LSTM units of each layer.
+        layers: the number of stacked LSTMs.
+        preset: the source of k and s.
+        log_scale: k, instead of the preset's; 0 feeds g itself.
+        output_scale: s, instead of the preset's.
     """
 
     name = "coordinatewise_lstm"

@@ -1,4 +1,4 @@
-"""The rule of this project: an RNN that mixes normalised gradients."""
+"""The rule of this project: an RNN that mixes normalized gradients."""
 
 from __future__ import annotations
 
@@ -23,64 +23,69 @@ from learned_opt.rules.base import (
 from learned_opt.rules.basis import ENTRIES, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 
-BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages noise away
+BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages out noise
 BETA_V = 0.99  # second moment
 RATES = tuple((beta,) for beta in (*BETAS, BETA_V))
-EPS = 1e-12  # below any gradient that matters, so that the rule does not see the loss's scale
-CLIP = 1.5  # a tensor's gradient counts at most so many times its usual RMS: outliers make no spike
-VANISHED = 1e-3  # r is at least this share of its peak: gradients that vanish are not blown up
-VECTOR_SIZE = 0.1  # usual RMS of biases and gains
-LARGEST = 4.0  # size that steps are relative to, in units of the usual one
-MIN_SIZE = 0.03  # least size of a tensor that the network is told; of wide matrices less
-STEP = 0.1  # relative step of the untrained rule, near Adam(0.003-0.01) on default inits
+EPS = 1e-12  # below any gradient that matters, so that the rule is independent of the loss's scale
+CLIP = 1.5  # gradients are clipped to so many times their usual RMS, so that outliers do no harm
+VANISHED = 1e-3  # r is at least this share of its peak: vanishing gradients are not amplified
+VECTOR_SIZE = 0.1  # the usual RMS of biases and gains
+LARGEST = 4.0  # the largest size that steps are relative to, in units of the usual size
+MIN_SIZE = 0.03  # the least size of a tensor among the network's inputs; less for wide matrices
+STEP = 0.1  # the relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
-LONGEST = 2000.0  # the clock stops here: beyond the longest runs trained on it means nothing
-WIDEST = 3072.0  # inputs: as LONGEST, for what the network is told of a matrix's width
+LONGEST = 2000.0  # the step number among the inputs stops here, beyond the longest training runs
+WIDEST = 3072.0  # the fan-in among the inputs stops here, for the same reason
 DIRECTIONS = 1 + len(BETAS)
-# What the network is told in logarithms x, as max(x, least) / unit + shift: rows of m̂_k/r, the
-# gradient's decline, growth, size, and how noisy the gradient is.
+# Inputs that are logarithms x enter as max(x, least) / unit + shift. They are the RMS of each
+# m̂_k/r, the gradient's decline, growth, size, and the noise of the gradient.
 LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
     (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
-TENSOR_INPUTS = 20  # rows of Observation.tensor that the network sees; the mixing needs the rest:
+TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
 
 @register
 class GeodesicRNN(UpdateRule):
-    """u = −a ρ Σ_k c_k m̂_k/r: no gradient, no update.
+    """u = −a ρ Σ_k c_k m̂_k/r, where an LSTM emits the gains c_k and the relative step a.
 
-    m̂_k: the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected averages
-    at β = .5, .9, .99; r = √v̂ at β = .99, at least a thousandth of the peak of r̄, its RMS over the
-    tensor. ρ is the tensor's size: RMS(θ), but from once to four times the usual one, for matrices
-    the RMS 1/√(3 fan_in) of torch's default init and for vectors 0.1: steps relative to the RMS of
-    embeddings, which start at N(0, 1), and of gains, which start at 1, would be too long. An LSTM
-    emits c and o, a = 0.1 e^o, softly limited to move no tensor by more than ρ in the step that it
-    is made in; its output layer starts at zero, with a bias that makes the rule Adam (β = .9, .99)
-    with a relative step of 10 %.
-    From step t = decay_after on, a is multiplied by decay_after / t: Σ a diverges and Σ a² does not
-    (Robbins & Monro 1951), so that a run comes to rest. Steps relative to a tensor that gradient
-    noise makes grow would not.
+    - m̂_k are the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected
+      averages at β = .5, .9, .99. Without a gradient there is no update.
+    - r = √v̂ at β = .99. It is at least a thousandth of the peak of r̄, which is the RMS of r over
+      the tensor.
+    - ρ is the size of the tensor: RMS(θ), limited to one to four times the usual size. The usual
+      size of a matrix is the RMS 1/√(3 fan_in) of torch's default init, and that of a vector 0.1.
+      Steps relative to the RMS of embeddings, which start at N(0, 1), or of gains, which start at
+      1, would be too long.
+    - a = 0.1 e^o, with o from the LSTM. A soft limit keeps each tensor from moving by more than ρ
+      in one step. From step t = decay_after on, a is multiplied by decay_after / t. Then Σ a
+      diverges and Σ a² converges (Robbins & Monro 1951), so that a run converges even if gradient
+      noise makes a tensor, and with it ρ, grow.
 
-    With a `basis`, all this is done in the eigenbases of the gradients of matrices (basis.py): the
-    untrained rule is SOAP (Vyas et al. 2024) with relative steps.
+    The LSTM's output layer starts at zero, with a bias that makes the untrained rule Adam (β = .9,
+    .99) with a relative step of 10 %. With a `basis`, all of this is done in the eigenbases of the
+    gradients of matrices (basis.py), and the untrained rule is SOAP (Vyas et al. 2024) with
+    relative steps.
+
+    The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
+    A basis takes 8 n² for each side of n rows or columns that has one.
 
     Args:
-        hidden: LSTM units.
-        per: "tensor", one LSTM state for each tensor: it sees RMS and cosines of the m̂_k/r,
-            that is how noisy and how curved the way is, the gradient's decline, the tensor's
-            size, shape and growth, and the time; u is then odd in the gradients. "coordinate":
-            one for each coordinate, which sees its own m̂_k/r besides.
-        decay_after: steps; about a third of the longest runs that the rule is trained on.
-        basis: most rows, or columns, for which a matrix is turned on that side; 0: none is. Only
-            with per="tensor".
-        every: steps from one look of the network at a tensor to the next, at first fewer (`due`);
-            what it says, and what it is told of the past, holds in between. Above 1 only with
-            per="tensor".
-
-    State: 20 bytes per parameter; with per="coordinate" 8 more for each hidden unit; with a basis
-    8 for each number of the squares of the sides that are turned.
+        hidden: the number of LSTM units.
+        per: "tensor" runs the LSTM once for each tensor. Its inputs are RMS and cosines of the
+            m̂_k/r, which are proxies for gradient noise and curvature; the gradient's decline; the
+            tensor's size, shape and growth; and the step number. The update is then odd in the
+            gradients. "coordinate" runs the LSTM for each coordinate, with that coordinate's m̂_k/r
+            as further inputs.
+        decay_after: the step after which the step size decays; use about a third of the longest
+            runs that the rule is trained on.
+        basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
+            It needs per="tensor".
+        every: the network runs for a tensor in every so many steps, and at first more often, see
+            `due`. In between, its output and its inputs about the past are kept. A value above 1
+            needs per="tensor".
     """
 
     name = "geodesic_rnn"
@@ -99,12 +104,12 @@ class GeodesicRNN(UpdateRule):
         if per not in ("tensor", "coordinate") or min(hidden, decay_after, every) < 1:
             raise ConfigError(
                 f"per is {per!r}, hidden {hidden}, decay_after {decay_after} and every {every}; "
-                "use 'tensor' or 'coordinate', and at least 1"
+                "use 'tensor' or 'coordinate' for per, and at least 1 for the others"
             )
         if basis < 0 or (per == "coordinate" and (basis or every > 1)):
             raise ConfigError(
-                f"basis is {basis} and every {every}; use at least 0 and 1, and these for "
-                "per='coordinate'"
+                f"basis is {basis} and every is {every} with per={per!r}; use at least 0 and 1 "
+                "with per='tensor', and exactly 0 and 1 with per='coordinate'"
             )
         self.hidden_per = per
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
@@ -129,11 +134,11 @@ class GeodesicRNN(UpdateRule):
 
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
         layout, lead, d = Layout(tuple(shapes)), params.shape[:-1], params.shape[-1]
-        # the last gradient, its averages and r: one block, so that observing copies nothing
+        # The last gradient, its averages and r are one tensor, so that `observe` copies nothing.
         coordinate = {"averages": params.new_zeros(*lead, DIRECTIONS + 1, d)}
         tensor = {name: params.new_zeros(*lead, 1, len(shapes)) for name in TENSOR_ENTRIES}
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
-        kept = DIRECTIONS if self.every > 1 else 0  # what the network said last
+        kept = DIRECTIONS if self.every > 1 else 0  # the last gains
         where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden + kept, units)
         matrix = start(params, layout, self.basis) if self.basis else ()
         return State(layout, 0, coordinate, tensor, matrix)
@@ -147,8 +152,8 @@ class GeodesicRNN(UpdateRule):
             rows = rows.clone()
         size = (layout.squared_norms(grads) / counts).sqrt()
         share = self._clip(size, state)
-        compiling = torch.compiler.is_compiling()  # asked once: a frame may fall back to Python
-        # outliers are clipped before they are all that a basis sees for a hundred steps
+        compiling = torch.compiler.is_compiling()  # read once: a frame may fall back to Python
+        # Clip first: a basis built from few gradients may stay in use for 1,024 steps.
         into = None if compiling else rows[..., 0, :]
         grads = torch.mul(grads, layout.expand(share), out=into)
         basis, matrix = None, state.matrix
@@ -156,10 +161,10 @@ class GeodesicRNN(UpdateRule):
             basis, matrix = follow(grads, rows, state, self.basis, in_place)
         step = _as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
-        # the weight with which an average is its own bias-corrected one
+        # With this weight in the update of an average, the average needs no bias correction.
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
         peak = state.tensor["peak_gradient"].squeeze(-2)
-        if self.basis:  # in that of a first gradient only rounding is left of most coordinates
+        if self.basis:  # in the basis of a first gradient, most coordinates are rounding errors
             peak = torch.maximum(peak, size * share)
         floor = (VANISHED * peak).clamp(min=EPS)
         look = self._look(state.step, counts) if self.every > 1 else counts
@@ -193,29 +198,45 @@ class GeodesicRNN(UpdateRule):
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
         return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
 
-    @torch.compiler.disable  # for Python to say
+    @torch.compiler.disable  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
-        """1 for tensors that the network looks at after so many steps and 0 for others, as `like`,
-        (tensors,) or (1,); None if there are none."""
+        """Returns 1 for tensors for which the network runs after `step` steps, and 0 for others.
+
+        The result is (tensors,) or (1,), with the dtype and device of `like`, or None if the
+        network runs for no tensor.
+        """
         looks = [due(t, self.every) for t in as_numbers(step)]
         return like.new_tensor(looks) if any(looks) else None
 
     @staticmethod
     def _clip(rms: Tensor, state: State) -> Tensor:
-        """What is left of each tensor's gradient, (*tasks, tensors): min(1, CLIP · r̄ / RMS(g)),
-        with the r̄ of the step before."""
+        """Returns the factor that clips each tensor's gradient, (*tasks, tensors).
+
+        It is min(1, CLIP · r̄ / RMS(g)) with the r̄ of the step before.
+        """
         usual = state.tensor["gradient_rms"].squeeze(-2)
         left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
-        return torch.where(usual > 2 * EPS, left, 1)  # nothing is usual before a first gradient
+        return torch.where(usual > 2 * EPS, left, 1)  # before a first gradient r̄ is unknown
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, matrix: Tensor, fan_in: Tensor,
         scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Observation.tensor, (*tasks, TENSOR_INPUTS + MIXING, tensors), from the second moments
-        (*tasks, tensors, 4, 4) of m̂_k/r, the RMS (*tasks, tensors, 3) of g, r and θ, and whether
-        tensors are matrices and how wide, (tensors,), and LOGS; the next initial_rms, peak_gradient
-        and gradient_rms."""
+        """Returns Observation.tensor and the next initial_rms, peak_gradient and gradient_rms.
+
+        Args:
+            gram: the second moments of m̂_k/r, (*tasks, tensors, 4, 4).
+            rms: the RMS of g, r and θ, (*tasks, tensors, 3).
+            step: the number of this update, (tensors,) or (1,).
+            matrix: 1 for matrices and 0 for vectors, (tensors,).
+            fan_in: the fan-in of each tensor, (tensors,).
+            scales: LOGS as a tensor.
+            initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
+            peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
+
+        Returns:
+            (*tasks, TENSOR_INPUTS + MIXING, tensors), and three tensors (*tasks, 1, tensors).
+        """
         rms_g, r_bar, rms_p = rms[..., 0], rms[..., 1] + EPS, rms[..., 2]
         start = torch.where(step == 1, rms_p, initial_rms.squeeze(-2))
         peak = torch.maximum(peak_gradient.squeeze(-2), r_bar)
@@ -225,7 +246,8 @@ class GeodesicRNN(UpdateRule):
         usual = torch.where(matrix > 0, (3 * fan_in).rsqrt(), VECTOR_SIZE)
         floor = usual.clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
-        # matrices that start far below the usual size, as tables of positions, do well to reach it
+        # Growth up to the usual size does not count: matrices that start far below it, such as
+        # position embeddings, should reach it.
         full = torch.where(matrix > 0, usual, floor)
         grown = torch.maximum(rms_p, full) / torch.maximum(start, full)
         ratios = [r_bar / peak, grown, size, rms_g / r_bar + 1e-6]
@@ -254,7 +276,7 @@ class GeodesicRNN(UpdateRule):
             gains, hidden = self.gains(observation.tensor, hidden)
             return self.mix(gains, observation), hidden
         row, tensor, layout = observation.coordinate, observation.tensor, observation.layout
-        if in_place:  # tensors side by side, (*, tensors, features, units)
+        if in_place:  # tensors become a dimension, (*, tensors, features, units)
             n = tensor.shape[-1]
             row, state = (x.unflatten(-1, (n, -1)).movedim(-2, -3) for x in (row, hidden))
             tensor = tensor.mT.unsqueeze(-1)
@@ -267,14 +289,21 @@ class GeodesicRNN(UpdateRule):
         return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What multiplies the `features` of each tensor, (*tasks, 4, tensors), and the next
-        recurrent state; from `Observation.tensor`."""
+        """Returns the gains, which multiply the `features`, and the next recurrent state.
+
+        Args:
+            tensor: `Observation.tensor`.
+            hidden: the recurrent state, (*tasks, rows, tensors).
+
+        Returns:
+            gains (*tasks, 4, tensors), and the next `hidden`.
+        """
         if self.every > 1:
             return self._gains_or_last(tensor, hidden)
         return self._gains(tensor, hidden)
 
     def _gains_or_last(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`gains`, of tensors that the network does not look at those of its last look."""
+        """Returns `gains`; where the network does not run in this step, the last gains."""
         last, gains = hidden.split([2 * self.cell.hidden, DIRECTIONS], -2)
         if not tensor.shape[-2]:
             return gains, hidden
@@ -288,12 +317,14 @@ class GeodesicRNN(UpdateRule):
         return scale * mixture, hidden
 
     def features(self, observation: Observation) -> Tensor:
-        """m̂_k/r, (*tasks, 4, d)."""
+        """Returns m̂_k/r, (*tasks, 4, d)."""
         return _normal(observation.coordinate)
 
     def mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Σ_k gains_k features_k, (*tasks, d), in the coordinates of θ; gains (*tasks, 4,
-        tensors)."""
+        """Returns Σ_k gains_k features_k in the coordinates of θ, (*tasks, d).
+
+        The gains are (*tasks, 4, tensors).
+        """
         update = self._mix(gains, observation)
         return update if observation.basis is None else observation.basis.turn_back(update)
 
@@ -302,26 +333,26 @@ class GeodesicRNN(UpdateRule):
 
     @staticmethod
     def _own(row: Tensor, tensor: Tensor) -> Tensor:
-        """m̂_k/r and log(r/r̄)/3, (*, 5, units): what a coordinate sees of itself."""
+        """Returns the inputs that coordinates do not share: m̂_k/r and log(r/r̄)/3, (*, 5, units)."""
         noise = (row[..., -1:, :] * tensor[..., -2:-1, :]).log() / 3
         return torch.cat([_normal(row), noise], -2)
 
     @staticmethod
     def _coordinate_update(out: Tensor, row: Tensor, tensor: Tensor) -> Tensor:
-        """(*, units), from what the head says of each coordinate, (*, 5, units)."""
+        """Returns the update (*, units) from the head's output per coordinate, (*, 5, units)."""
         mixture, scale = _mixture(out, tensor)
         mixed = (mixture * row[..., :-1, :]).sum(-2, keepdim=True)
         return (scale * mixed / row[..., -1:, :]).squeeze(-2)
 
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Σ_k gains_k features_k, with gains (*, 4, tensors) of whole tensors."""
+        """Returns Σ_k gains_k features_k in the observation's basis; gains are (*, 4, tensors)."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * _normal(rows)).sum(-2)
         updates = []
         for chunk in observation.layout.chunks:
             (first, *others, r), weights = chunk.of(rows).unbind(-3), chunk.spread(gains).unbind(-3)
-            update = first * weights[0]  # term by term, which is the same however chunks are made
+            update = first * weights[0]  # in a fixed order, so that chunks do not change rounding
             for row, weight in zip(others, weights[1:], strict=True):
                 update.addcmul_(row, weight)
             updates.append(update.div_(r).flatten(-2))
@@ -337,25 +368,27 @@ def _fan_in(shape: tuple[int, ...]) -> int:
 
 
 def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """c, (*, 4, units), and −a ρ, (*, 1, units), from what the head says, (*, 5, units)."""
+    """Returns c, (*, 4, units), and −a ρ, (*, 1, units), from the head's output, (*, 5, units)."""
     mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
     rms, size = tensor[..., -MIXING:-2, :], tensor[..., -1:, :]
     step = STEP * log_step.exp()
-    moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # at most, in units of size
+    moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # an upper bound, in units of size
     return mixture, -step * size / (1 + moved / MAX_STEP)
 
 
 def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
-    """A count, (tensors,) or (1,), fit for powers near 1."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's has no float64
+    """Returns a step count as (tensors,) or (1,), in a dtype that is exact enough for β**step."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
 
 
 def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, compiling: bool) -> Tensor:
-    """Rows [g, m̂, r] (*, 5, n, size) one step on, from g (*, n, size): in place, with g there
-    already, unless `compiling`."""
+    """Returns the rows [g, m̂, r] (*, 5, n, size) after a step with the gradient g (*, n, size).
+
+    Unless `compiling`, `row` is updated in place and must contain g already.
+    """
     g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
-    if compiling:  # one loop is made of it all, but not of writes to views
+    if compiling:  # the compiler fuses this into one loop, but not writes to views
         m = m.lerp(g, weights[:-1])
         r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
         return torch.cat([g, m, r], -3)
@@ -365,8 +398,10 @@ def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, compiling: 
 
 
 def _add_moments(sums: Tensor, chunk: Chunk, row: Tensor, params: Tensor) -> None:
-    """To sums (*, tensors, 16 + 3) what rows [g, m̂, r] (*, 5, n, size) and params (*, n, size) have
-    of ⟨m̂_j/r, m̂_k/r⟩ and of the squares of g, r and θ."""
+    """Adds ⟨m̂_j/r, m̂_k/r⟩ and the squares of g, r and θ to `sums` (*, tensors, 16 + 3).
+
+    The rows [g, m̂, r] are (*, 5, n, size), and params (*, n, size).
+    """
     gram, squares = sums.split([DIRECTIONS**2, 3], -1)
     gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
     normal = row[..., :-1, :, :] / row[..., -1:, :, :]
@@ -380,7 +415,7 @@ def _add_moments(sums: Tensor, chunk: Chunk, row: Tensor, params: Tensor) -> Non
 
 
 def _gram(normal: Tensor) -> Tensor:
-    """⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of m̂_k/r (*, 4, n, size)."""
+    """Returns ⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of m̂_k/r (*, 4, n, size)."""
     normal = normal.movedim(-2, -3)
     if not torch.compiler.is_compiling():
         return normal @ normal.mT
@@ -393,5 +428,5 @@ def _gram(normal: Tensor) -> Tensor:
 
 
 def _normal(rows: Tensor) -> Tensor:
-    """Rows [m̂_k, r] (*, 5, n) -> m̂_k/r (*, 4, n)."""
+    """Returns m̂_k/r (*, 4, n) from rows [m̂_k, r] (*, 5, n)."""
     return rows[..., :-1, :] / rows[..., -1:, :]

@@ -11,37 +11,39 @@ from learned_opt.rules.base import Observation, State, register
 from learned_opt.rules.cell import per_task
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM, lstm_layers
 
-BETA = 0.95  # of both moments, as in the paper
+BETA = 0.95  # the decay of both moments, as in the paper
 EPS = 1e-8
 
 
 @register
 class RNNProp(CoordinatewiseLSTM):
-    """u = −α tanh(Linear(LSTM(LSTM(ELU(Linear([g/√v̂, m̂/√v̂])))))), one network for every coordinate.
+    """u = −α tanh(Linear(LSTM(LSTM(ELU(Linear([g/√v̂, m̂/√v̂])))))), the same for every coordinate.
 
-    Lv, Jiang & Li 2017 (arXiv 1703.03633): m̂ and v̂ are Adam's bias-corrected moments, with
-    β₁ = β₂ = .95, so that the network does not see the loss's scale; no step is longer than α. The
-    update is not odd in the gradient, and not gated by it: a zero gradient does move a parameter.
+    Lv, Jiang & Li 2017 (arXiv 1703.03633). m̂ and v̂ are Adam's bias-corrected moments with
+    β₁ = β₂ = .95, so the scale of the loss does not matter, and no coordinate moves by more than α
+    in a step. The update is not odd in the gradient and not zero for a zero gradient, so parameters
+    without a gradient move.
 
-    The paper also trains in a way of its own. Random scaling of the coordinates is here one of the
-    tensors (`log10_reparametrization` of a family). Its convex term, added to the loss of each
-    task, is here a task of its own (`kinds: {mlp: 1, quadratic: 1}`). Its loss is the last one of a
-    window, here the mean. Weights start as everywhere in this package. See
-    configs/train/rnnprop.yaml.
+    The paper also describes a way of training, which differs here in four points. The paper scales
+    single coordinates at random; here whole tensors are scaled (`log10_reparametrization` of a
+    family). The paper adds a convex term to the loss of each task; here that is a task of its own
+    (`kinds: {mlp: 1, quadratic: 1}`). The paper minimizes the last loss of a window; here it is the
+    mean. Weights are initialized as everywhere in this package. See configs/train/rnnprop.yaml.
+
+    The state takes 8 bytes, and 8 for each hidden unit of each LSTM, for each coordinate: 328 bytes
+    at the published size.
 
     Args:
-        hidden: units of the first layer and of each LSTM.
-        layers: LSTMs on top of each other.
-        alpha: α, the longest step.
-
-    State: 8 bytes, and 8 per hidden unit of each LSTM, for a coordinate: 328 at the published size.
+        hidden: the number of units of the first layer and of each LSTM.
+        layers: the number of stacked LSTMs.
+        alpha: α, the longest step of a coordinate.
     """
 
     name = "rnnprop"
     entries = ("hidden", "moments")
 
     def __init__(self, hidden: int = 20, layers: int = 2, alpha: float = 0.1) -> None:
-        super().__init__(hidden, layers, preset="quadratic")  # neither end scaled
+        super().__init__(hidden, layers, preset="quadratic")  # inputs and outputs are not scaled
         self._config = {"hidden": hidden, "layers": layers, "alpha": alpha}
         self.alpha = alpha
         self.inlet = nn.Linear(2, hidden)

@@ -1,4 +1,4 @@
-"""A learned step-size scheduler that any rule can wear."""
+"""A learned step-size schedule for any rule."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
 from learned_opt.rules.cell import LSTMCell, per_task
 
-BETAS = (0.5, 0.9, 0.99)  # averages of the progress: of a few, of tens and of hundreds of steps
+BETAS = (0.5, 0.9, 0.99)  # averages of the progress over a few, tens and hundreds of steps
 EPS = 1e-12
-LONGEST = 10_000.0  # the clock stops here
-LEAST, MOST = math.log(1e-4), math.log(10.0)  # of the log of the factor
+LONGEST = 10_000.0  # the step number that the network sees stops here
+LEAST, MOST = math.log(1e-4), math.log(10.0)  # limits of s
 INPUTS = 2 * len(BETAS) + 6
 
 
 @register
 class Scheduled(UpdateRule):
-    """u = e^s · u_base: an LSTM for each tensor scales the steps of another rule.
+    """u = e^s · u_base: an LSTM scales the updates of another rule by one factor for each tensor.
 
-    What it sees is how far the loss still falls along the steps that are made: where the last move
-    was m = θ_t − θ_{t−1}, the slope ⟨∇F(θ_t), m⟩ is negative as long as steps are too short, 0 at
-    the minimum along m and positive beyond. Without noise, and for a convex F, it bounds the
-    change of the loss from above; with noise, its sign is that of the progress, as the minibatch
-    is not the one that m was made from. Inputs, of each tensor: the cosine of ∇F and m; the mean of
-    past cosines, and their mean over their RMS, at β = .5, .9, .99; RMS(m) / RMS(θ); the gradient's
-    decline from its peak; the tensor's coordinates; the time. All are free of the loss's scale.
-    The output layer starts at zero, where the rule is its base. The form follows the scheduler of
-    Celo (Moudgil et al. 2025, arXiv 2501.12670), which sees the loss instead: torch's optimizers
-    need not be told it.
+    The factor depends on the slope of the loss along the last update m = θ_t − θ_{t−1}. The slope
+    ⟨∇F(θ_t), m⟩ is negative if the step was too short, 0 at the minimum along m, and positive
+    beyond. For a convex F without noise it bounds the change of the loss from above. With noise its
+    sign still measures progress, because the minibatch is not the one from which m was computed.
+
+    The inputs of each tensor are: the mean of past cosines of ∇F and m, and that mean over their
+    RMS, both at β = .5, .9, .99; that RMS at β = .9; RMS(m) / RMS(θ); the gradient norm relative to
+    its peak; the number of coordinates; and the step number. None depends on the scale of the loss.
+    The output layer starts at zero, so the untrained rule equals its base. The form follows the
+    scheduler of Celo (Moudgil et al. 2025, arXiv 2501.12670), whose input is the loss instead; but
+    torch's optimizers need not be given the loss.
+
+    The state takes 4 bytes for each parameter more than the base's, and 8 more for each hidden unit
+    if the base has a recurrent state for each coordinate.
 
     Args:
-        base: name of the rule whose steps are scaled.
-        base_config: its constructor arguments.
-        hidden: LSTM units.
-
-    State: 4 bytes per parameter more than the base's; if that has a recurrent state for each
-    coordinate, then also 8 for each hidden unit.
+        base: the name of the rule whose updates are scaled.
+        base_config: the constructor arguments of that rule.
+        hidden: the number of LSTM units.
     """
 
     name = "scheduled"
@@ -56,8 +57,8 @@ class Scheduled(UpdateRule):
         super().__init__()
         if base == self.name or hidden < 1:
             raise ConfigError(
-                f"base is {base!r} and hidden {hidden}; use another rule than 'scheduled', and at "
-                "least 1"
+                f"base is {base!r} and hidden is {hidden}; use a base other than 'scheduled', and "
+                "hidden of at least 1"
             )
         self.base = make_rule(base, **(base_config or {}))
         self.hidden_per, self.gains_per_tensor = self.base.hidden_per, self.base.gains_per_tensor
@@ -101,7 +102,7 @@ class Scheduled(UpdateRule):
     def _progress(
         self, grads: Tensor, params: Tensor, state: State
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the network sees, (*tasks, INPUTS, tensors), and what is kept of it."""
+        """Returns the network's inputs, (*tasks, INPUTS, tensors), and the next state entries."""
         layout, previous = state.layout, state.coordinate["previous"].squeeze(-2)
         sums = grads.new_zeros(*grads.shape[:-1], len(layout.sizes), 4)  # g·m, g², m², θ²
         for i, n, a, b in layout.runs:
@@ -115,7 +116,7 @@ class Scheduled(UpdateRule):
         g, m, theta = (x.sqrt() for x in squares)
         cosine = slope / (g * m).clamp(min=EPS)
         peak = torch.maximum(state.tensor["peak"].squeeze(-2), g)
-        # No move comes before the first step: averages start at the second.
+        # There is no update before the first step, so the averages start at the second.
         made = torch.as_tensor(state.step, dtype=torch.float64, device=grads.device).clamp(min=1)
         weights = torch.stack([(1 - b) / (1 - b**made) for b in BETAS]).to(grads.dtype)
         weights = weights.reshape(len(BETAS), -1).repeat(2, 1)  # (2 · betas, tensors or 1)
@@ -170,14 +171,17 @@ class Scheduled(UpdateRule):
     def _factor(
         self, inputs: Tensor, hidden: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """e^s, (*, 1, units), and the next recurrent state."""
+        """Returns e^s, (*, 1, units), and the next recurrent state."""
         h, hidden = self.cell(inputs, hidden, in_place=in_place)
         s = per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
         return s.clamp(LEAST, MOST).exp(), hidden
 
 
 def _spread(x: Tensor, layout: Layout | Tensor | None, units: int) -> Tensor:
-    """What each tensor has, (*, rows, tensors), for each coordinate: see `Observation.layout`."""
+    """Repeats values of each tensor, (*, rows, tensors), for each of its coordinates.
+
+    `layout` is that of an Observation.
+    """
     if layout is None:
         return x.repeat_interleave(units // x.shape[-1], -1)
     return layout.expand(x) if isinstance(layout, Layout) else x[..., layout]
