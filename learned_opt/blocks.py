@@ -1,4 +1,4 @@
-"""Parameters that a rule updates together, and their state in flat buffers."""
+"""Blocks of parameters that a rule updates together, with their state in flat buffers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from learned_opt.rules import Layout, State, UpdateRule
 from learned_opt.rules.base import CHUNK, known_entries
 from learned_opt.rules.basis import full_precision
 
-# Coordinates that are updated together, of one large tensor or of many small ones: enough to hide
-# what a call costs, few enough that scratch memory does not count.
+# The number of coordinates updated together, of one large tensor or of many small ones. It is large
+# enough to hide the cost of a call, and small enough that scratch memory is negligible.
 BLOCK = 32 * CHUNK
-BLOCK_ACCELERATOR = 1 << 24  # an accelerator has more to hide, and more memory
+BLOCK_ACCELERATOR = 1 << 24  # on an accelerator calls cost more and there is more memory
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is here: itself, unless it is sharded (DTensor)."""
+    """Returns the part of a sharded tensor (DTensor) on this process; other tensors unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """The gradient of the part of p that is here. What autograd alone gives, without FSDP's hooks,
-    may be placed otherwise than p."""
+    """Returns the gradient of the part of p on this process.
+
+    Without FSDP's hooks, autograd may place the gradient differently from p; it is then
+    redistributed.
+    """
     grad = p.grad
     if hasattr(p, "placements") and grad.placements != p.placements:
         grad = grad.redistribute(p.device_mesh, p.placements)
@@ -36,13 +39,15 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def own(x: Tensor) -> Tensor:
-    """A contiguous copy in a storage of its own size, as files and safetensors want it."""
+    """Returns a contiguous copy in a storage of its own size, as files and safetensors need it."""
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 class View(Tensor):
-    """A view of a block's buffer. Saved, pickled or deep-copied, it is a plain tensor of its own:
-    else the file of a bias would hold the whole block."""
+    """A view of a block's buffer that becomes a plain tensor when it is saved or copied.
+
+    A plain view would save or copy the whole buffer of the block with each bias.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
@@ -55,11 +60,15 @@ class View(Tensor):
 
 
 class Block:
-    """Parameters of one device and sharding, and what a rule remembers of them.
+    """Parameters of one device and sharding, and the state that a rule keeps of them.
 
-    `states` are its own entries in `Optimizer.state`: views of the flat buffers in the shape of
-    each parameter, features last, sharded as the parameter is; "step" and "skipped" are its counts.
-    What else is in `saved` belongs to others, such as wrappers of optimizers.
+    `states` are the rule's entries in `Optimizer.state`, one dict for each parameter. They are
+    views of the flat buffers with the shape of the parameter and features last, and sharded as the
+    parameter is. "step" and "skipped" count updates. Further entries in `saved` belong to other
+    code, such as wrappers of optimizers.
+
+    Raises:
+        ValueError: `saved` is the state of another rule or of other shapes.
     """
 
     def __init__(self, params: list[Tensor], rule: UpdateRule, saved: list[dict[str, Any]]) -> None:
@@ -73,34 +82,37 @@ class Block:
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps)
         self.skipped = torch.zeros_like(steps)
-        self.layout.expand(steps)  # makes what it caches now: a compiler of `step` could not
+        self.layout.expand(steps)  # fills the layout's caches, which a compiled step could not do
         self.used = False
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
             known = known_entries() | views.keys()
             entries = {name: _as_tensor(entries[name]) for name in entries if name in known}
             had, kept = ({k: tuple(x.shape) for k, x in e.items()} for e in (entries, views))
-            if had and had | {"skipped": ()} != kept:  # which older states lack
+            if had and had | {"skipped": ()} != kept:  # older states have no "skipped"
                 raise ValueError(
                     f"state has {had}, but the rule keeps {kept}; load the state of a "
-                    "LearnedOptimizer with the same rule, of parameters of the same shapes"
+                    "LearnedOptimizer with the same rule, for parameters of the same shapes"
                 )
             for name, value in entries.items():
                 local(views[name]).copy_(local(value))
         self.entries = [list(views.values()) for views in self.states]
 
     def parts(self) -> list[Tensor]:
-        """What of the parameters is here; made anew, as `p.data` may be another tensor by now."""
+        """Returns the parts of the parameters on this process.
+
+        They are looked up in every step, because `p.data` may be replaced between steps.
+        """
         return [local(p.detach()) for p in self.params]
 
     def _exchange(self) -> tuple[Callable[[Tensor, int], Tensor] | None, ...]:
-        """Layout.gather and Layout.scatter."""
+        """Returns `Layout.gather` and `Layout.scatter` of sharded parameters, else None twice."""
         if not hasattr(self.params[0], "placements"):
             return None, None
         from torch.distributed.tensor import DTensor, Replicate
 
         def gather(x: Tensor, i: int) -> Tensor:
-            lead = x.shape[:-1].numel()  # -1 would mean nothing of a part without coordinates
+            lead = x.shape[:-1].numel()  # -1 would be ambiguous if a part has no coordinates
             part = x.reshape(lead, x.shape[-1]).mT.reshape(*self.layout.local[i], lead)
             whole = _shard_like(self.params[i], part.contiguous()).full_tensor()
             return whole.flatten(0, -2).mT.reshape(*x.shape[:-1], -1)
@@ -125,8 +137,11 @@ class Block:
         return views | (self.state.matrix[i] if self.state.matrix else {})
 
     def is_state_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether an optimizer's state still begins with these entries, what others added comes
-        after them, and parameters still have their device and shape."""
+        """Whether the block still belongs to an optimizer's state.
+
+        The entries of each parameter must begin with those of this block (other code may have added
+        more), and its device and shape must be unchanged.
+        """
         device, shapes = self.skipped.device, self.layout.shapes
         if any(
             p.device != device or p.shape != s for p, s in zip(self.params, shapes, strict=True)
@@ -142,7 +157,7 @@ class Block:
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
         weight_decay: float | Tensor, maximize: bool,
     ) -> None:  # fmt: skip
-        """One step of these parameters."""
+        """Updates these parameters in place by one step."""
         parts = self.parts()
         theta = _flatten(parts)
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -150,7 +165,7 @@ class Block:
         if maximize:
             grads = -grads
         with full_precision(theta):
-            # the first time in Python, which fills what the layout caches: compilers cannot
+            # The first step is not compiled, because it fills caches of the layout.
             advance = guarded if self.used else in_python
             update = advance(rule, grads, theta, self.state, self.skipped)
             self.used = True
@@ -159,7 +174,7 @@ class Block:
             share = torch.where(norm > 0, moved / norm, 0)
             shrink = (1 - lr * weight_decay * share).clamp(min=0)
             torch._foreach_mul_(parts, list(shrink.unbind()))
-        if isinstance(lr, Tensor):  # read on its device
+        if isinstance(lr, Tensor):  # a number would have to be copied from the device
             update, lr = update * lr, 1.0
         updates = update.split(list(self.layout.sizes))
         updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
@@ -169,11 +184,14 @@ class Block:
 def guarded_update(
     rule: UpdateRule, grads: Tensor, theta: Tensor, state: State, skipped: Tensor
 ) -> Tensor:
-    """The rule's update, with its state moved on in place. A tensor that is not finite, or whose
-    gradient is not, stays as it is, state included, and is counted in `skipped`, (tensors,)."""
+    """Returns the rule's update, and advances its state in place.
+
+    For a tensor that is not finite, or whose gradient is not, the update is zero, the state does
+    not change, and `skipped`, (tensors,), counts one more.
+    """
     layout = state.layout
     on_cpu = theta.device.type == "cpu" and not torch.compiler.is_compiling()
-    # on other devices Python would have to wait for the answer
+    # One test of all tensors is faster, but on other devices Python would wait for its result.
     squares = (torch.dot(x, x) for x in (grads, theta))
     if on_cpu and layout.reduce(sum(squares)[None]).isfinite():
         update, new = rule.update(grads, theta, state, in_place=True)
@@ -193,8 +211,10 @@ in_python = torch.compiler.disable(guarded_update)
 def _move_on(
     state: State, new: State, finite: Tensor | None = None, here: Tensor | None = None
 ) -> None:
-    """Overwrites a state. Where `finite`, (tensors,), of coordinates `here`, (d,), is False it
-    stays as it is."""
+    """Overwrites `state` with `new`, except where tensors are not finite.
+
+    `finite`, (tensors,), and `here`, (d,), say so for tensors and coordinates; None means all are.
+    """
     moves = [(state.step, new.step, finite)]
     for olds, news, where in (
         (state.coordinate, new.coordinate, here), (state.tensor, new.tensor, finite)
@@ -211,10 +231,11 @@ def _move_on(
 
 
 def partition(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters to update together: of one device and sharding, equal shapes side by side.
+    """Returns groups of parameters to update together, with equal shapes next to each other.
 
-    Rules treat tensors alike and apart, so how they are grouped changes no update. Sharded ones
-    are grouped by their whole shapes, so that all processes do it alike.
+    A group has one device and sharding. The grouping does not change any update, because rules
+    treat each tensor separately. Sharded parameters are grouped by their whole shapes, so that all
+    processes form the same groups.
     """
     kinds: dict[tuple, list[Tensor]] = {}
     for p in params:
@@ -234,7 +255,7 @@ def partition(params: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _reduction(p: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Sums over the processes that hold parts of a parameter."""
+    """Returns a function that sums over the processes that hold parts of p; None if not sharded."""
     mesh = getattr(p, "device_mesh", None)
     if mesh is None:
         return None
@@ -249,7 +270,7 @@ def _reduction(p: Tensor) -> Callable[[Tensor], Tensor] | None:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    """A count may be saved as a number; torch's default device is not for it."""
+    """Returns `value` as a tensor, on the CPU if it was saved as a number."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
@@ -258,7 +279,7 @@ def _view(x: Tensor) -> Tensor:
 
 
 def _shard_like(p: Tensor, part: Tensor) -> Tensor:
-    """`part`, (*local shape, features), as a tensor that is sharded as the parameter `p` is."""
+    """Returns `part`, (*local shape, features), as a DTensor with the sharding of `p`."""
     if not hasattr(p, "placements"):
         return part
     from torch.distributed.tensor import DTensor

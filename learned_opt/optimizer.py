@@ -1,4 +1,4 @@
-"""The drop-in optimizer: a rule with torch.optim's face."""
+"""The drop-in optimizer: an update rule with the interface of torch.optim.Optimizer."""
 
 from __future__ import annotations
 
@@ -19,57 +19,58 @@ from learned_opt.blocks import Block, guarded_update, own, partition
 from learned_opt.rules import UpdateRule
 from learned_opt.weights import load_rule
 
-SMALL = 0.02  # an lr of at most this was meant for Adam or SGD
-# Of these settings every optimizer of torch has some, and most others do.
+SMALL = 0.02  # an lr of at most this was probably meant for Adam or SGD
+# Settings by which the state of another optimizer is recognized. Each optimizer of torch has some.
 THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")
 
 
 class LearnedOptimizer(Optimizer):
-    """θ ← θ + lr · u − lr · weight_decay · (|u| / |θ|) θ, with u a learned rule's update.
+    """A torch optimizer that updates parameters by a learned rule and needs no learning rate.
 
-    Needs no learning rate: `optimizer = LearnedOptimizer(model.parameters())`. Here `lr` multiplies
-    the whole update, and 1 is what the rule was trained for: with Adam's 1e-3 it would train a
-    thousand times too slowly.
+        θ ← θ + lr · u − lr · weight_decay · (|u| / |θ|) θ,    u the update of the rule
 
-    A gradient that is not finite, or so large that its square is not in float32, or a parameter
-    that is so: the parameter stays as it is, and so does its state; `skipped_steps()` counts.
+    Use it as `optimizer = LearnedOptimizer(model.parameters())`. Here `lr` multiplies the whole
+    update, and the rule was trained with 1; with Adam's 1e-3 it would train a thousand times too
+    slowly.
 
-    Parameters may be of any floating type (features and state are float32), on several devices,
-    and sharded by FSDP2: statistics of a tensor are summed over its shards, so a sharded run is the
-    run of the whole. The first FSDP is refused, ZeroRedundancyOptimizer not supported.
+    If a tensor or its gradient is not finite, or its square overflows float32, a step skips that
+    tensor and its state. `skipped_steps()` returns how often that happened.
+
+    Parameters may have any floating dtype (features and state are float32), be on several devices,
+    and be sharded by FSDP2. Statistics of a tensor are summed over its shards, so a sharded run
+    makes the same updates as an unsharded one. FSDP1 is refused, and ZeroRedundancyOptimizer is not
+    supported.
+
+    The state of a parameter p is in float32: "step" and "skipped"; the rule's averages of each
+    coordinate, (*p.shape, features); a few small vectors for the whole tensor; and, for a matrix
+    under the shipped rule, two square matrices for each side of up to 256. The shipped rule takes
+    20 bytes for each parameter (Adam: 8), and 8 n² for each such side of length n. Other code may
+    add entries to the state of p; they are kept, saved and loaded. Entries of the rule are views of
+    larger buffers, but they are saved as tensors of their own size, and `state_dict()` copies them.
 
     Args:
         params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
-        lr: multiplies the whole update; 1 is what the rule was trained for. Above 0 and up to 0.02
-            it is taken for another optimizer's learning rate, with a warning.
-        weight_decay: decoupled and relative to the tensor's own step |u|/|θ|, so dimensionless:
-            1 takes back as much of θ as the update adds, but never more than all of it. A tensor
-            that does not move does not decay.
-        weights: a weights file of `learned-opt train`, "hf://owner/name" of the Hugging Face Hub,
-            or a rule; by default the shipped one.
-        maximize: ascend instead of descend.
-        compile: the rule's update by `torch.compile`. Needs a C++ compiler, and at the first steps
-            time. On a CPU some seconds, whatever the tensors, as only `kernels` of the rule are
-            compiled; on an accelerator, where the whole update is, the more the more sizes of
-            tensors there are, and not if sharded.
-        revision: commit of a repository on the Hub, needed there.
-
-    State of a parameter p, in float32: "step" and "skipped"; per coordinate the rule's averages, of
-    shape (*p.shape, features); per tensor a few small vectors and, of the shipped rule's matrices,
-    two square ones for each side of up to 256. That rule keeps 20 bytes per parameter (Adam: 8),
-    and 8 for each number in the squares of these sides.
-
-    Others may keep entries of their own in the state of p: they stay, and are saved and loaded.
-    Entries of the rule are views of larger buffers, but are saved as tensors of their own size;
-    `state_dict()` copies them.
+        lr: multiplies the whole update; the rule was trained with 1. A value above 0 and up to 0.02
+            gives a warning, because it was probably meant for another optimizer.
+        weight_decay: decoupled, and relative to the tensor's own step |u|/|θ|, so it has no unit. A
+            value of 1 shrinks θ by as much as the update adds, but never beyond zero. A tensor that
+            does not move does not decay.
+        weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
+            Hugging Face Hub, or a rule; by default the shipped weights.
+        maximize: maximizes instead of minimizing.
+        compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
+            CPU only the `kernels` of the rule are compiled, in a few seconds whatever the tensors.
+            On an accelerator the whole update is compiled, except for sharded parameters; compile
+            time grows with the number of distinct tensor sizes.
+        revision: the commit of a repository on the Hub. It is required there.
 
     Raises:
         WeightsError: the weights cannot be used.
-        TypeError: an argument is another optimizer's, or unknown.
-        ValueError: lr or weight_decay is no number, negative or not finite; parameters are
-            flattened by FSDP1; in `load_state_dict`, groups are another optimizer's; in `step`, a
-            loaded state is of another rule or shape.
-        RuntimeError: in `step`, for sparse or complex gradients.
+        TypeError: an argument is unknown, or belongs to another optimizer.
+        ValueError: lr or weight_decay is not a number, is negative or not finite; parameters are
+            flattened by FSDP1; the groups given to `load_state_dict` are of another optimizer; or,
+            raised by `step`, a loaded state is of another rule or shape.
+        RuntimeError: a gradient is sparse or complex; raised by `step`.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class LearnedOptimizer(Optimizer):
             _check(group["lr"], group["weight_decay"])
             if any(getattr(p, "_fsdp_flattened", False) for p in group["params"]):
                 raise ValueError(
-                    "params are flattened by FullyShardedDataParallel, so that no process knows "
-                    "their tensors; use FSDP2, torch.distributed.fsdp.fully_shard"
+                    "params are flattened by FullyShardedDataParallel, so the shapes of the "
+                    "tensors are lost; use FSDP2, torch.distributed.fsdp.fully_shard"
                 )
         except ValueError:
             self.param_groups.pop()
@@ -120,12 +121,12 @@ class LearnedOptimizer(Optimizer):
         for p, entries in self.state.items():
             if isinstance(entries, _AsSaved):
                 saved = entries.entries
-                if isinstance(p, Tensor):  # what belongs to no parameter torch leaves as it is
+                if isinstance(p, Tensor):  # as torch does, leave entries of other keys unchanged
                     saved = {name: _copied(x, p.device) for name, x in saved.items()}
                 self.state[p] = saved
 
     def _forget(self) -> None:
-        """Drops what can be made anew: blocks of each group's parameters, rules by device."""
+        """Clears derived caches: the blocks of each group, and the copies of the rule by device."""
         self._blocks: dict[int, tuple[list[Tensor], list[Block]]] = {}
         self._rules: dict[torch.device, UpdateRule] = {}
         self._guarded = guarded_update
@@ -134,9 +135,9 @@ class LearnedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient; returns the closure's loss."""
+        """Updates all parameters that have a gradient, and returns the loss of the closure."""
         for number in [n for n in self._blocks if n >= len(self.param_groups)]:
-            del self._blocks[number]  # of a group that was taken out
+            del self._blocks[number]  # the group was removed
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,23 +153,23 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def skipped_steps(self) -> int:
-        """How many updates of single tensors were skipped, as they or their gradients were not
-        finite.
+        """Returns how many updates of single tensors were skipped, and warns if there were any.
 
-        Reading the count waits for the device; warns if there are any.
+        An update is skipped if the tensor or its gradient is not finite. Reading the count waits
+        for the device.
         """
         states = [entries for p, entries in self.state.items() if isinstance(p, Tensor)]
         skipped = int(sum(float(entries.get("skipped", 0)) for entries in states))
         if skipped:
             warnings.warn(
-                f"{skipped} updates of tensors were skipped: they or their gradients were not "
-                "finite; look for the first such loss, or clip gradients",
+                f"{skipped} updates of tensors were skipped, because they or their gradients were "
+                "not finite; find the first loss that is not finite, or clip gradients",
                 stacklevel=2,
             )
         return skipped
 
     def _blocks_of(self, group: int, params: list[Tensor]) -> list[Block]:
-        """The blocks of a group's parameters that have gradients; the last ones if they fit."""
+        """Returns blocks of a group's parameters `params`; those of the last step if they match."""
         members, blocks = self._blocks.get(group, ([], []))
         same = len(members) == len(params) and all(map(is_, members, params))
         if not same or not all(block.is_state_of(self.state) for block in blocks):
@@ -176,13 +177,15 @@ class LearnedOptimizer(Optimizer):
             self._blocks[group] = params, blocks
         return blocks
 
-    @torch.compiler.disable  # compilers cannot make views of a type of its own
+    @torch.compiler.disable  # compilers cannot make views of a tensor subclass
     def _rebuild(self, old: list[Block], params: list[Tensor]) -> list[Block]:
-        """Blocks of `params` with the state that they have; parameters of `old` that are not among
-        them keep theirs."""
+        """Returns new blocks of `params` with their present state.
+
+        Parameters of `old` blocks that are not in `params` keep their state.
+        """
         gone = {p for block in old for p in block.params}.difference(params)
         for p, views in _entries(old):
-            if p in gone and p in self.state:  # a view would keep the whole old buffer
+            if p in gone and p in self.state:  # a view would keep the whole old buffer alive
                 self.state[p].update(_on_its_own(self.state[p], views))
         blocks = [
             Block(members, self.rule, [self.state[p] for p in members])
@@ -206,22 +209,26 @@ class LearnedOptimizer(Optimizer):
         return self._rules[device]
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with copies of what the rule keeps: live entries are views of larger
-        buffers."""
-        handle = self.register_state_dict_post_hook(_apart, prepend=True)  # before the user's
+        """Returns the state as torch does, but with copies of the rule's entries.
+
+        The entries themselves are views of larger buffers, which later steps change.
+        """
+        handle = self.register_state_dict_post_hook(_apart, prepend=True)  # before users' hooks
         try:
             return super().state_dict()
         finally:
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state_dict, in float32 and cloned: torch alone would cast the state to the
-        parameters' dtype and share its tensors.
+        """Restores the state from a copy of `state_dict`, in float32.
+
+        torch's own method would cast the state to the parameters' dtype and share its tensors.
 
         Raises:
-            ValueError: it is not a LearnedOptimizer's, or of other groups; nothing was changed.
+            ValueError: the state is not that of a LearnedOptimizer, or has other groups. Nothing is
+                changed then.
         """
-        handle = self.register_load_state_dict_pre_hook(_as_saved)  # the last: after the user's
+        handle = self.register_load_state_dict_pre_hook(_as_saved)  # after users' hooks
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -229,8 +236,7 @@ class LearnedOptimizer(Optimizer):
 
 
 class _AsSaved:
-    """Entries of a parameter, or of whatever others keep state for, that torch does not look
-    into."""
+    """Wraps the saved entries of one key of the state, so that torch does not convert them."""
 
     def __init__(self, entries: Any) -> None:
         self.entries = entries
@@ -242,10 +248,12 @@ def _as_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
 
 
 def _check_loaded(state_dict: dict[str, Any], known: set[str]) -> None:
-    """Refuses a state_dict whose groups are not a LearnedOptimizer's. Other entries of groups are
-    welcome, as schedulers and users add them; so are settings of other optimizers that are `known`
-    in this one's groups."""
-    advice = "load what the state_dict() of a LearnedOptimizer returned, or start without"
+    """Raises ValueError for a state_dict whose groups are not those of a LearnedOptimizer.
+
+    Groups may have more entries, because schedulers and users add some. An entry that is typical of
+    other optimizers is accepted only if it is `known`, that is, in this optimizer's groups.
+    """
+    advice = "load what the state_dict() of a LearnedOptimizer returned, or start without a state"
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"state_dict has {list(state_dict)}, not state and param_groups; {advice}")
     for number, group in enumerate(state_dict["param_groups"]):
@@ -260,20 +268,20 @@ def _check_loaded(state_dict: dict[str, Any], known: set[str]) -> None:
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """A copy with its tensors, at any depth, on `device`, in their own dtype."""
+    """Returns a copy of `value` with tensors at any depth on `device`, in their own dtype."""
     return tree_map(
         lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x), value
     )
 
 
 def _entries(blocks: list[Block]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Parameters, and what their blocks keep of them."""
+    """Yields each parameter with the rule's entries of its state."""
     for block in blocks:
         yield from zip(block.params, block.states, strict=True)
 
 
 def _on_its_own(entries: dict[str, Any], views: dict[str, Tensor]) -> dict[str, Any]:
-    """The entries of a parameter, those of a rule as tensors with their own storage."""
+    """Returns the entries of a parameter, with those of the rule copied to their own storage."""
     return {
         name: own(x) if name in views and isinstance(x, Tensor) else x
         for name, x in entries.items()
@@ -281,7 +289,7 @@ def _on_its_own(entries: dict[str, Any], views: dict[str, Tensor]) -> dict[str, 
 
 
 def _apart(optimizer: LearnedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict that steps will not change, but for what others keep in it."""
+    """Returns a state_dict with copies of the rule's entries, which later steps do not change."""
     state = {k: dict(x) if isinstance(x, dict) else x for k, x in state_dict["state"].items()}
     live, saved = (
         [p for group in groups for p in group["params"]]
@@ -296,7 +304,11 @@ def _apart(optimizer: LearnedOptimizer, state_dict: dict[str, Any]) -> dict[str,
 
 
 def _moves(p: Tensor) -> bool:
-    """Whether a parameter takes part in this step."""
+    """Whether this step updates the parameter.
+
+    Raises:
+        RuntimeError: the gradient is sparse, or the parameter complex.
+    """
     if p.grad is None or not p.numel():
         return False
     if p.grad.is_sparse or p.is_complex():
@@ -309,23 +321,23 @@ def _moves(p: Tensor) -> bool:
 
 
 def _refuse(unknown: dict[str, Any]) -> None:
-    """Python's own TypeError would not say why an optimizer takes no betas."""
+    """Raises TypeError for unknown arguments, and explains why there are no betas or momentum."""
     if unknown:
         given = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
         raise TypeError(
-            f"LearnedOptimizer has no argument {given}: its rule has learned what other optimizers "
-            "are told by betas, momentum or eps, so leave it out; it takes params, lr, "
+            f"LearnedOptimizer has no argument {given}; leave it out, because the rule has learned "
+            "what betas, momentum and eps set in other optimizers; the arguments are params, lr, "
             "weight_decay, weights, maximize, compile and revision"
         )
 
 
 def _warn_of_small(groups: list[dict[str, Any]]) -> None:
-    """To be called by what the user calls."""
+    """Warns of a small lr. Call it directly from what users call, so that their line is shown."""
     small = [lr for lr in (float(group["lr"]) for group in groups) if 0 < lr <= SMALL]
     if small:
         warnings.warn(
-            f"lr is {small[0]:g}, but a LearnedOptimizer's lr multiplies the whole update, and its "
-            "rule was trained for 1: this is too slow in nearly all cases; leave lr out",
+            f"lr is {small[0]:g}, but the lr of a LearnedOptimizer multiplies the whole update, "
+            "and its rule was trained for 1, so this is nearly always too slow; leave lr out",
             stacklevel=3,
         )
 
