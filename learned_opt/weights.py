@@ -1,4 +1,4 @@
-"""Weights files: safetensors, with the rule's name and config in the metadata. No pickle."""
+"""Reads and writes weights files: safetensors with the rule's name and config, without pickle."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from learned_opt.rules import UpdateRule, make_rule
 FORMAT, VERSION = "learned-opt", 2  # the checksum of 1 left out the facts
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
 DEFAULT_SHA256 = "a38642ec5f60ad3b35e59e092c37ba6faf8dcb28402c11f95b8a54ac45f0c090"
-MAX_HEADER = 1 << 20  # bytes, hundreds of times what save_rule writes: damage asks for no memory
+# Bytes, hundreds of times what save_rule writes. A damaged size could make a reader allocate a lot.
+MAX_HEADER = 1 << 20
 HUB, HUB_FILE = "hf://", "weights.safetensors"
-# What files of torch.save begin with: zip archives, and before version 1.6 pickles.
+# Files of torch.save begin with one of these: they are zip archives, and before 1.6 pickles.
 TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02")
 
 
 def digest(rule: str, config: dict, tensors: dict[str, Tensor], facts: dict | None = None) -> str:
-    """Checksum of all that a rule is made of, and of the facts beside it if there are any."""
+    """Returns a checksum of a rule's name, config and tensors, and of its facts if given."""
     described = [rule, config] if facts is None else [rule, config, facts]
     sha = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -36,15 +37,17 @@ def digest(rule: str, config: dict, tensors: dict[str, Tensor], facts: dict | No
 
 
 def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> None:
-    """Writes a rule's meta-parameters.
+    """Writes a rule's weights to a safetensors file, with its name and config in the metadata.
 
     Args:
-        facts: JSON facts to keep with them, such as how they were trained.
+        rule: the rule.
+        path: the file to write; missing folders are created.
+        facts: JSON facts to store in the metadata, such as how the weights were trained.
     """
-    from geodesic.files import write_atomic  # here: who only uses a rule needs no geodesics
+    from geodesic.files import write_atomic  # local, so that using a rule does not import geodesic
 
     tensors = {k: v.detach().cpu().clone() for k, v in rule.state_dict().items()}
-    facts = json.loads(json.dumps(facts or {}))  # as they will be read: its keys are text
+    facts = json.loads(json.dumps(facts or {}))  # as they will be read back, with text as keys
     header = {
         "version": VERSION,
         "rule": rule.name,
@@ -57,23 +60,23 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
 
 
 def load_rule(weights: str | Path | None = None, revision: str | None = None) -> UpdateRule:
-    """The rule in a weights file, by default the shipped one.
+    """Returns the rule of a weights file, by default the shipped one, without gradients.
 
     Args:
-        weights: path of a file; or "hf://owner/name", a repository of the Hugging Face Hub whose
-            weights.safetensors is meant, or "hf://owner/name/path" of another file in it.
-        revision: the commit of that repository, in full: what is downloaded once cannot change.
+        weights: the path of a file; or "hf://owner/name" for weights.safetensors in a repository of
+            the Hugging Face Hub; or "hf://owner/name/path" for another file in a repository.
+        revision: the full hash of a commit of that repository, so that the weights cannot change.
 
     Raises:
-        WeightsError: the file is missing, truncated, altered, not one of ours, from a newer
-            version, or of a rule that is not registered or does not fit; it cannot be downloaded,
-            or `revision` is missing.
+        WeightsError: the file is missing, truncated, altered, not written by learned-opt, or from a
+            newer version; its rule is not registered, or does not fit the tensors; the file cannot
+            be downloaded; or `revision` is missing.
     """
     if isinstance(weights, str) and weights.startswith(HUB):
         path = _download(weights, revision)
     elif revision is not None:
         raise WeightsError(f"revision={revision!r} goes with weights='{HUB}owner/name', "
-                           f"not with {weights!r}")  # fmt: skip
+                           f"not with {weights!r}; leave revision out")  # fmt: skip
     else:
         path = DEFAULT if weights is None else _given(weights)
     if not path.is_file():
@@ -81,8 +84,8 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
                            f".safetensors file that `learned-opt train` wrote, or "
                            f"'{HUB}owner/name'{_command(path)}")  # fmt: skip
     if weights is None and hashlib.sha256(path.read_bytes()).hexdigest() != DEFAULT_SHA256:
-        raise WeightsError(f"the shipped weights {str(path)!r} were altered; install learned-opt "
-                           "anew")  # fmt: skip
+        raise WeightsError(f"the shipped weights {str(path)!r} were altered; reinstall "
+                           "learned-opt")  # fmt: skip
     try:
         with path.open("rb") as file:
             beginning = file.read(8)
@@ -92,18 +95,19 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
                                "run code when it is read; give the .safetensors file that "
                                "`learned-opt train` wrote")  # fmt: skip
         if header_size > MAX_HEADER:
-            raise SafetensorError(f"its header would be {header_size} bytes, the limit is "
+            raise SafetensorError(f"its header would be {header_size} bytes, and the limit is "
                                   f"{MAX_HEADER}")  # fmt: skip
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            # Copies: what is mapped would change with the file, or be lost with it (SIGBUS).
+            # Copies: mapped tensors change with the file, and crash if it is truncated.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"weights={str(path)!r} cannot be read ({error}): it is truncated or "
-                           "no safetensors file; copy it anew") from None  # fmt: skip
+                           "not a safetensors file; copy it again") from None  # fmt: skip
     if FORMAT not in metadata:
         raise WeightsError(f"weights={str(path)!r} was not written by learned-opt: its metadata "
-                           f"lacks {FORMAT!r}")  # fmt: skip
+                           f"lacks {FORMAT!r}; give a file that `learned-opt train` "
+                           "wrote")  # fmt: skip
     try:
         header = json.loads(metadata[FORMAT])
         version = header["version"]
@@ -111,9 +115,9 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
             raise ValueError(f"version {version!r}")
     except (LookupError, TypeError, ValueError) as error:
         raise WeightsError(f"weights={str(path)!r} has a damaged header ({error!r}); "
-                           "copy it anew") from None  # fmt: skip
+                           "copy it again") from None  # fmt: skip
     if version > VERSION:
-        raise WeightsError(f"weights={str(path)!r} has format version {version}, this "
+        raise WeightsError(f"weights={str(path)!r} has format version {version}, and this "
                            f"package reads up to {VERSION}; upgrade learned-opt")  # fmt: skip
     rule_name, config = header.get("rule"), header.get("config")
     facts = header.get("facts", {}) if version > 1 else None
@@ -123,44 +127,45 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
         intact = False
     if not intact:
         raise WeightsError(f"weights={str(path)!r} was altered: its checksum does not match; "
-                           "copy it anew")  # fmt: skip
+                           "copy it again")  # fmt: skip
     try:
         with torch.random.fork_rng(devices=[]):
             rule = make_rule(rule_name, **config)
-        rule.load_state_dict(tensors, assign=True)  # float32 whatever torch's default dtype
+        rule.load_state_dict(tensors, assign=True)  # float32, whatever torch's default dtype is
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"weights={str(path)!r} do not fit: {error!r}") from None
+        raise WeightsError(f"weights={str(path)!r} do not fit their rule: {error!r}; import the "
+                           "module that registers it, or train it again") from None  # fmt: skip
     return rule.requires_grad_(False)
 
 
 def _given(weights: str | Path) -> Path:
-    from geodesic.files import user_path  # here: who only uses the shipped rule needs no geodesics
+    from geodesic.files import user_path  # local, so that the shipped rule does not import geodesic
 
     return user_path(weights, "weights", WeightsError)
 
 
 def _command(path: Path) -> str:
-    """How to make the missing file at `path`, if `learned-opt train` calls its weights so."""
+    """Returns a hint how to make the missing file at `path`, if it is named as `train` names it."""
     if path.name != HUB_FILE:
         return ""
     return f"; make it with: learned-opt train --config CONFIG --output {path.parent}"
 
 
 def _download(address: str, revision: str | None) -> Path:
-    """The local copy of a file of the Hugging Face Hub, as of one commit."""
+    """Returns the local copy of a file of the Hugging Face Hub at one commit."""
     owner, _, rest = address.removeprefix(HUB).partition("/")
     name, _, file = rest.partition("/")
     if not owner or not name:
         raise WeightsError(f"weights={address!r} names no repository; write '{HUB}owner/name'")
     if re.fullmatch("[0-9a-f]{40}", revision or "") is None:
-        raise WeightsError(f"revision is {revision!r}; weights={address!r} needs the full hash of "
-                           "a commit (40 digits), so that they cannot change")  # fmt: skip
+        raise WeightsError(f"revision is {revision!r}; give the full hash of a commit (40 digits) "
+                           f"with weights={address!r}, so that they cannot change")  # fmt: skip
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise WeightsError(f"weights={address!r} needs huggingface_hub: "
+        raise WeightsError(f"weights={address!r} needs huggingface_hub; run "
                            "pip install 'learned-opt[hub]'") from None  # fmt: skip
     try:
         return Path(hf_hub_download(f"{owner}/{name}", file or HUB_FILE, revision=revision))
-    except Exception as error:  # the Hub's own, and those of the connection
+    except Exception as error:  # errors of the Hub's own types, and of the connection
         raise WeightsError(f"weights={address!r} cannot be downloaded: {error}") from error
