@@ -14,6 +14,9 @@ from torch.func import grad_and_value, vmap
 from geodesic.device import makes_tensors_on_cpu
 from geodesic.path import fractions, points_at, subdivide
 
+# The budget of the search for one pair, in evaluations of F per segment of its path. A gradient counts
+# as three. Hard problems that end certified take up to 1600.
+BUDGET, GRADIENT_COST = 4000, 3
 # Extra evaluations of F around the largest sample of each segment, see `certify`.
 REFINEMENT = 8
 # Samples of each segment between recorded iterates in `sgd_profile`, as many as in the certificate.
@@ -198,6 +201,11 @@ class SublevelSet:
         """Returns dλ/ds by differences over ``width`` to either side, one-sided at the ends."""
         low, high = (s - width).clamp_min(0), (s + width).clamp_max(1)
         return (self.level(high, rows) - self.level(low, rows)) / (high - low)
+
+    def affords(self, rows: Tensor, num_segments: int) -> Tensor:
+        """Which of the pairs have not used up what a search may cost, ``(rows,)``."""
+        spent = self.loss_evaluations + GRADIENT_COST * self.gradient_evaluations
+        return spent[rows] < BUDGET * num_segments
 
     def _chunks(self, points_per_row: int, count: int):
         yield from torch.arange(count).split(max(1, self.chunk_size // points_per_row))

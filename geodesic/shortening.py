@@ -66,9 +66,9 @@ def shorten(
     """Returns ``path`` shortened, ``(rows, K + 1, d)`` with K ≥ 2 and fixed ends.
 
     A path that starts inside the set ends inside with no more energy, judged by ``per_segment``
-    samples of each segment. A path that starts outside may end outside. With ``strict`` paths are
-    judged by the certificate; use it for paths that exceed the level only a little, such as those
-    shortened on fewer samples.
+    samples of each segment. A path that starts outside may end outside. A path whose budget of
+    evaluations is used up stays as it is. With ``strict`` paths are judged by the certificate; use
+    it for paths that exceed the level only a little, such as those shortened on fewer samples.
     """
     measure = sublevel.certify if strict else sublevel.sample
     path = path.clone()
@@ -88,6 +88,7 @@ def shorten(
     residual = torch.full_like(damping, torch.inf)
     active = torch.arange(len(rows))
     for _ in range(max_iterations):
+        active = active[sublevel.affords(rows[active], path.shape[1] - 1)]
         if len(active) == 0:
             break
         shortens = entered[active]
@@ -321,7 +322,10 @@ def nonnegative_qp(matrix: Tensor, vector: Tensor, ridge: float) -> Tensor:
     for _ in range(40):
         dual_error = (h @ mu[..., None]).squeeze(-1) - q - z
         gap = (mu * z).mean(1, keepdim=True)
-        if bool(((gap < 1e-11) & (dual_error.abs().amax(1, keepdim=True) < 1e-9)).all()):
+        solved = (gap < 1e-11) & (dual_error.abs().amax(1, keepdim=True) < 1e-9)
+        if bool(
+            (solved | gap.isnan()).all()
+        ):  # with NaN there is no solution; the step is rejected
             break
         factor = torch.linalg.cholesky_ex(h + torch.diag_embed(z / mu))[0]
 

@@ -137,7 +137,9 @@ def find_geodesics(
 
     A certified path is a local minimum of the length, in the homotopy class of its start, and is
     never longer than a feasible initial path. If no path is certified, nothing is raised, and the
-    path that exceeds the level least is returned. A pair that cannot be searched, such as one with
+    path that exceeds the level least is returned. This also happens to a pair that has used up its
+    budget of evaluations (`geodesic.level_set.BUDGET`), more than twice what any certified pair
+    took, so that one pair cannot hold up the batch. A pair that cannot be searched, such as one with
     NaN, does not affect the others: its `error` says why, its path is the chord, which is not
     certified, and a warning gives the number of such pairs.
 
@@ -220,7 +222,7 @@ def find_geodesics(
         starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
     starts.append((lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows), True))
     for start, may_do in starts:
-        rows = (~best.certified & good).nonzero().squeeze(1)
+        rows = (~best.certified & good & sublevel.affords(every, num_segments)).nonzero().squeeze(1)
         if len(rows) == 0 or num_segments == 1:
             break
         first, first_rows = start(rows), rows

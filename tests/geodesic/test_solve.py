@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from geodesic import LevelProfile, ModelLoss, find_geodesic, find_geodesics, sgd_profile
+from geodesic import LevelProfile, ModelLoss, find_geodesic, find_geodesics, level_set, sgd_profile
 from geodesic.path import chord, fractions, length, points_at, subdivide
+from geodesic.shortening import nonnegative_qp
 
 BALL = math.exp(-0.5)  # the level at which the infeasible ball has radius 1
 
@@ -318,6 +319,46 @@ def test_a_default_device_elsewhere_changes_nothing():
         torch.set_default_device(None)
     assert found.certified and torch.equal(found.path, expected[0].path)
     assert torch.equal(profile.values, expected[1].values)
+
+
+def hard_pairs():
+    """A loss too rough for its samples, a strip of NaN across the chord, and the ordinary bump."""
+    a, b = (torch.stack([end] * 3) for end in ends(1.5, 2.6, 4))
+
+    def loss_fn(x, rough, strip):
+        noise = 0.02 * torch.sin(1e3 * x).sum()
+        across = (b[0] - a[0]) @ (x - (a[0] + b[0]) / 2)
+        return torch.where(strip * (across.abs() < 0.02) > 0, torch.nan, bump(x) + rough * noise)
+
+    return loss_fn, a, b, (torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]))
+
+
+@pytest.mark.parametrize("budget", [None, 300])
+def test_a_pathological_pair_stops_at_a_budget_of_evaluations(budget, monkeypatch):
+    if budget is not None:
+        monkeypatch.setattr(level_set, "BUDGET", budget)
+    loss_fn, a, b, args = hard_pairs()
+    found = find_geodesics(loss_fn, a, b, 0.7, loss_args=args, max_iterations=10_000)
+    assert found.certified[1:].tolist() == [False, True] and found.error == [""] * 3
+    spent = found.loss_evaluations + 3 * found.gradient_evaluations
+    step = (24 + 3 * 8 + 16 + 3 * 2) * 32  # a certificate, a program's gradients
+    strings = 3 * 200 * 15 * (budget is None)
+    assert (spent <= level_set.BUDGET * 32 + 2 * step + strings).all()
+    if budget is not None:
+        assert spent[0] >= budget * 32
+    assert found.max_loss[1].isinf()
+    alone = find_geodesics(loss_fn, a[2:], b[2:], 0.7, loss_args=tuple(arg[2:] for arg in args))
+    torch.testing.assert_close(alone.path[0], found.path[2], atol=1e-9, rtol=0)
+    assert alone.gradient_evaluations == found.gradient_evaluations[2]
+
+
+def test_a_program_with_nan_holds_up_no_other():
+    draw = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix, vector = draw @ draw.mT, draw.sum(1)
+    alone = nonnegative_qp(matrix[:2], vector[:2], 1e-10)
+    matrix[2, 0] = torch.nan
+    both = nonnegative_qp(matrix, vector, 1e-10)
+    assert torch.equal(both[:2], alone) and alone.any() and (both[2] == 0).all()
 
 
 def test_loss_args_must_be_batched():
