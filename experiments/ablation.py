@@ -55,7 +55,7 @@ from learned_opt.benchmarking.stats import (
     times_less,
 )
 from learned_opt.config import TeacherConfig, TrainConfig
-from learned_opt.geodesics import make_geodesics
+from learned_opt.geodesics import write_geodesics
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.rules import UpdateRule
 from learned_opt.run import run_optimizer
@@ -185,7 +185,7 @@ def measure(rule: UpdateRule, skip: set = frozenset()) -> list[dict]:
 def run(name: str, seed: int, work: Path) -> None:
     if name == INITIAL:
         return save(RESULTS / "ablation", "initial-0", measure(untrained(**LOOKS)))
-    from learned_opt.cli import train
+    from learned_opt.training.stages import train
 
     config, folder = config_of(name, seed, work), work / f"{name}-{seed}"
     fresh, start = not folder.exists(), time.process_time()
@@ -358,7 +358,7 @@ def main() -> None:
         adam()
     elif args.command == "paths":
         config = config_of(args.arm, args.seed, args.work)
-        make_geodesics(config.geodesics, config.dataset)
+        write_geodesics(config.geodesics, config.dataset)
         paths(PathDataset.open(config.dataset), ARMS[args.arm].path)
     elif args.command == "table":
         print(table())

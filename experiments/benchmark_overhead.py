@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rows import markdown, save
 
-from learned_opt.benchmarking import BenchmarkConfig, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, benchmark
 from learned_opt.benchmarking.tables import read_rows
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import make_task
@@ -80,7 +80,7 @@ def harness() -> Iterator[dict]:
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             config, start = load("digits", processes=processes), time.perf_counter()
-            run_benchmark(config, folder)
+            benchmark(config, folder)
             wall = time.perf_counter() - start
             facts = yaml.safe_load(Path(folder, "benchmark.json").read_text())
             assert len(read_rows(Path(folder, "results.csv"))) and not facts["failures"]

@@ -189,7 +189,7 @@ def tune(tasks: list[Task], optimizer: Callable[..., torch.optim.Optimizer]) -> 
 
 
 def train(rule: str, work: Path, data_root: str | None = None) -> None:
-    from learned_opt.cli import train  # here: Lightning is slow to import
+    from learned_opt.training.stages import train  # here: Lightning is slow to import
 
     key, name = RULES[rule]
     train(PROBLEMS[key].train_config(name, data_root), work / rule)

@@ -1,5 +1,15 @@
 """Short paths between two parameter vectors along which a loss stays below a level."""
 
+from geodesic.alignment import (
+    PermutationSpec,
+    align,
+    match_weights,
+    mlp_spec,
+    permute,
+    sequential_spec,
+)
+from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dss import Strings, StringSampling, sample_strings
 from geodesic.level_set import LevelProfile, sgd_profile
 from geodesic.model import ModelLoss
 from geodesic.path import length, normalized_length, points_at, project, resample
@@ -7,16 +17,27 @@ from geodesic.sharded import find_geodesics_on_disk
 from geodesic.solve import Geodesic, find_geodesic, find_geodesics
 
 __all__ = [
+    "DatasetError",
     "Geodesic",
     "LevelProfile",
     "ModelLoss",
+    "PathDataset",
+    "PermutationSpec",
+    "StringSampling",
+    "Strings",
+    "align",
     "find_geodesic",
     "find_geodesics",
     "find_geodesics_on_disk",
     "length",
+    "match_weights",
+    "mlp_spec",
     "normalized_length",
+    "permute",
     "points_at",
     "project",
     "resample",
+    "sample_strings",
+    "sequential_spec",
     "sgd_profile",
 ]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 
@@ -124,11 +123,30 @@ def match_weights(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> di
 
 
 def align(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> Tensor:
-    """Returns θ_b ``(d,)`` with its hidden units permuted to lie near θ_a; F is unchanged.
+    """Returns θ_b with its hidden units permuted to lie near θ_a; F is unchanged.
+
+    Two trainings of one network end with their hidden units in different but equivalent orders.
+    Align θ_b before you search a geodesic, or its length includes the difference in order::
+
+        spec = geodesic.mlp_spec([(32, 64), (32,), (10, 32), (10,)])  # of an MLP 64-32-10
+        theta_b = geodesic.align(theta_a, theta_b, spec)
+        result = geodesic.find_geodesic(loss_fn, theta_a, theta_b)
 
     `match_weights` finds the permutations. Report distances and path lengths of both the raw and
     the aligned pair. Buffers, such as the running statistics of batch norm, are not part of θ and
-    are not permuted, so use ``recalibrate=True`` with `geodesic.model.ModelLoss`.
+    are not permuted, so use ``recalibrate=True`` with `geodesic.ModelLoss`.
+
+    Args:
+        theta_a: ``(d,)``; it stays as it is.
+        theta_b: ``(d,)``.
+        spec: which axes of which tensors of θ may be permuted, as `mlp_spec` and `sequential_spec`
+            return it.
+
+    Returns:
+        ``(d,)``, never farther from θ_a than θ_b is.
+
+    Raises:
+        ValueError: theta_a or theta_b has a wrong shape or is not finite.
     """
     return permute(theta_b, spec, match_weights(theta_a, theta_b, spec))
 
@@ -144,6 +162,8 @@ def _permute(tensor: Tensor, names, permutations, keep: int | None = None) -> Te
 
 def _assign(a, b, spec, permutations, name, use) -> Tensor:
     """Returns the permutation ``name`` that maximizes Σ ⟨a, b⟩ over the tensors in ``use``."""
+    from scipy.optimize import linear_sum_assignment  # here: scipy is slow to import
+
     gain = torch.zeros(spec.sizes[name], spec.sizes[name], dtype=torch.float64)
     for x, y, names, used in zip(a, b, spec.axes, use, strict=True):
         for axis in (axis for axis, other in enumerate(names) if used and other == name):

@@ -140,6 +140,12 @@ def sample_strings(
 ) -> Strings:
     """Returns strings that connect pairs inside sublevel sets, by Dynamic String Sampling.
 
+    This tests whether two points are connected below a level. It is cheaper than `find_geodesics`,
+    which also makes the path short::
+
+        result = geodesic.sample_strings(loss_fn, theta_a[None], theta_b[None], level=0.1)
+        result.connected[0], result.paths[0]
+
     The beads of all pairs descend in one `torch.func.vmap`, and a bead leaves it when it reaches
     its target. Pairs do not wait for each other: a pair's next round begins right after its last
     bead is done. Its result does not depend on the other pairs, apart from rounding.
@@ -164,6 +170,9 @@ def sample_strings(
             all beads, too.
         chunk_size: the number of points evaluated at once; lower it if memory runs out.
         progress: called after every step with the numbers of pairs finished and beads in training.
+
+    Returns:
+        one string of beads for each pair, and whether it connects the pair.
 
     Raises:
         ValueError: a shape or dtype is wrong, a value is not finite, or F(θ_a) or F(θ_b) exceeds

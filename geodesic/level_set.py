@@ -14,8 +14,8 @@ from torch.func import grad_and_value, vmap
 from geodesic.device import makes_tensors_on_cpu
 from geodesic.path import fractions, points_at, subdivide
 
-# The budget of the search for one pair, in evaluations of F per segment of its path. A gradient counts
-# as three. Hard problems that end certified take up to 1600.
+# The budget of the search for one pair, in evaluations of F per segment of its path. A gradient
+# counts as three. Hard problems that end certified take up to 1600.
 BUDGET, GRADIENT_COST = 4000, 3
 # Extra evaluations of F around the largest sample of each segment, see `certify`.
 REFINEMENT = 8

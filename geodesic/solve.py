@@ -139,8 +139,8 @@ def find_geodesics(
     never longer than a feasible initial path. If no path is certified, nothing is raised, and the
     path that exceeds the level least is returned. This also happens to a pair that has used up its
     budget of evaluations (`geodesic.level_set.BUDGET`), more than twice what any certified pair
-    took, so that one pair cannot hold up the batch. A pair that cannot be searched, such as one with
-    NaN, does not affect the others: its `error` says why, its path is the chord, which is not
+    took, so that one pair cannot hold up the batch. A pair that cannot be searched, such as one
+    with NaN, does not affect the others: its `error` says why, its path is the chord, which is not
     certified, and a warning gives the number of such pairs.
 
     Args:

@@ -2,34 +2,72 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError, WeightsError
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.rules import UpdateRule, make_rule, register
 from learned_opt.weights import load_rule, save_rule
 
 if TYPE_CHECKING:
+    from geodesic.dataset import DatasetError, PathDataset
+    from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
     from learned_opt.comparison import Comparison, compare
+    from learned_opt.config import GeodesicsConfig, TrainConfig
+    from learned_opt.geodesics import make_geodesics
+    from learned_opt.tasks.base import Task
+    from learned_opt.tasks.families import FamilyConfig
+    from learned_opt.tasks.kinds import TaskConfig
+    from learned_opt.training.stages import train
 
 __version__ = version("learned-opt")
 __all__ = [
+    "BenchmarkConfig",
+    "BenchmarkTask",
     "Comparison",
+    "ConfigError",
+    "DataError",
+    "DatasetError",
+    "Entrant",
+    "FamilyConfig",
+    "GeodesicsConfig",
+    "LearnedOptError",
     "LearnedOptimizer",
+    "OutputError",
+    "PathDataset",
+    "Task",
+    "TaskConfig",
+    "TrainConfig",
     "UpdateRule",
+    "WeightsError",
     "__version__",
+    "benchmark",
     "compare",
     "load_rule",
+    "make_geodesics",
     "make_rule",
     "register",
     "save_rule",
+    "train",
 ]
+# Where the names are that take their time to import: they are imported when they are asked for.
+_LATER = {
+    "geodesic.dataset": ("DatasetError", "PathDataset"),
+    "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
+    "learned_opt.comparison": ("Comparison", "compare"),
+    "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
+    "learned_opt.geodesics": ("make_geodesics",),
+    "learned_opt.tasks.base": ("Task",),
+    "learned_opt.tasks.families": ("FamilyConfig",),
+    "learned_opt.tasks.kinds": ("TaskConfig",),
+    "learned_opt.training.stages": ("train",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What takes its time to import is imported when it is asked for."""
-    if name in ("Comparison", "compare"):
-        from learned_opt import comparison
-
-        return getattr(comparison, name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'learned_opt' has no attribute {name!r}")

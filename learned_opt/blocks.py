@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import CHUNK, known_entries
+from learned_opt.rules.base import CHUNK, known_entries, not_compiled
 from learned_opt.rules.basis import full_precision
 
 # The number of coordinates updated together, of one large tensor or of many small ones. It is large
@@ -205,7 +205,7 @@ def guarded_update(
     return torch.where(here, update, 0)
 
 
-in_python = torch.compiler.disable(guarded_update)
+in_python = not_compiled(guarded_update)
 
 
 def _move_on(

@@ -26,7 +26,7 @@ LARGEST_RATE = 1.0
 
 @dataclass(frozen=True)
 class GeodesicsConfig:
-    """`learned-opt geodesics`: SGD runs of a family, and target paths made of them.
+    """SGD runs of a family of tasks, and target paths made of them: `learned-opt geodesics`.
 
     Attributes:
         family: the tasks.
@@ -180,7 +180,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`learned-opt train`: meta-trains a rule on target paths and on its own runs.
+    """Meta-training of a rule on target paths and on its own runs: `learned-opt train`.
 
     Attributes:
         rule: registered name of the update rule.

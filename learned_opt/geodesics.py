@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from geodesic.dataset import PathDataset
+from geodesic.files import user_path, write_atomic
+from geodesic.sharded import process_rank
 from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
+from learned_opt.errors import ConfigError, OutputError
+from learned_opt.interrupts import accept_interrupts, children_spared, raised
+from learned_opt.outputs import claim_output
+from learned_opt.progress import tracked
+from learned_opt.run import one_thread
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 
+GRACE = 10.0  # seconds that a process has to end when it is told to
 # Settings of families that older data sets do not name: such a set is of a family without them.
 NEWER = (
     "kinds",
@@ -24,6 +36,58 @@ NEWER = (
     "equalize_gradients",
     "task",
 )
+
+
+@one_thread()
+def make_geodesics(
+    config: GeodesicsConfig, output: str | Path, plot: bool = False, processes: int = 1
+) -> PathDataset:
+    """Makes a data set of target paths: SGD runs, and the geodesics that shorten them.
+
+        from learned_opt import FamilyConfig, GeodesicsConfig, make_geodesics
+
+        config = GeodesicsConfig(family=FamilyConfig(num_tasks=2), num_shards=8)
+        paths = make_geodesics(config, "runs/paths")
+        paths.shard(0)["beads"]
+
+    This is the command `learned-opt geodesics`. `output` gets the data set in `geodesics/`, the
+    config, versions and hardware, and a summary, which is printed too. Called again with the same
+    config, it makes only the shards that are missing. Of a torchrun job all processes call it.
+
+    Args:
+        config: the tasks, and how paths are made of their runs.
+        output: folder of the results; made if it does not exist.
+        plot: draws pictures of some paths into `plots/`.
+        processes: that share the work on this machine. With more than one, a script must call this
+            under `if __name__ == "__main__":`.
+
+    Returns:
+        the finished data set.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        DataError: the family's data are missing or damaged.
+        OutputError: `output` is in use, holds results of another config, or cannot be written.
+        DatasetError: its `geodesics/` holds other shards.
+    """
+    if processes < 1:
+        raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
+    rank, world_size = process_rank()
+    output = user_path(output, "output", OutputError).absolute()
+    claim = partial(claim_output, output, asdict(config), "geodesics", ("data_root",))
+    with claim() if rank == 0 else nullcontext():
+        folder = output / "geodesics"
+        if processes > 1:
+            make_problem(config, 0)  # what is missing is said by this process
+            # what one of them raised, this process meets as well, below
+            with suppress(torch.multiprocessing.ProcessRaisedException):
+                _spawn(config, folder, processes)
+        dataset = write_geodesics(config, folder, rank, world_size)
+        if rank == 0:
+            summarize(dataset, output)
+            if plot:
+                _plot(config, dataset, output / "plots")
+    return dataset
 
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
@@ -41,18 +105,13 @@ def make_problem(config: GeodesicsConfig, index: int) -> Problem:
     )
 
 
-def make_geodesics(
-    config: GeodesicsConfig,
-    folder: str | Path,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    rank: int = 0,
-    world_size: int = 1,
+def write_geodesics(
+    config: GeodesicsConfig, folder: str | Path, rank: int = 0, world_size: int = 1
 ) -> PathDataset:
     """The data set of `config` in `folder`: what is missing is made, what is there is kept.
 
     Args:
-        progress: wraps the numbers of the shards to make.
-        rank: of this process among `world_size` that make it together.
+        rank: of this process among `world_size` that make it together; the first shows progress.
     """
     family, default = asdict(config.family), asdict(FamilyConfig())
     header = {
@@ -66,10 +125,21 @@ def make_geodesics(
         config.num_shards,
         config.targets,
         header,
-        progress,
+        _shown if rank == 0 else iter,
         rank,
         world_size,
     )
+
+
+def _shown(shards: Iterable[int]) -> Iterable[int]:
+    return tracked(list(shards), "geodesics", "shards")
+
+
+def summarize(dataset: PathDataset, output: Path) -> None:
+    """Prints what came of the runs, and writes it to geodesics.txt."""
+    text = describe(dataset)
+    write_atomic(output / "geodesics.txt", f"{text}\n".encode())
+    print(text)
 
 
 def describe(dataset: PathDataset) -> str:
@@ -87,3 +157,41 @@ def describe(dataset: PathDataset) -> str:
     if chords >= 0.95:
         lines.append("the target paths are chords: nothing here speaks for or against geodesics")
     return "\n".join(lines)
+
+
+def _spawn(config: GeodesicsConfig, folder: Path, processes: int) -> None:
+    """Runs `_make_share` in each of `processes` processes, none of which outlives this call."""
+    with children_spared():
+        context = torch.multiprocessing.spawn(
+            _make_share, (config, folder, processes), processes, join=False, daemon=True
+        )
+    try:
+        while not context.join():
+            pass
+    finally:
+        for process in context.processes:
+            process.terminate()
+        for process in context.processes:
+            process.join(GRACE)
+            process.kill()
+            process.join()
+
+
+def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
+    """The shards of one of `processes` processes here, of all that torchrun or SLURM started."""
+    with raised(last_of_process=True), one_thread():  # torch passes over signals in what it spawns
+        accept_interrupts()
+        rank, world_size = process_rank()
+        write_geodesics(config, folder, rank * processes + local_rank, world_size * processes)
+
+
+def _plot(config: GeodesicsConfig, dataset: PathDataset, folder: Path) -> None:
+    """Pictures that only the config determines, so that a resumed run may write them again."""
+    from geodesic.plot import plot_dataset  # here: it imports matplotlib
+
+    folder.mkdir(exist_ok=True)
+    for name, figure in plot_dataset(dataset, partial(make_problem, config)):
+        file = BytesIO()
+        figure.savefig(file, format="png", dpi=150)
+        write_atomic(folder / f"{name}.png", file.getvalue())
+        print(folder / f"{name}.png")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from learned_opt.blocks import Block, guarded_update, own, partition
 from learned_opt.rules import UpdateRule
+from learned_opt.rules.base import not_compiled
 from learned_opt.weights import load_rule
 
 SMALL = 0.02  # an lr of at most this was probably meant for Adam or SGD
@@ -177,7 +178,7 @@ class LearnedOptimizer(Optimizer):
             self._blocks[group] = params, blocks
         return blocks
 
-    @torch.compiler.disable  # compilers cannot make views of a tensor subclass
+    @not_compiled  # compilers cannot make views of a tensor subclass
     def _rebuild(self, old: list[Block], params: list[Tensor]) -> list[Block]:
         """Returns new blocks of `params` with their present state.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from learned_opt.tasks.workloads.base import Workload
 
 MakeOptimizer = Callable[[Parameters], Any]  # an optimizer, or several as one: `Together`
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread, unless $OMP_NUM_THREADS says otherwise: the tensors of small tasks
+    are small, and a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ __all__ = [
     "BenchmarkConfig",
     "BenchmarkTask",
     "Entrant",
-    "run_benchmark",
+    "benchmark",
     "summary_table",
 ]
 
@@ -46,14 +46,30 @@ __all__ = [
 FREE = ("processes", "time_limit", "logger", "download", "data_root", "done")
 
 
-def run_benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
-    """Tunes, runs and reports; the rows of results.csv, one per (task, entrant, seed).
+def benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
+    """Compares optimizers on a suite of tasks, tuned on some seeds and reported on others.
 
-    Leaves in `output`: results.csv, the report, and what it was made of: of the protocol "training"
-    tuning.csv, benchmark.json and cells/, a file per run with its whole loss curve; of the others
-    rows.jsonl, a line per run. Claims `output` itself; called again, it runs only what is
-    missing. Of a torchrun job all processes call it, with an `output` that all of them see; the
-    rows are returned to each, and rank 0 writes.
+        from learned_opt import BenchmarkConfig, BenchmarkTask, TaskConfig, benchmark
+
+        if __name__ == "__main__":  # it starts processes
+            config = BenchmarkConfig(
+                tasks=[BenchmarkTask(TaskConfig(data="digits", hidden=(32,)), steps=500)],
+                entrants=["learned", "Adam"],
+            )
+            rows = benchmark(config, "runs/benchmark")
+
+    This is the command `learned-opt benchmark`: it prints the tables, with who won, and the path of
+    the report. `output` gets results.csv, the report, and what it was made of: of the protocol
+    "training" tuning.csv, benchmark.json and cells/, a file per run with its whole loss curve; of
+    the others rows.jsonl, a line per run. Called again with the same config, it runs only what is
+    missing. Of a torchrun job all processes call it, with an `output` that all of them see.
+
+    Args:
+        config: tasks, optimizers, seeds and budgets. `config.smoke()` is the same in seconds.
+        output: folder of the results; made if it does not exist.
+
+    Returns:
+        the rows of results.csv, one per (task, entrant, seed), to every process of a job.
 
     Raises:
         ConfigError: an optimizer cannot be imported, or refuses its arguments; an entrant has too

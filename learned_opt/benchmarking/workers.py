@@ -122,7 +122,7 @@ class Workers:
         except EOFError:
             raise LearnedOptError(
                 "a worker process died while starting, for the reason it printed above; a script "
-                "must call run_benchmark under `if __name__ == '__main__':`"
+                "must call benchmark under `if __name__ == '__main__':`"
             ) from None
         except BaseException:  # an interrupt: nobody else knows of it yet
             _end(worker)

@@ -30,6 +30,9 @@ from learned_opt.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
 
+# torch.compiler.disable, except that torch's compiler, which takes a second to import, is imported
+# at the first call and not here.
+not_compiled = torch._disable_dynamo
 CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide the cost of a call
 SMALL = 1 << 12  # the most coordinates of tensors of several sizes that are processed together
 UNITS = 1 << 12  # as CHUNK, for an LSTM, whose 16 to 20 hidden units have four gates each

@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Layout, State, as_numbers, due
+from learned_opt.rules.base import Layout, State, as_numbers, due, not_compiled
 
 BETA = 0.95  # the decay of the averages L and R
 EVERY = 1024  # steps between two bases, and at first after 1, 2, 4, 8, ... steps, see `due`
@@ -113,7 +113,7 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-@torch.compiler.disable  # Python decides whether a new basis is due, and eigh is not compiled
+@not_compiled  # Python decides whether a new basis is due, and eigh is not compiled
 def follow(
     grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool = False
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:

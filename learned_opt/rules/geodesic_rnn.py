@@ -18,6 +18,7 @@ from learned_opt.rules.base import (
     as_numbers,
     due,
     join,
+    not_compiled,
     register,
 )
 from learned_opt.rules.basis import ENTRIES, follow, start
@@ -198,7 +199,7 @@ class GeodesicRNN(UpdateRule):
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
         return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
 
-    @torch.compiler.disable  # the result decides what runs, so it must be known in Python
+    @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
         """Returns 1 for tensors for which the network runs after `step` steps, and 0 for others.
 

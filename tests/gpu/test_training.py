@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geodesic.dataset import PathDataset
 from learned_opt.config import OBJECTIVES, CurriculumConfig, TrainConfig
-from learned_opt.geodesics import make_geodesics
+from learned_opt.geodesics import write_geodesics
 from learned_opt.training.fit import check, fit
 from learned_opt.training.module import MetaTraining
 from learned_opt.weights import load_rule
@@ -37,7 +37,7 @@ FIT = "learned_opt.training.fit.MetaTraining"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PathDataset:
-    return make_geodesics(CONFIG.geodesics, tmp_path_factory.mktemp("paths"))
+    return write_geodesics(CONFIG.geodesics, tmp_path_factory.mktemp("paths"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

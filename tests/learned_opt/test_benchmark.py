@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from learned_opt import make_rule
-from learned_opt.benchmarking import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking import NAMED, BenchmarkConfig, BenchmarkTask, Entrant, benchmark
 from learned_opt.benchmarking.cells import Cell, load
 from learned_opt.benchmarking.entrants import FIELD, Group
 from learned_opt.benchmarking.runner import Runner
@@ -47,7 +47,7 @@ CONFIG = BenchmarkConfig(
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """CONFIG, run once."""
     folder = tmp_path_factory.mktemp("benchmark")
-    return folder, run_benchmark(CONFIG, folder)
+    return folder, benchmark(CONFIG, folder)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_second_run_recomputes_nothing(done) -> None:
     folder, results = done
     succeeded = [p for p in (folder / "cells").iterdir() if "_raises_" not in p.name]
     before = {path: path.stat().st_mtime_ns for path in succeeded}
-    again = run_benchmark(CONFIG, folder)
+    again = benchmark(CONFIG, folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(map(str, again)) == list(map(str, results))
 
@@ -138,7 +138,7 @@ def test_a_second_run_recomputes_nothing(done) -> None:
 def test_another_config_is_refused(done) -> None:
     changed = replace(CONFIG, tasks=[replace(TASK, steps=16)])
     with pytest.raises(OutputError, match=r"tasks\.0\.steps was 15, now it is 16"):
-        run_benchmark(changed, done[0])
+        benchmark(changed, done[0])
 
 
 def test_results_of_another_version_are_kept_and_refused(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_results_of_another_version_are_kept_and_refused(tmp_path: Path) -> None
     (tmp_path / "results.csv").write_text("task\n")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match=r"another version .*\(format 1, this one writes 2\)"):
-        run_benchmark(CONFIG, tmp_path)
+        benchmark(CONFIG, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -192,7 +192,7 @@ def test_what_was_done_is_said_without_folders(done, tmp_path: Path) -> None:
     save_rule(make_rule("geodesic_rnn", hidden=2), tmp_path / "w.safetensors")
     learned = Entrant("mine", "learned", weights=str(tmp_path / "w.safetensors"))
     config = replace(CONFIG, entrants=[learned, RAISES], data_root=str(tmp_path))
-    run_benchmark(config, tmp_path / "out")
+    benchmark(config, tmp_path / "out")
     text = (tmp_path / "out" / "benchmark.json").read_text()
     facts = json.loads(text)
     assert facts["failed"] and str(tmp_path) not in text
@@ -228,7 +228,7 @@ def test_budgets_are_equal() -> None:
     assert {len(settings_of(e, 5)) for e in FIELD if e.search} == {5}
     small = replace(ADAM, search={"lr": [1e-2, 1e-1]})
     with pytest.raises(ConfigError, match="'Adam <tuned>' has 3 settings to try, settings=5"):
-        run_benchmark(replace(CONFIG, entrants=[small, SGD]), "unused")
+        benchmark(replace(CONFIG, entrants=[small, SGD]), "unused")
     assert not Path("unused").exists()
 
 
@@ -326,7 +326,7 @@ def test_a_wrong_entrant_is_refused_before_anything_is_run(
     entrant: Entrant, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        run_benchmark(replace(CONFIG, entrants=[SGD, entrant]), tmp_path)
+        benchmark(replace(CONFIG, entrants=[SGD, entrant]), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -349,13 +349,13 @@ def test_nothing_is_called_before_it_is_known_to_be_an_optimizer(
     entrant = Entrant("a", "torch.optim.SGD" if of_group else path, groups=groups)
     output = tmp_path / "output"
     with pytest.raises(ConfigError, match=rf"'effects\.{name}', which is no torch.optim.Optimizer"):
-        run_benchmark(replace(CONFIG, entrants=[entrant]), output)
+        benchmark(replace(CONFIG, entrants=[entrant]), output)
     assert not output.exists() and not (tmp_path / "called").exists()
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="device='gpu' cannot be used"):
-        run_benchmark(replace(CONFIG, device="gpu"), tmp_path)
+        benchmark(replace(CONFIG, device="gpu"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
 from learned_opt.benchmarking.cells import Cell, load, without_folders
 from learned_opt.benchmarking.runner import Runner
 from learned_opt.benchmarking.stores import Files, Rows
@@ -272,7 +272,7 @@ def test_ranks_share_the_cells(tmp_path: Path) -> None:
     assert out.count("report.html") == 1
     facts = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert (facts["ranks"], facts["cells"], facts["failures"]) == (2, 8, 4)
-    alone = {row["seed"]: row for row in run_benchmark(CONFIG, tmp_path / "alone")}
+    alone = {row["seed"]: row for row in benchmark(CONFIG, tmp_path / "alone")}
     for path in (tmp_path / "out" / "cells").glob("*_SGD_*.npz"):
         with np.load(path, allow_pickle=False) as file:
             record = json.loads(str(file["record"]))
@@ -284,7 +284,7 @@ def test_ranks_share_the_cells(tmp_path: Path) -> None:
 def test_wandb_has_a_point_for_each_cell(tmp_path: Path, monkeypatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_benchmark(replace(CONFIG, reporting_seeds=2, logger="wandb"), tmp_path)
+    benchmark(replace(CONFIG, reporting_seeds=2, logger="wandb"), tmp_path)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     wandb.teardown()
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from learned_opt.benchmarking import BenchmarkConfig, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, benchmark
 from learned_opt.benchmarking.entrants import DEFAULTS
 from learned_opt.cli import parse
 from learned_opt.errors import DataError
@@ -88,7 +88,7 @@ def test_other_data_may_stand_in() -> None:
 def test_missing_data_are_named_before_anything_is_run(tmp_path: Path) -> None:
     config = replace(suite("cifar"), data_root=str(tmp_path / "data")).smoke()
     with pytest.raises(DataError, match=r"task 'cifar10 conv .*missing .*train\.npz"):
-        run_benchmark(config, tmp_path / "out")
+        benchmark(config, tmp_path / "out")
     assert not list((tmp_path / "out" / "cells").iterdir())
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+import learned_opt
 from geodesic.dataset import PathDataset
 from learned_opt import LearnedOptimizer
 from learned_opt.cli import main, make_parser
@@ -73,7 +74,9 @@ def demo(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The calls of `fit`, which then trains nothing."""
     calls = []
-    monkeypatch.setattr("learned_opt.training.fit.fit", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        "learned_opt.training.fit.fit", lambda *args: calls.append(args) or Path("weights")
+    )
     return calls
 
 
@@ -399,19 +402,27 @@ def test_data_that_are_not_there_are_named_before_paths_are_made(tmp_path, capsy
 
 def test_a_config_cannot_make_objects():
     spec = {"class_path": "collections.Counter", "init_args": {}}
-    parser = make_parser()
-    args = ["train", "--output", "x", "--rule_config", json.dumps({"hidden": spec})]
-    assert parser.instantiate(parser.parse_args(args)).train.rule_config == {"hidden": spec}
+    parser = make_parser("train")
+    args = ["--output", "x", "--rule_config", json.dumps({"hidden": spec})]
+    assert parser.instantiate(parser.parse_args(args)).rule_config == {"hidden": spec}
 
 
 @pytest.mark.parametrize("command", ["geodesics", "train", "benchmark"])
-def test_help_has_types_and_the_docstrings(command, capsys):
+def test_help_has_types_defaults_and_the_docstrings(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0 and "(type: int, default: " in text
+    assert not exit.value.code and "<whole number>" in text and "(default: " in text
+    assert "Config(" not in text and "configuration file" not in text
     assert {
         "geodesics": "least and most hidden layers",
         "train": "meta-updates in all",
         "benchmark": "what is optimised, and for how many steps",
     }[command] in text
+
+
+def test_the_version_and_the_commands_are_told(capsys):
+    for args, words in ((["--version"], learned_opt.__version__), (["--help"], "benchmark")):
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        assert not exit.value.code and words in capsys.readouterr().out

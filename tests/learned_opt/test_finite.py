@@ -41,7 +41,8 @@ def parts(hint: Any) -> list[type]:
 def config_classes() -> list[type]:
     """All that YAML can fill: the commands' configs, their parts, and the options of each kind."""
     found: dict[type, None] = {}
-    left = [*COMMANDS.values(), *(kind.Options for kind in (KINDS | WORKLOADS).values())]
+    left = [command.config_class for command in COMMANDS.values()]
+    left += [kind.Options for kind in (KINDS | WORKLOADS).values()]
     while left:
         cls = left.pop()
         if cls not in found:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
 from learned_opt.benchmarking import scores as scoring
 from learned_opt.benchmarking.report import overview_of, write_report
 from learned_opt.benchmarking.summary import summary_table
@@ -52,7 +52,7 @@ CONFIG = BenchmarkConfig(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CONFIG, run once."""
     folder = tmp_path_factory.mktemp("report")
-    run_benchmark(CONFIG, folder)
+    benchmark(CONFIG, folder)
     return folder
 
 
@@ -228,7 +228,7 @@ def test_how_it_was_run_is_said(folder: Path, page: str) -> None:
 
 def test_a_report_without_tuned_adam_says_so(tmp_path: Path) -> None:
     config = replace(CONFIG, tasks=CONFIG.tasks[:1], entrants=[SGD, EXPLODES], tuning_seeds=1)
-    run_benchmark(config, tmp_path)
+    benchmark(config, tmp_path)
     text, page = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))
     assert "speed-up" not in text and "no tuned Adam" in page
     assert "final train loss" in text and "∞" in text

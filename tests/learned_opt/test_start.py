@@ -10,11 +10,12 @@ import pytest
 from safetensors import safe_open
 
 from learned_opt import make_rule
-from learned_opt.cli import first_stage, main, train
+from learned_opt.cli import main
 from learned_opt.config import PESConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 from learned_opt.training.fit import fit, recipe
+from learned_opt.training.stages import first_stage, train
 from learned_opt.training.start import start
 from learned_opt.weights import DEFAULT, load_rule, save_rule
 

@@ -16,7 +16,7 @@ from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.cli import parse
 from learned_opt.config import GeodesicsConfig
 from learned_opt.errors import ConfigError
-from learned_opt.geodesics import make_geodesics
+from learned_opt.geodesics import write_geodesics
 from learned_opt.run import run_optimizer
 from learned_opt.tasks import base, kinds, module
 from learned_opt.tasks.augment import RescaledTask, equal_gradients
@@ -187,13 +187,13 @@ def test_geodesics_of_other_kinds(kind: str, tmp_path: Path) -> None:
     family = replace(SMALL, kinds={kind: 1}, log10_reparametrization=(-0.1, 0.1))
     config = replace(GeodesicsConfig(family=family).smoke(), num_shards=1, evaluation_size=8)
     config = replace(config, targets=replace(config.targets, pairs_per_run=1))
-    assert make_geodesics(config, tmp_path).facts(0)["runs"] == 2
+    assert write_geodesics(config, tmp_path).facts(0)["runs"] == 2
 
 
 def test_data_sets_made_before_there_were_kinds_are_still_of_their_family(tmp_path: Path) -> None:
     config = replace(GeodesicsConfig().smoke(), num_shards=1)
     for name, family in (("old", SMALL), ("new", replace(SMALL, equalize_gradients=True))):
-        dataset = make_geodesics(replace(config, family=family), tmp_path / name)
+        dataset = write_geodesics(replace(config, family=family), tmp_path / name)
         assert ("equalize_gradients" in dataset.header["family"]) == (name == "new")
         assert {"kinds", "text"}.isdisjoint(dataset.header["family"])
 

@@ -29,7 +29,7 @@ from learned_opt.config import (
     TrainConfig,
 )
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.geodesics import make_geodesics
+from learned_opt.geodesics import write_geodesics
 from learned_opt.rules import make_rule
 from learned_opt.training.data import Updates
 from learned_opt.training.fit import fit
@@ -74,7 +74,7 @@ print("wandb" in sys.modules)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PathDataset:
-    return make_geodesics(CONFIG.geodesics, tmp_path_factory.mktemp("paths"))
+    return write_geodesics(CONFIG.geodesics, tmp_path_factory.mktemp("paths"))
 
 
 @pytest.fixture(scope="module")

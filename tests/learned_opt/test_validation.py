@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, run_benchmark
+from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
 from learned_opt.benchmarking.entrants import NAMED
 from learned_opt.benchmarking.going_on import behind, outcome
 from learned_opt.benchmarking.stats import geometric_mean
@@ -129,7 +129,7 @@ CONFIG = BenchmarkConfig(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CONFIG, run once."""
     folder = tmp_path_factory.mktemp("validation")
-    run_benchmark(CONFIG, folder)
+    benchmark(CONFIG, folder)
     return folder
 
 
@@ -172,21 +172,21 @@ def test_every_run_is_in_the_report_and_a_divergence_is_a_miss(folder: Path) -> 
 def test_nothing_is_run_twice_and_what_was_cut_off_is_run_again(folder: Path, tmp_path) -> None:
     lines = (folder / "rows.jsonl").read_bytes()
     results = (folder / "results.csv").read_bytes()
-    run_benchmark(CONFIG, folder)
+    benchmark(CONFIG, folder)
     assert (folder / "rows.jsonl").read_bytes() == lines
     whole, last = lines.rstrip(b"\n").rsplit(b"\n", 1)
     (folder / "rows.jsonl").write_bytes(whole + b"\n" + last[: len(last) // 2])
-    run_benchmark(CONFIG, folder)
+    benchmark(CONFIG, folder)
     again = rows_of_damaged(folder)
     assert json.loads(last)["cell"] == again[-1]["cell"]
     assert again[-1]["validation_loss"] == json.loads(last)["validation_loss"]
     known = replace(CONFIG, done=[str(folder / "rows.jsonl")], entrants=CONFIG.entrants[:2])
-    assert run_benchmark(known, tmp_path / "more")
+    assert benchmark(known, tmp_path / "more")
     assert not (tmp_path / "more" / "rows.jsonl").exists()
     same = (tmp_path / "more" / "results.csv").read_text().splitlines()
     assert set(same) < set(results.decode().splitlines())
     with pytest.raises(ConfigError, match=r"done names 'nowhere\.jsonl'"):
-        run_benchmark(replace(CONFIG, done=["nowhere.jsonl"]), tmp_path / "other")
+        benchmark(replace(CONFIG, done=["nowhere.jsonl"]), tmp_path / "other")
 
 
 def rows_of_damaged(folder: Path) -> list[dict]:
@@ -202,7 +202,7 @@ def rows_of_damaged(folder: Path) -> list[dict]:
 def test_a_target_of_the_suite_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
     fixed = replace(CONFIG.tasks[0], target=1e9, best_target=0.0, best_entrant="Adam")
     config = replace(CONFIG, tasks=[fixed], done=[str(folder / "rows.jsonl")])
-    rows = run_benchmark(config, tmp_path)
+    rows = benchmark(config, tmp_path)
     found = {row["entrant"]: row["speed_up"] for row in rows}
     assert (
         found["Adam"] == 40.0 and found["explodes"] == 0.0
@@ -221,7 +221,7 @@ def test_a_disturbed_run_beside_the_undisturbed_one(tmp_path: Path) -> None:
         entrants=["learned", adam],
         reporting_seeds=2,
     )
-    rows = run_benchmark(config, tmp_path)
+    rows = benchmark(config, tmp_path)
     assert len(rows_of(tmp_path)) == 8  # each run with the disturbance and without
     for row in rows:
         assert row["end"] == pytest.approx(row["validation_loss"] / row["before"])

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from learned_opt import LearnedOptimizer, load_rule, make_rule, save_rule
-from learned_opt.cli import first_stage, parse
+from learned_opt.cli import parse
 from learned_opt.errors import WeightsError
 from learned_opt.tasks.data import load_images
 from learned_opt.training.fit import recipe
+from learned_opt.training.stages import first_stage
 from learned_opt.weights import DEFAULT, MAX_HEADER, digest
 
 TRAIN = Path(__file__).parents[2] / "configs" / "train"

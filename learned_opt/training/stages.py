@@ -1,0 +1,108 @@
+"""Training as a whole: the first stage, the target paths, the meta-training, in one folder."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from geodesic.files import user_path
+from geodesic.sharded import process_rank
+from learned_opt.config import TrainConfig
+from learned_opt.errors import ConfigError, OutputError
+from learned_opt.geodesics import summarize, write_geodesics
+from learned_opt.interrupts import is_first
+from learned_opt.outputs import claim_output
+from learned_opt.rules import make_rule
+from learned_opt.run import one_thread
+from learned_opt.training.start import part_like
+
+
+@one_thread()
+def train(config: TrainConfig, output: str | Path) -> Path:
+    """Meta-trains an update rule, after making the target paths that are missing.
+
+        import learned_opt
+
+        config = learned_opt.TrainConfig(objectives=("meta_loss",), updates=600)
+        weights = learned_opt.train(config, "runs/mine")
+        optimizer = learned_opt.LearnedOptimizer(model.parameters(), weights=weights)
+
+    This is the command `learned-opt train`. `output` gets `weights.safetensors`, checkpoints, logs,
+    pictures, and the config, versions and hardware. Called again with the same config, it goes on
+    from the last checkpoint, to the same weights. Of a torchrun job all processes call it.
+
+    Args:
+        config: what is trained, on what, and how. `config.smoke()` is the same, shrunk to seconds.
+        output: folder of the results; made if it does not exist.
+
+    Returns:
+        the path of the weights file.
+
+    Raises:
+        ConfigError: a setting cannot be used here; nothing has been done then.
+        DataError: a data set is missing or damaged, or no target path is certified.
+        WeightsError: the weights that training is to start from cannot be read.
+        OutputError: `output` is in use, holds results of another config, or cannot be written.
+        DatasetError: the target paths are those of other tasks.
+    """
+    from learned_opt.training.fit import WEIGHTS, check, fit  # here: Lightning is slow to import
+
+    check(config)  # what cannot work is said now, not after the data
+    output = user_path(output, "output", OutputError).absolute()
+    first = is_first()
+    if first:  # the others might see its half-made folder
+        _check_dataset(config)
+    settings, free = asdict(config), ("accelerator", "logger", "geodesics.data_root")
+    if config.first is not None:
+        if process_rank()[1] > 1:
+            raise ConfigError(
+                f"first={config.first} is a stage for one process, {process_rank()[1]} were "
+                "launched; train it by itself, and name its weights as start_from"
+            )
+        if first:
+            train(first_stage(config), output / "first")
+        config = replace(config, start_from=str(output / "first" / WEIGHTS))
+    with claim_output(output, settings, "train", free) if first else nullcontext():
+        paths = None
+        if "imitation" in config.objectives:
+            folder = user_path(config.dataset or output / "geodesics", "dataset", ConfigError)
+            paths = write_geodesics(config.geodesics, folder, *process_rank())
+            if first:
+                summarize(paths, output)
+        return fit(config, output, paths)
+
+
+def first_stage(config: TrainConfig) -> TrainConfig:
+    """The config that `first` makes of the rest.
+
+    Raises:
+        ConfigError: it has a setting that is unknown, of another type, or refused.
+    """
+    from learned_opt.parsing import config_from  # here: jsonargparse takes its time to import
+
+    one = {"first": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    try:
+        stage = config_from(TrainConfig, asdict(config) | one | (config.first or {}))
+        if stage.geodesics.data_root is None:
+            stage = replace(
+                stage, geodesics=replace(stage.geodesics, data_root=config.geodesics.data_root)
+            )
+        rule, before = (make_rule(c.rule, **c.rule_config) for c in (config, stage))
+        part_like(rule, before, "its rule")
+    except ValueError as error:
+        raise ConfigError(f"first={config.first}: {' '.join(str(error).split())}") from error
+    return stage
+
+
+def _check_dataset(config: TrainConfig) -> None:
+    """That a folder with other things in it is not taken for that of the target paths."""
+    folder = user_path(config.dataset or "", "dataset", ConfigError)
+    if config.dataset is None or not folder.exists() or (folder / "manifest.json").exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        inner = folder / "geodesics"
+        hint = f"{str(inner)!r}" if (inner / "manifest.json").exists() else "an empty or new one"
+        raise ConfigError(
+            f"dataset={config.dataset!r} is no folder of target paths, and not empty; use {hint}"
+        )
