@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from geodesic.device import makes_tensors_on_cpu
-from geodesic.path import fractions, points_at, subdivide
+from geodesic.path import fractions, points_at, segment_lengths, subdivide
 
 # The budget of the search for one pair, in evaluations of F per segment of its path. A gradient
 # counts as three. Hard problems that end certified take up to 1600.
 BUDGET, GRADIENT_COST = 4000, 3
 # Extra evaluations of F around the largest sample of each segment, see `certify`.
 REFINEMENT = 8
+# How often the search for a crest between samples narrows its cell, by REFINEMENT points each time.
+ZOOMS = 3
+# A path with a segment longer than this many mean lengths is also sampled evenly in arclength.
+LONG_SEGMENT = 2
 # Samples of each segment between recorded iterates in `sgd_profile`, as many as in the certificate.
 PROFILE_SAMPLES = 16
 # The dtypes in which a level can be certified, see `allowance`. 1e-6 is 16 float32 rounding units.
@@ -272,33 +276,75 @@ class SublevelSet:
     ) -> Samples:
         """Returns what `sample` does, after more evaluations where F - λ may peak.
 
-        F is evaluated between the samples around the largest of each segment, and at the knots of λ
-        if it has any, as a `LevelProfile` does.
+        F is evaluated
+
+        - between the samples around the largest of each segment;
+        - where the lines through the samples on either side of a cell meet above λ, as at the crest
+          of a loss without a gradient, in ever smaller cells;
+        - at the knots of λ if it has any, as a `LevelProfile` does;
+        - evenly in arclength, if a segment is much longer than the mean. The samples of a long
+          segment are far apart, and shortening would find the gaps and move a wall into one.
         """
         found = self.sample(path, per_segment, rows, losses)
         knots = fractions(path)
         near = found.excess[..., ::4].argmax(-1).clamp(1, per_segment - 1)
-        steps = torch.linspace(-1, 1, REFINEMENT + 2).to(path)[1:-1]
-        t = (near[..., None] + steps) / per_segment  # (rows, K, REFINEMENT)
+        steps = torch.linspace(0, 1, REFINEMENT + 2).to(path)
+        # (rows, K, REFINEMENT + 2), the ends known
+        t = (near[..., None] + torch.linspace(-1, 1, REFINEMENT + 2).to(path)) / per_segment
+
+        def level_at(t: Tensor) -> Tensor:
+            s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
+            return self.level(s.flatten(1), rows).view_as(s)
 
         def points(part: Tensor) -> Tensor:
             start, step = path[part, :-1, None], path[part].diff(dim=1)[:, :, None]
-            return (start + t[part, ..., None] * step).flatten(1, 2)
+            return (start + t[part, :, 1:-1, None] * step).flatten(1, 2)
 
-        losses = self._evaluate(points, t[0].numel(), rows).view_as(t)
-        s = torch.lerp(knots[:, :-1, None], knots[:, 1:, None], t)
-        level = self.level(s.flatten(1), rows).view_as(s)
-        excess = (losses - level).amax(-1)
-        max_loss = torch.maximum(found.max_loss, losses.amax((1, 2)))
+        level = level_at(t[..., 1:-1])
+        losses = self._evaluate(points, level[0].numel(), rows).view_as(level)
+        over, allowed = losses - level, self._allowed(level)
+        excess, max_loss = over.amax(-1), torch.maximum(found.max_loss, losses.amax((1, 2)))
+
+        beside = found.excess[..., ::4].gather(-1, torch.stack((near - 1, near + 1), -1))
+        values = torch.cat((beside[..., :1], over, beside[..., 1:]), dim=-1)
+        hidden = torch.ones_like(near, dtype=torch.bool)
+        for _ in range(ZOOMS):
+            cell, height = _crest(values)
+            hidden &= (height > allowed) & (excess <= allowed)
+            if not hidden.any():
+                break
+            ends = torch.stack((cell, cell + 1), -1)
+            t, known = t.gather(-1, ends), values.gather(-1, ends)
+            t = torch.lerp(t[..., :1], t[..., 1:], steps)
+            row, segment = hidden.nonzero(as_tuple=True)
+            start, end = path[row, segment], path[row, segment + 1]
+            inside = torch.lerp(start[:, None], end[:, None], t[row, segment, 1:-1, None])
+            losses = self._evaluate(lambda part: inside[part], REFINEMENT, rows[row])  # noqa: B023
+            over = torch.full_like(t[..., 1:-1], -torch.inf)
+            over[row, segment] = losses - level_at(t[..., 1:-1])[row, segment]
+            values = torch.cat((known[..., :1], over, known[..., 1:]), dim=-1)
+            excess = torch.maximum(excess, over.amax(-1))
+            max_loss.scatter_reduce_(0, row, losses.amax(-1), "amax")
+
+        def measure_at(which: Tensor, s: Tensor) -> None:
+            """Takes F at fractions s ``(paths, m)`` of the paths `which` into account."""
+            taken = lambda part: points_at(path[which[part]], s[part])  # noqa: E731
+            losses = self._evaluate(taken, s.shape[1], rows[which])
+            segment = torch.searchsorted(knots[which].contiguous(), s.contiguous(), right=True) - 1
+            segment = segment.clamp(0, path.shape[1] - 2)
+            over = losses - self.level(s, rows[which])
+            excess[which] = excess[which].scatter_reduce(1, segment, over, "amax")
+            max_loss[which] = torch.maximum(max_loss[which], losses.amax(1))
+
         at_knots = getattr(self._level, "fractions", None)
         if at_knots is not None:
-            s = at_knots.expand(len(self.loss_evaluations), -1)[rows].to(path)
-            losses = self._evaluate(lambda part: points_at(path[part], s[part]), s.shape[1], rows)
-            segment = torch.searchsorted(knots.contiguous(), s.contiguous(), right=True) - 1
-            segment = segment.clamp(0, path.shape[1] - 2)
-            over = losses - self.level(s, rows)
-            excess = excess.scatter_reduce(1, segment, over, "amax")
-            max_loss = torch.maximum(max_loss, losses.amax(1))
+            every = torch.arange(len(rows))
+            measure_at(every, at_knots.expand(len(self.loss_evaluations), -1)[rows].to(path))
+        lengths = segment_lengths(path)
+        uneven = (lengths.amax(1) > LONG_SEGMENT * lengths.mean(1)).nonzero().squeeze(1)
+        if len(uneven):
+            s = torch.linspace(0, 1, lengths.shape[1] * per_segment + 1).to(path)
+            measure_at(uneven, s.expand(len(uneven), -1))
         return Samples(
             found.losses,
             found.excess,
@@ -336,6 +382,25 @@ def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
     offset = torch.where(peaks, offset, torch.zeros_like(offset))
     height = torch.where(peaks, middle - (after - before).square() / (8 * bend), middle)
     return offset + torch.arange(1, values.shape[-1] - 1).to(values), height
+
+
+def _crest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the cell that may hide the highest crest, and the height it can have, both ``(...)``.
+
+    The samples are ``(..., n + 1)``, on a grid of n cells. The crest of a cell is where the lines
+    through the two samples to its left and the two to its right meet. The first cell has a line on
+    its right alone, and the last one on its left; these bound the height of the crest.
+    """
+    slope = values.diff()
+    rise, fall = slope[..., :-2], -slope[..., 2:]
+    left, right = values[..., 1:-2], values[..., 2:-1]
+    offset = (right - left + fall) / (rise + fall)  # of the crest in its cell
+    meets = (rise > 0) & (fall > 0) & (offset >= 0) & (offset <= 1)
+    inner = torch.where(meets, left + rise * offset, -torch.inf)
+    first = values[..., 1:2] - slope[..., 1:2]
+    last = values[..., -2:-1] + slope[..., -2:-1]
+    height, cell = torch.cat((first, inner, last), dim=-1).nan_to_num(-torch.inf).max(-1)
+    return cell, height
 
 
 def worst_interior(excess: Tensor) -> Tensor:

@@ -50,9 +50,10 @@ class Geodesic:
         certified: whether the path passes the test that F is finite and F - λ(s) is at most
             min(tol · max(1, |λ|), |λ| / 1000), with tol = 1e-9 in float64 and 1e-6 in float32. The
             test covers the dense samples of every segment, 8 more around the largest sample of each
-            segment, the knots of a `LevelProfile`, and estimated maxima between samples. False
-            means that no such path was found, not that none exists. If the level is near zero,
-            rounding errors may exceed a thousandth of it; use float64 then.
+            segment and where a crest may hide between those, the knots of a `LevelProfile`, and
+            estimated maxima between samples. False means that no such path was found, not that none
+            exists. If the level is near zero, rounding errors may exceed a thousandth of it; use
+            float64 then. If the loss jumps, samples may miss a part above the level.
         chord_feasible: whether the chord is certified. The geodesic is then the chord.
         level: λ(0).
         loss_evaluations: the number of points at which F alone was computed.

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from geodesic import LevelProfile, ModelLoss, find_geodesic, find_geodesics, level_set, sgd_profile
+from geodesic.level_set import SublevelSet
 from geodesic.path import chord, fractions, length, points_at, subdivide
 from geodesic.shortening import nonnegative_qp
 
@@ -359,6 +360,36 @@ def test_a_program_with_nan_holds_up_no_other():
     matrix[2, 0] = torch.nan
     both = nonnegative_qp(matrix, vector, 1e-10)
     assert torch.equal(both[:2], alone) and alone.any() and (both[2] == 0).all()
+
+
+def wall(x):
+    return 0.1 * x.square().sum() + 12 * torch.exp(-(((x[0] - 0.26) / 0.1) ** 2))
+
+
+def test_no_wall_hides_in_a_long_segment():
+    """Beads bunched at both ends leave one segment, with gaps wider than the wall, between them."""
+    a, b = torch.tensor([-5.1, 0.4]).double(), torch.tensor([5.0, 0.0]).double()
+    bunched = torch.cat(
+        (chord(a, torch.lerp(a, b, 0.01), 16), chord(torch.lerp(a, b, 0.99), b, 15))
+    )
+    sublevel = SublevelSet(wall, (), 1, 256)
+    sublevel.set_level(wall(a)[None])
+    rows = torch.zeros(1, dtype=torch.long)
+    assert sublevel.sample(bunched[None], 16, rows).feasible  # its own samples miss the wall
+    samples = sublevel.certify(bunched[None], 16, rows)
+    assert not samples.feasible and samples.max_loss > 5
+    assert not find_geodesic(wall, a, b, initial_path=bunched).certified
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_crest_between_samples_is_found(dtype):
+    """Where F has no gradient its top is above any parabola through samples beside it."""
+    sublevel, rows = SublevelSet(lambda x: 1 - x.abs().sum(), (), 1, 256), torch.zeros(1).long()
+    for share in torch.linspace(0.001, 0.999, 37, dtype=dtype).tolist():
+        path = torch.tensor([[[-share, 0.0], [1 - share, 0.0]]], dtype=dtype)
+        for level, inside in ((1 - 1e-4, False), (1.02, True)):
+            sublevel.set_level(torch.tensor([level], dtype=dtype))
+            assert sublevel.certify(path, 16, rows).feasible == inside, share
 
 
 def test_loss_args_must_be_batched():
