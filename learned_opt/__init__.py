@@ -7,9 +7,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError, WeightsError
-from learned_opt.optimizer import LearnedOptimizer
-from learned_opt.rules import UpdateRule, make_rule, register
-from learned_opt.weights import load_rule, save_rule
 
 if TYPE_CHECKING:
     from geodesic.dataset import DatasetError, PathDataset
@@ -17,10 +14,13 @@ if TYPE_CHECKING:
     from learned_opt.comparison import Comparison, compare
     from learned_opt.config import GeodesicsConfig, TrainConfig
     from learned_opt.geodesics import make_geodesics
+    from learned_opt.optimizer import LearnedOptimizer
+    from learned_opt.rules import UpdateRule, make_rule, register
     from learned_opt.tasks.base import Task
     from learned_opt.tasks.families import FamilyConfig
     from learned_opt.tasks.kinds import TaskConfig
     from learned_opt.training.stages import train
+    from learned_opt.weights import load_rule, save_rule
 
 __version__ = version("learned-opt")
 __all__ = [
@@ -52,22 +52,32 @@ __all__ = [
     "save_rule",
     "train",
 ]
-# Where the names are that take their time to import: they are imported when they are asked for.
-_LATER = {
+# The module of each public name that is imported on first use: the command handles Ctrl-C before it
+# imports torch, and the rest is slow to import.
+_MODULES = {
     "geodesic.dataset": ("DatasetError", "PathDataset"),
     "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
     "learned_opt.comparison": ("Comparison", "compare"),
     "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
     "learned_opt.geodesics": ("make_geodesics",),
+    "learned_opt.optimizer": ("LearnedOptimizer",),
+    "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
     "learned_opt.tasks.base": ("Task",),
     "learned_opt.tasks.families": ("FamilyConfig",),
     "learned_opt.tasks.kinds": ("TaskConfig",),
     "learned_opt.training.stages": ("train",),
+    "learned_opt.weights": ("load_rule", "save_rule"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _LATER.items():
+    for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(module), name)
+        if module == f"learned_opt.{name}":
+            return import_module(module)
     raise AttributeError(f"module 'learned_opt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -372,6 +372,32 @@ def test_a_signal_ends_a_command_in_one_line_and_leaves_nothing(command, name, t
         pass  # the lock is free, and the same config may go on
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see an import")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_during_the_imports_is_one_line_too(name, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal({int(signal.SIGINT)}, "
+         "signal.default_int_handler); from learned_opt.entry import main; main()", "train",
+         "--output", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    maps = Path("/proc") / str(process.pid) / "maps"
+    while "libtorch_cpu" not in maps.read_text():  # torch is on its way
+        assert process.poll() is None, process.communicate()[1]
+    number = signal.Signals[name]
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert errors == f"learned-opt: ended by {name}; the same command resumes where it stopped\n"
+
+
+def test_the_command_handles_signals_before_it_imports_torch():
+    code = "import sys; from learned_opt.entry import main; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert shown.stdout == "False\n"
+    assert 'learned-opt = "learned_opt.entry:main"' in (ROOT / "pyproject.toml").read_text()
+
+
 def group_lives(group):
     try:
         os.killpg(group, 0)
