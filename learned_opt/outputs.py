@@ -54,7 +54,7 @@ def claim_output(
             config, or it cannot be written to, now or later: the disk is full.
     """
     folder = user_path(folder, "output", OutputError).absolute()
-    owner_file = folder / ".lock-owner.json"
+    owner_file, written = folder / ".lock-owner.json", None
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,8 @@ def claim_output(
         ) from error
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": command}
-        write_atomic(owner_file, json.dumps(owner | {"since": _now()}).encode())
+        written = json.dumps(owner | {"since": _now()}).encode()
+        write_atomic(owner_file, written)
         _check_config(folder / f"config-{command}.yaml", plain(config), free)
         _add_provenance(folder / f"provenance-{command}.json")
         yield folder
@@ -82,8 +83,9 @@ def claim_output(
             ) from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a disk that has become read-only
-            owner_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become read-only, or a folder gone
+            if owner_file.read_bytes() == written:  # else the folder was replaced, and is another's
+                owner_file.unlink()
         lock.release()
 
 

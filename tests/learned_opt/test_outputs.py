@@ -61,6 +61,23 @@ def test_an_error_inside_frees_the_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_replaced_folder_keeps_the_name_of_its_new_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with claim_output(folder, CONFIG, "train"):
+        folder.rename(tmp_path / "old")
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(OutputError) as error, claim_output(folder, {"steps": 10}, "benchmark"):
+            pass
+        assert f"process {process.pid} on" in str(error.value)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_the_same_config_resumes_and_every_run_is_recorded(tmp_path: Path) -> None:
     written = []
     for runs in (1, 2):
