@@ -27,7 +27,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 from tqdm import tqdm
 
-from geodesic.level_set import TOLERANCE, LevelProfile, SublevelSet, sgd_profile
+from geodesic.level_set import LevelProfile, SublevelSet, allowance, sgd_profile
 from geodesic.path import normalized_length
 from geodesic.plot import COLOURS
 from geodesic.solve import find_geodesics
@@ -85,10 +85,10 @@ def critical_alpha(problem: Problem, pairs: Pairs, profile: LevelProfile) -> Ten
     args = tuple(arg[pairs.run] for arg in problem.loss_args)
     chord = SublevelSet(problem.loss_fn, args, len(rows), 256).losses(ends, 256, rows)[:, 0]
     start, end = pairs.losses[:, :1], pairs.losses[:, -1:]
-    room = start + TOLERANCE[chord.dtype] - chord
+    room = start + allowance(start) - chord
     fall = start - profile(torch.linspace(0, 1, 257).expand_as(chord))
     alpha = torch.where(fall > 0, room / fall, room.sign() * torch.inf)
-    return alpha.where(chord > end + TOLERANCE[chord.dtype], torch.inf).amin(1).clamp_min(0)
+    return alpha.where(chord > end + allowance(end), torch.inf).amin(1).clamp_min(0)
 
 
 def solve(problem: Problem, pairs: Pairs, stages: list[str]) -> list[dict]:
