@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import tempfile
@@ -21,6 +22,9 @@ from typing import Any
 from learned_opt.errors import LearnedOptError
 from learned_opt.interrupts import children_spared
 
+# Bytes that the path of a socket may have on every system: 108 on Linux, 104 on macOS, less one.
+SOCKET_PATH = 103
+LISTENER = "/pymp-12345678/listener-12345678"  # what multiprocessing appends to the folder
 GRACE = 2.0  # seconds that a job past its limit has to say where it was and to end by itself
 
 
@@ -146,6 +150,7 @@ class Workers:
 def _start_server() -> None:
     """Python puts the working folder first on the path of a fork server: a learned_opt/ there, a
     clone perhaps, must not take the place of what is installed."""
+    _make_socket_folder()
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -156,6 +161,24 @@ def _start_server() -> None:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
+
+
+def _make_socket_folder() -> None:
+    """The fork server listens on a socket in the temporary folder, or in /tmp where the name of
+    that is longer than a socket's may be. multiprocessing keeps the folder, and removes it."""
+    before, usual = tempfile.tempdir, tempfile.gettempdir()
+    if len(os.fsencode(usual + LISTENER)) <= SOCKET_PATH:
+        return
+    tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    except OSError as error:
+        raise LearnedOptError(
+            f"TMPDIR={usual!r} is too long for a socket, and /tmp cannot be used ({error}); set "
+            f"TMPDIR to a folder of at most {SOCKET_PATH - len(LISTENER)} characters"
+        ) from error
+    finally:
+        tempfile.tempdir = before
 
 
 def _end(worker: _Worker) -> None:

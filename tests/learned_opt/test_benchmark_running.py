@@ -226,6 +226,17 @@ def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Pat
     assert not json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"]
 
 
+def test_a_temporary_folder_with_a_long_name_does(tmp_path: Path, monkeypatch) -> None:
+    """What the workers listen on has a name of some hundred bytes at most."""
+    temporary = tmp_path / ("long" * 30)
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = command(tmp_path, CONFIG)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not list(temporary.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_it_with_its_workers(
     bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
