@@ -1,7 +1,7 @@
-"""A task: something to optimise, as pure functions of a flat parameter vector.
+"""The interface of tasks: a loss and its data as pure functions of a flat parameter vector.
 
-`theta` is (*tasks, d): no leading dimension for one task, one for a batch of tasks of one shape.
-Everything random is keyed, so that a minibatch can be made again anywhere from (seed, step).
+`theta` is (d,) for a single task, and (tasks, d) for a batch of tasks of one shape; both are
+written (*tasks, d). Everything random is keyed, so a minibatch is determined by (seed, step).
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ T = TypeVar("T")
 
 
 def generator(*key: object) -> torch.Generator:
-    """An independent random stream for `key`: the same key gives the same numbers everywhere."""
+    """Returns an independent random stream for `key`, which gives the same numbers everywhere."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def seed_of(*key: object) -> int:
-    """A seed for `Task.init` and `Task.batch` from a key."""
+    """Returns a seed for `Task.init` and `Task.batch` from a key."""
     return generator(*key).initial_seed()
 
 
 def uniform(rng: torch.Generator, low: float, high: float, size: tuple[int, ...] = ()) -> Tensor:
-    """U(low, high), of shape `size`."""
+    """Returns samples of U(low, high), of shape `size`."""
     return low + (high - low) * torch.rand(size, generator=rng)
 
 
 def log_uniform(rng: torch.Generator, low: int, high: int) -> int:
-    """An integer whose logarithm is uniform between those of low and high."""
+    """Returns a random integer whose logarithm is uniform between those of low and high."""
     low, high = torch.tensor((low, high)).float().log().tolist()
     return round(float(uniform(rng, low, high).exp()))
 
 
 def choice(rng: torch.Generator, options: Sequence[T]) -> T:
-    """One of `options`, uniformly."""
+    """Returns one of `options`, chosen uniformly."""
     return options[int(torch.randint(len(options), (), generator=rng))]
 
 
 class Task(ABC):
-    """F(theta; batch) for one task, or for `num_tasks` tasks of one shape evaluated together.
+    """A loss F(theta; batch) of one task, or of `num_tasks` tasks of one shape together.
 
     Attributes:
-        name: what tables call it.
-        shapes: the tensors' shapes, in the order in which theta concatenates them.
+        name: the name in tables.
+        shapes: the shapes of the tensors, in the order in which theta concatenates them.
         num_tasks: the leading dimension of theta, or None for a single task without one.
-        chance: the loss of a guess that ignores the inputs, a number or (*tasks,): all classes
-            equally likely, zero for standardised targets, θ = 0 of a quadratic.
+        chance: the loss of a guess that ignores the inputs, a number or (*tasks,). The guess gives
+            all classes equal probability, predicts zero for standardized targets, or is θ = 0 for a
+            quadratic.
     """
 
     name: str
@@ -74,33 +75,35 @@ class Task(ABC):
         return () if self.num_tasks is None else (self.num_tasks,)
 
     def unflatten(self, theta: Tensor) -> list[Tensor]:
-        """(*tasks, d) -> views of shapes (*tasks, *shape)."""
+        """Returns views of theta (*tasks, d) as tensors of shapes (*tasks, *shape)."""
         parts = theta.split([math.prod(s) for s in self.shapes], dim=-1)
         return [p.view(*theta.shape[:-1], *s) for p, s in zip(parts, self.shapes, strict=True)]
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:
-        """Initial theta, (*tasks, d)."""
+        """Returns the initial theta of a seed, (*tasks, d)."""
 
     @abstractmethod
     def batch(self, seed: int, step: int) -> Batch:
-        """The training minibatch of this (seed, step)."""
+        """Returns the training minibatch of this (seed, step)."""
 
     @abstractmethod
     def loss(self, theta: Tensor | Sequence[Tensor], batch: Batch) -> Tensor:
-        """Mean loss over the batch, (*tasks,); theta flat or as a list of `shapes`."""
+        """Returns the mean loss over the batch, (*tasks,); theta is flat or a list of tensors."""
 
     @abstractmethod
     def fixed_batch(self, size: int | None = None) -> Batch:
-        """`size` training examples (None: all), always the same: makes F deterministic."""
+        """Returns `size` training examples (None for all), always the same ones."""
 
     @abstractmethod
     def evaluate(self, theta: Tensor) -> dict[str, Tensor]:
-        """train_loss on all training data, test_loss and test_accuracy (NaN where there are no
-        classes); each (*tasks,)."""
+        """Returns train_loss, test_loss and test_accuracy on all data, each (*tasks,).
+
+        The accuracy is NaN if there are no classes.
+        """
 
     def trainee(self, seed: int) -> Trainee:
-        """A single task from its init of `seed`, ready to be trained."""
+        """Returns a single task with the initial parameters of `seed`, ready to be trained."""
         params = [p.clone().requires_grad_() for p in self.unflatten(self.init(seed))]
 
         def evaluate(_: bool = False) -> dict[str, float]:
@@ -112,9 +115,10 @@ class Task(ABC):
         )
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """F, (*tasks,), and its gradient, (*tasks, d). Tasks do not mix: F_i sees theta_i only.
+        """Returns F, (*tasks,), and its gradient, (*tasks, d). F_i depends on theta_i only.
 
-        With theta (particles, *tasks, d) both have that dimension too: one batch serves all.
+        If theta is (particles, *tasks, d), both results have that dimension too, and all particles
+        use the same batch.
         """
         many = theta.dim() > len(self.lead) + 1
         losses = torch.func.vmap(self.loss, in_dims=(0, None)) if many else self.loss

@@ -1,4 +1,4 @@
-"""Convolutional networks on labelled images, with and without normalisation layers."""
+"""Convolutional networks on labelled images, with and without normalization layers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from learned_opt.tasks.module import ACTIVATION_MODULES, ModuleTask
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
 
-GROUP = 4  # channels of a group at least: that many still have statistics of their own
+GROUP = 4  # the least number of channels of a group, so that its statistics are meaningful
 
 NORMS = {
     "none": lambda channels: nn.Identity(),
-    # statistics of the batch always: a module that keeps averages is no pure function of θ
+    # Always use the statistics of the batch: a module with running averages is not a pure
+    # function of θ.
     "batch": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
     "group": lambda channels: nn.GroupNorm(math.gcd(channels, max(1, channels // GROUP)), channels),
     "layer": lambda channels: nn.GroupNorm(1, channels),
@@ -35,11 +36,12 @@ NORMS = {
 
 @dataclass(frozen=True)
 class ConvOptions:
-    """What a conv net has besides the settings of TaskConfig.
+    """The settings that only convolutional networks have.
 
     Attributes:
-        norm: after each convolution: none, batch, group (of at least four channels) or layer.
-            Batch normalisation uses the statistics of what it is given, in evaluations too.
+        norm: The normalization after each convolution: none, batch, group (of at least four
+            channels) or layer. Batch normalization uses the statistics of its batch, in evaluations
+            too.
     """
 
     norm: str = "none"
@@ -52,7 +54,7 @@ class ConvOptions:
 
 @register("conv")
 class ConvTask(ModuleTask):
-    """Cross-entropy of 3×3 convolutions of stride 2 to `hidden` channels, and a linear layer."""
+    """Classifies by 3×3 convolutions of stride 2 with `hidden` channels and a linear layer."""
 
     Options = ConvOptions
 
@@ -64,12 +66,12 @@ class ConvTask(ModuleTask):
         if not config.hidden or len(data.image_shape) not in (2, 3):
             raise ConfigError(
                 f"kind {config.kind!r} needs at least one width in hidden={config.hidden}, and "
-                f"images (height, width) or (height, width, channels); {data.name} has "
-                f"{data.image_shape}"
+                f"images (height, width) or (height, width, channels), but those of {data.name} "
+                f"are {data.image_shape}"
             )
         height, width, channels = (*data.image_shape, 1)[:3]
         image = (channels, height, width)
-        train_x, test_x = (  # flattened on the way: vmap refuses strides of channels-last images
+        train_x, test_x = (  # flattened and unflattened: vmap refuses channels-last strides
             draw.share(x.unflatten(1, (height, width, channels)).movedim(-1, 1).flatten(1))
             for x in (data.train_x, data.test_x)
         )
@@ -91,7 +93,7 @@ class ConvTask(ModuleTask):
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        """As many channels as an MLP has units would cost far more: half of that."""
+        """Returns a random config with half as many channels as an MLP has units, to save time."""
         low, high = (max(1, width // 2) for width in family.width)
         return TaskConfig(
             kind=cls.kind,
@@ -104,7 +106,7 @@ class ConvTask(ModuleTask):
 
 
 class Block(nn.Module):
-    """φ(f(x) + shortcut(x)), f two 3×3 convolutions, each normalised (He et al. 2016)."""
+    """A residual block φ(f(x) + shortcut(x)); f is two normalized 3×3 convolutions (He 2016)."""
 
     def __init__(self, i: int, o: int, stride: int, norm: str, activation: str) -> None:
         super().__init__()
@@ -121,8 +123,11 @@ class Block(nn.Module):
 
 @register("resnet")
 class ResNetTask(ConvTask):
-    """Residual network: a 3×3 convolution, a block for each width in `hidden` (stride 2 but for
-    the first), the mean over positions, a linear layer. Three widths are ResNet-8."""
+    """Classifies by a residual network.
+
+    It has a 3×3 convolution, a block for each width in `hidden` (with stride 2 except the first),
+    the mean over positions, and a linear layer. Three widths give ResNet-8.
+    """
 
     @staticmethod
     def network(config: TaskConfig, image: tuple[int, int, int], classes: int) -> nn.Module:
@@ -138,7 +143,7 @@ class ResNetTask(ConvTask):
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        """Two blocks of which the second has twice the channels."""
+        """Returns a random config of two blocks, the second with twice the channels."""
         width = log_uniform(rng, *(max(1, width // 4) for width in family.width))
         return TaskConfig(
             kind=cls.kind,

@@ -1,7 +1,7 @@
-"""Images to classify: scikit-learn's digits, the MNIST family, or anyone's `.npz` files.
+"""Loads images to classify: scikit-learn's digits, the MNIST family, or a user's `.npz` files.
 
-Nothing is downloaded here (download.py does). The files of the MNIST family are read as torchvision
-lays them out, and torchvision itself is not needed.
+Nothing is downloaded here; download.py does that. The files of the MNIST family have torchvision's
+layout, but torchvision is not needed to read them.
 """
 
 import gzip
@@ -21,7 +21,7 @@ import torch
 from geodesic.files import user_path
 from learned_opt.errors import DataError
 
-# One idx layout under four folder names; the keys are ours, the values torchvision's classes.
+# Our names of the MNIST family, and torchvision's names of the classes and folders.
 IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 IDX_FILES = {
     (split, kind): f"{prefix}-{kind}-{layout}-ubyte"
@@ -29,16 +29,16 @@ IDX_FILES = {
     for kind, layout in (("images", "idx3"), ("labels", "idx1"))
 }
 
-_CHANNELS = (1, 3, 4)  # of an image: grey, colour, and colour with transparency
-_GZIP = b"\x1f\x8b"  # what its files begin with
+_CHANNELS = (1, 3, 4)  # numbers of channels: grey, colour, and colour with transparency
+_GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 
-_DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 are left to test on
+_DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 remain to test on
 _DIGITS_SPLIT_SEED = 0
 
-# What gzip, zipfile and numpy raise on files that are cut, altered or of another kind. A damaged
-# header may claim more numbers than there is memory for, or a way of compression that there is not
-# (NotImplementedError, a RuntimeError). The last two: an array in .npy form is no archive to enter
-# (Python 3.10 says AttributeError, later ones TypeError).
+# The errors of gzip, zipfile and numpy for files that are truncated, altered or of another kind. A
+# damaged header may ask for more memory than there is, or for an unknown compression
+# (NotImplementedError, which is a RuntimeError). The last two come from opening a .npy file as an
+# archive (AttributeError in Python 3.10, TypeError later).
 DAMAGED = (
     OSError,
     EOFError,
@@ -57,21 +57,21 @@ DAMAGED = (
 
 @dataclass(frozen=True)
 class ImageData:
-    """A train and a test set of labelled images.
+    """A training set and a test set of labelled images.
 
-    Pixels are standardised by one scalar mean and one scalar standard deviation, those of all
-    pixels of the training set: the test set is shifted and scaled by the same two numbers, and
-    channels keep their relative brightness.
+    Pixels are standardized by the mean and the standard deviation of all pixels of the training
+    set, two scalars. The same two numbers standardize the test set, and channels keep their
+    relative brightness.
 
     Attributes:
-        name: what it was loaded as.
-        train_x: (n, pixels) float32; an image is flattened in its file's order, see `image_shape`.
+        name: the name by which the set was loaded.
+        train_x: (n, pixels) float32; images are flattened in the order of the file.
         train_y: (n,) int64 in [0, num_classes); every class occurs.
         test_x: (m, pixels) float32.
         test_y: (m,) int64 in [0, num_classes).
-        num_classes: one more than the largest training label.
-        image_shape: a row of `train_x` before flattening: (height, width), or
-            (height, width, channels) where the file has channels last.
+        num_classes: the largest training label plus one.
+        image_shape: the shape of an image before flattening, (height, width) or
+            (height, width, channels).
     """
 
     name: str
@@ -84,15 +84,15 @@ class ImageData:
 
 
 def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
-    """Load a data set by name; a second call gives the same tensors, so do not write to them.
+    """Returns a data set by name. Results are cached and shared, so do not write to their tensors.
 
     Args:
         name: "digits" (bundled with scikit-learn, 1437 train and 360 test images of 8 x 8);
             "mnist", "fashion-mnist" or "kmnist" (`MNIST/raw/train-images-idx3-ubyte` and its three
             companions under `data_root`, each plain or `.gz`); or a folder under `data_root`, or
-            an absolute path, that holds `train.npz` and `test.npz` with `images` (n, ...) uint8
-            and `labels` (n,) integers; channels of an image are its last dimension.
-        data_root: the folder of data sets; defaults to `$LEARNED_OPT_DATA`. "digits" needs none.
+            an absolute path, with `train.npz` and `test.npz`. These contain `images` (n, ...)
+            uint8, with channels last, and `labels` (n,) integers.
+        data_root: the folder of data sets; the default is `$LEARNED_OPT_DATA`. "digits" needs none.
 
     Raises:
         DataError: a file is missing, damaged or of another layout; the message names it.
@@ -103,22 +103,26 @@ def load_images(name: str, data_root: str | Path | None = None) -> ImageData:
 
 
 def find_data(name: str, data_root: str | Path | None = None) -> Path:
-    """`name` under `data_root` or $LEARNED_OPT_DATA, where it is not absolute itself."""
+    """Returns `name` if it is an absolute path, else `name` under `data_root` or $LEARNED_OPT_DATA.
+
+    Raises:
+        DataError: `name` is not absolute, and neither a folder nor the variable is given.
+    """
     path = user_path(name, "data", DataError)
     if path.is_absolute():
         return path
     root = os.environ.get("LEARNED_OPT_DATA") if data_root is None else data_root
     if not root:
         raise DataError(
-            f"data set {name!r} is read from a folder, and none is given: pass data_root, or "
-            "set LEARNED_OPT_DATA to the folder that holds your data sets (only 'digits' and "
-            "'markov' need neither)"
+            f"data set {name!r} is read from a folder, but none is given; pass data_root, or set "
+            "LEARNED_OPT_DATA to the folder of your data sets (only 'digits' and 'markov' need "
+            "neither)"
         )
     folder = user_path(root, "data_root", DataError) / path
     return user_path(folder, "data", DataError).absolute()
 
 
-# Four: a benchmark goes back and forth between a few sets, each 0.2 GB or so once float32.
+# A benchmark alternates between a few sets, each of about 0.2 GB as float32.
 @lru_cache(maxsize=4)
 def _load(name: str, folder: Path | None) -> ImageData:
     if folder is None:
@@ -131,19 +135,19 @@ def _load(name: str, folder: Path | None) -> ImageData:
     if train_images.shape[1:] != test_images.shape[1:]:
         raise DataError(
             f"{name!r} in {folder}: training images are {train_images.shape[1:]} and test images "
-            f"{test_images.shape[1:]}; both splits must have one shape"
+            f"{test_images.shape[1:]}; give both splits one shape"
         )
     classes = np.unique(train_labels)
     num_classes = len(classes)
     if classes[0] != 0 or classes[-1] != num_classes - 1:
         raise DataError(
-            f"{name!r} in {folder}: training labels must be 0, 1, ... without a gap, and they are "
+            f"{name!r} in {folder}: training labels must be 0, 1, ... without a gap, but they are "
             f"{num_classes} values from {classes[0]} to {classes[-1]}; renumber them"
         )
     if test_labels.min() < 0 or test_labels.max() >= num_classes:
         raise DataError(
-            f"{name!r} in {folder}: test labels run from {test_labels.min()} to "
-            f"{test_labels.max()}, training labels from 0 to {num_classes - 1}"
+            f"{name!r} in {folder}: test labels are from {test_labels.min()} to "
+            f"{test_labels.max()}, but training labels from 0 to {num_classes - 1}; renumber them"
         )
     standardised = _standardised_levels(name, train_images)
     return ImageData(
@@ -158,17 +162,17 @@ def _load(name: str, folder: Path | None) -> ImageData:
 
 
 def _standardised_levels(name: str, images: np.ndarray) -> np.ndarray:
-    """(x - mean) / std of each uint8 grey level x, (256,) float32.
+    """Returns (x - mean) / std of each uint8 grey level x, (256,) float32.
 
-    Mean and standard deviation come from the histogram of `images`: exact integer counts, so the
-    result is the same to the bit whatever the number of threads, and no float copy is made.
+    Mean and standard deviation are computed from the histogram of `images`. Its integer counts are
+    exact, so the result does not depend on the number of threads, and no float copy is made.
     """
     counts = sum(np.bincount(image.ravel(), minlength=256) for image in images)
     levels = np.arange(256)
     mean = counts @ levels / counts.sum()
     std = math.sqrt(counts @ (levels - mean) ** 2 / counts.sum())
     if std == 0:
-        raise DataError(f"{name!r}: every pixel of the training set is {mean:g}; nothing to learn")
+        raise DataError(f"{name!r}: every pixel of the training set is {mean:g}; use other images")
     return ((levels - mean) / std).astype(np.float32)
 
 
@@ -176,10 +180,10 @@ _Split = tuple[np.ndarray, np.ndarray]  # images (n, ...) uint8, labels (n,) int
 
 
 def _read_digits() -> tuple[_Split, _Split]:
-    from sklearn.datasets import load_digits  # here: a second of import that only digits needs
+    from sklearn.datasets import load_digits  # local, because importing it takes a second
 
     bunch = load_digits()
-    images = bunch.images.astype(np.uint8)  # grey levels 0 to 16, whole numbers stored as floats
+    images = bunch.images.astype(np.uint8)  # grey levels from 0 to 16, stored as floats
     order = np.random.default_rng(_DIGITS_SPLIT_SEED).permutation(len(images))
     train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
     return (images[train], bunch.target[train]), (images[test], bunch.target[test])
@@ -191,8 +195,8 @@ def _read_npz_folder(folder: Path) -> tuple[_Split, _Split]:
     if missing:
         raise DataError(
             f"missing {', '.join(missing)}; write each with numpy.savez(path, images=images, "
-            "labels=labels): images (n, ...) uint8, labels (n,) integers from 0. Names that need "
-            f"no .npz files: 'digits', {', '.join(map(repr, IDX_FOLDERS))}"
+            "labels=labels), with images (n, ...) uint8 and labels (n,) integers from 0. These "
+            f"names need no .npz files: 'digits', {', '.join(map(repr, IDX_FOLDERS))}"
         )
     return _read_npz(paths["train"]), _read_npz(paths["test"])
 
@@ -203,7 +207,8 @@ def _read_npz(path: Path) -> _Split:
             images, labels = archive["images"], archive["labels"]
     except DAMAGED as error:
         raise DataError(
-            f"{path} is not a whole .npz file with arrays 'images' and 'labels': {error}"
+            f"{path} is not a complete .npz file with arrays 'images' and 'labels': {error}; write "
+            "it again with numpy.savez"
         ) from error
     if images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
@@ -214,14 +219,14 @@ def _read_npz(path: Path) -> _Split:
 
 
 def _conversion(images: np.ndarray, labels: np.ndarray) -> str:
-    """What makes these images uint8, or else these labels integers, and loses nothing."""
+    """Returns how to convert the images to uint8, or the labels to integers, without loss."""
     if images.dtype == np.uint8:
         return "labels with labels.astype(int), if they are whole numbers"
     if not images.size or not np.issubdtype(images.dtype, np.number) or np.iscomplexobj(images):
         return "images to grey levels from 0 to 255"
     low, high = images.min(), images.max()
     if low >= 0 and high <= 1:
-        return "images with (255 * images).round().astype(numpy.uint8): they are from 0 to 1"
+        return "images with (255 * images).round().astype(numpy.uint8), as they are from 0 to 1"
     if low >= 0 and high <= 255:
         return "images with images.round().astype(numpy.uint8)"
     return (
@@ -256,10 +261,11 @@ def _read_idx_folder(folder: Path) -> tuple[_Split, _Split]:
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An array of `ndim` dimensions, uint8, from an idx file.
+    """Returns the uint8 array of `ndim` dimensions in an idx file.
 
-    The layout (LeCun's MNIST page): big-endian int32 magic 0x0000TTDD, TT = 08 for unsigned bytes
-    and DD the number of dimensions; then the DD sizes as big-endian int32; then the bytes.
+    The file begins with a big-endian int32 magic 0x0000TTDD, with TT = 08 for unsigned bytes and DD
+    the number of dimensions. Then come the DD sizes as big-endian int32, and then the bytes. This
+    is the layout of LeCun's MNIST page.
     """
     magic = bytes([0, 0, 8, ndim])
     try:
@@ -273,14 +279,14 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
         raise DataError(f"{path} is compressed with gzip; rename it to {path.name}.gz")
     if content[:4] != magic:
         raise DataError(
-            f"{path} begins with {content[:4].hex() or 'nothing'}, where an idx file of "
+            f"{path} begins with {content[:4].hex() or 'nothing'}, but an idx file of "
             f"{ndim}-dimensional bytes begins with {magic.hex()}; get it again"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header_bytes, 4)]
     if len(content) - header_bytes != math.prod(shape):
         raise DataError(
-            f"{path} has {len(content)} bytes, and its header promises {header_bytes} and "
-            f"{' x '.join(map(str, shape))}: it is cut short or damaged; get it again"
+            f"{path} has {len(content)} bytes, but its header promises {header_bytes} and "
+            f"{' x '.join(map(str, shape))}, so it is truncated or damaged; get it again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header_bytes).reshape(shape)
 
@@ -294,7 +300,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 def _checked(images: np.ndarray, labels: np.ndarray, where: str) -> _Split:
     if labels.ndim != 1 or images.ndim < 2 or len(images) != len(labels) or images.size == 0:
         raise DataError(
-            f"{where}: images must be (n, ...) and labels (n,) with one n > 0, got "
+            f"{where}: images must be (n, ...) and labels (n,) with the same n > 0, got "
             f"{images.shape} and {labels.shape}"
         )
     if images.ndim == 4 and images.shape[1] in _CHANNELS and images.shape[3] not in _CHANNELS:

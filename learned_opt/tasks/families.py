@@ -1,4 +1,4 @@
-"""Families of tasks: distributions from which meta-training draws."""
+"""Families of tasks: the distributions from which meta-training draws."""
 
 from __future__ import annotations
 
@@ -16,39 +16,44 @@ from learned_opt.tasks.kinds import ACTIVATIONS, KINDS, Draw, TaskConfig, check_
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """Random tasks, by default MLPs on one image set; a draw is `num_tasks` tasks of one shape.
+    """A distribution of tasks, by default MLPs on one image set.
 
-    Sizes, batches and init scales are those of MLPs; what other kinds make of them, their classes
-    say. Input maps, input scales and noise are for MLPs only.
+    A draw is `num_tasks` tasks of one shape. Sizes, batch sizes and init scales are given for MLPs,
+    and the classes of other kinds document how they use them. Input maps, input scales and input
+    noise are for MLPs only.
 
     Attributes:
-        data: the image set, see TaskConfig.
-        num_tasks: tasks per draw; they differ in init, input map and what labels are called.
-        hidden_layers: least and most hidden layers.
-        width: least and most units of a hidden layer, log-uniform.
-        activations: one of these, uniformly.
-        batch_sizes: one of these, uniformly.
-        input_sizes: to one of these sizes a random linear map takes the images, scaled to keep
-            the pixels' mean square.
-        projection_probability: share of draws with such a map.
-        log10_init_scale: initial weights are multiplied by 10^U(low, high).
-        log10_input_scale: inputs are multiplied by 10^U(low, high), one number a task: curvature
-            goes with its square and with the number of inputs, so that large scales stand in for
-            inputs wider than can be trained on.
-        input_noise: every minibatch's inputs get fresh Gaussian noise of a standard deviation
-            U(low, high) (the data's is 1): no network can learn such tasks by heart, so gradients
-            stay noisy as they do on data sets larger than digits.
-        noise_probability: share of draws with such noise.
-        kinds: of task, and how often each is drawn, as weights; see TaskConfig.
-        text: of language models, see TaskConfig; "markov" is another chain in each draw.
-        train_sizes: train on the first so many examples, one of these; by default on all.
-        log10_reparametrization: the optimizer sees θ/s, s = 10^U(low, high).
-        reparametrize: one s for each "tensor" or each "task".
-        equalize_gradients: multiply each task's loss so that the initial gradients of a draw have
-            one norm. For rules that see unnormalised gradients, and for losses of several tasks
-            that are summed unweighted; geodesic_rnn divides the scale out by itself.
-        task: every draw is of this task, in place of random ones: what is left to chance are
-            inits, minibatches and what the task's kind draws, as W and y of quadratics.
+        data: The image set, see TaskConfig.
+        num_tasks: The number of tasks in a draw. They differ in their initial weights, their input
+            maps and the numbers of their classes.
+        hidden_layers: The least and the largest number of hidden layers.
+        width: The least and the largest number of units of a hidden layer, drawn log-uniformly.
+        activations: The activations, from which one is drawn.
+        batch_sizes: The batch sizes, from which one is drawn.
+        input_sizes: The sizes, from which one is drawn, to which a random linear map takes the
+            images. The map keeps the mean square of the pixels.
+        projection_probability: The share of draws that have such a map.
+        log10_init_scale: The bounds of u; the initial weights are multiplied by 10^u, with u
+            uniform.
+        log10_input_scale: The bounds of u; the inputs of each task are multiplied by 10^u, with u
+            uniform. Curvature grows with the square of the scale and with the number of inputs, so
+            large scales substitute for inputs that are too wide to train on.
+        input_noise: The bounds of the standard deviation of the Gaussian noise that is added to the
+            inputs of every minibatch (the data's is 1). No network can memorize such a task, so
+            gradients stay noisy, as on data sets larger than digits.
+        noise_probability: The share of draws that have such noise.
+        kinds: The kinds of task with their relative frequencies, see TaskConfig.
+        text: The text of language models, see TaskConfig. For "markov" each draw has its own chain.
+        train_sizes: The numbers of training examples, from which one is drawn, counted from the
+            first example. By default all examples are used.
+        log10_reparametrization: The bounds of u; the optimizer is given θ/s with s = 10^u, u
+            uniform.
+        reparametrize: Whether s is drawn for each "tensor" or for each "task".
+        equalize_gradients: Whether the losses are scaled so that the initial gradients of a draw
+            have one norm. Use it for rules whose inputs are unnormalized gradients, and if the
+            losses of several tasks are summed without weights. geodesic_rnn does not need it.
+        task: A task to use in every draw instead of random ones. Only initial weights, minibatches
+            and what its kind draws (such as W and y of quadratics) are then random.
     """
 
     data: str = "digits"
@@ -83,9 +88,9 @@ class FamilyConfig:
         ):
             low, high = getattr(self, name)
             if low > high:
-                raise ConfigError(f"{name}=({low}, {high}): give the lower bound first")
+                raise ConfigError(f"{name} is ({low}, {high}); give the lower bound first")
         if unknown := set(self.activations) - set(ACTIVATIONS):
-            raise ConfigError(f"activations={sorted(unknown)}; use some of {list(ACTIVATIONS)}")
+            raise ConfigError(f"activations has {sorted(unknown)}; use some of {list(ACTIVATIONS)}")
         sizes = {
             "num_tasks": (self.num_tasks,),
             "width": self.width,
@@ -99,16 +104,18 @@ class FamilyConfig:
         if self.hidden_layers[0] < 0 or self.input_noise[0] < 0 or not self.activations:
             raise ConfigError(
                 f"hidden_layers={self.hidden_layers} and input_noise={self.input_noise} must not "
-                f"be negative, activations={self.activations} not be empty"
+                f"be negative, and activations={self.activations} must not be empty"
             )
         for name in ("projection_probability", "noise_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 0 to 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}; use a number from 0 to 1")
         for kind in self.kinds:
             check_kind(kind, "kinds")
         weights = self.kinds.values()
         if not all(w >= 0 for w in weights) or not any(weights):
-            raise ConfigError(f"kinds={self.kinds}: weights must be at least 0, and one above it")
+            raise ConfigError(
+                f"kinds={self.kinds} must have weights of at least 0, and one above 0"
+            )
         if self.reparametrize not in ("tensor", "task"):
             raise ConfigError(f"reparametrize is {self.reparametrize!r}; use 'tensor' or 'task'")
 
@@ -119,7 +126,7 @@ def sample_tasks(
     data_root: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Task:
-    """The tasks of `key`: the same key gives the same tasks, on any machine."""
+    """Returns the tasks of a draw. The same `key` gives the same tasks on any machine."""
     rng = generator("family", *key)
     if family.task is not None:
         draw = Draw(family.num_tasks, rng, device=device)
@@ -138,7 +145,7 @@ def sample_tasks(
 
 
 def _kind(family: FamilyConfig, key: tuple[object, ...]) -> str:
-    """Of the draw `key`: each kind as often as its weight says."""
+    """Returns the kind of the draw `key`; kinds are drawn with their relative frequencies."""
     names, weights = zip(*sorted(family.kinds.items()), strict=True)
     rng = generator("kind", *key)
     return names[int(torch.multinomial(torch.tensor(weights).double(), 1, generator=rng))]

@@ -1,4 +1,4 @@
-"""Kinds of tasks by name, and the config that describes one of them."""
+"""The registry of kinds of tasks, and the config that describes a task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound=type[Task])
 W = TypeVar("W", bound="type[Workload]")
 KINDS: dict[str, type[Task]] = {}
-WORKLOADS: dict[str, type[Workload]] = {}  # to be benchmarked on only
+WORKLOADS: dict[str, type[Workload]] = {}  # kinds for benchmarks only
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -31,14 +31,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def register(name: str) -> Callable[[K], K]:
-    """Class decorator: configs find the kind of task under `name`.
+    """Class decorator that lets configs refer to a kind of task by `name`.
 
-    The class is a `Task` with
+    The class is a `Task` with these attributes:
 
         Options                                   a dataclass of the kind's own settings
-        unused                                    fields of TaskConfig that mean nothing to it
-        make(config, data_root, draw) -> Task     class method: the tasks that `config` describes
-        sample(family, rng, data_root, device)    class method: tasks of a random draw
+        unused                                    the fields of TaskConfig that it does not use
+        make(config, data_root, draw) -> Task     class method: returns the tasks of `config`
+        sample(family, rng, data_root, device)    class method: returns random tasks of a family
     """
 
     def add(kind: K) -> K:
@@ -49,9 +49,9 @@ def register(name: str) -> Callable[[K], K]:
 
 
 def register_workload(name: str) -> Callable[[W], W]:
-    """Class decorator, of a `Workload` (workloads/base.py): benchmarks find the kind under `name`.
+    """Class decorator that lets benchmarks refer to a kind of `Workload` by `name`.
 
-    Its class has `Options`, `unused` and `make` as those of `register`.
+    The class has `Options`, `unused` and `make`, as for `register`.
     """
 
     def add(kind: W) -> W:
@@ -62,56 +62,62 @@ def register_workload(name: str) -> Callable[[W], W]:
 
 
 def kind_class(name: str) -> type[Task] | type[Workload]:
-    """The class that configs call `name`; ConfigError where there is none."""
+    """Returns the class of the kind `name`.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
     if name in WORKLOADS:
         return WORKLOADS[name]
     if name not in KINDS:
         known = [*KINDS, *WORKLOADS]
         raise ConfigError(
-            f"kind has {name!r}, which is no kind of task; use one of {known}"
+            f"kind is {name!r}, which is not a kind of task; use one of {known}"
             f"{did_you_mean(name, known)}"
         )
     return KINDS[name]
 
 
 def check_kind(name: str, argument: str) -> None:
-    """That a family can draw tasks of this kind."""
+    """Raises ConfigError, naming `argument`, if a family cannot draw tasks of the kind `name`."""
     if name in WORKLOADS:
         raise ConfigError(
-            f"{argument} has {name!r}, which is made one at a time, to be benchmarked on; "
-            f"use {list(KINDS)}"
+            f"{argument} has {name!r}, which is a kind for benchmarks only; use some of "
+            f"{list(KINDS)}"
         )
     if name not in KINDS:
         raise ConfigError(
-            f"{argument} has {name!r}, which is no kind of task; use {list(KINDS)}"
+            f"{argument} has {name!r}, which is not a kind of task; use some of {list(KINDS)}"
             f"{did_you_mean(name, KINDS)}"
         )
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of kinds that have no settings of their own."""
+    """The options of kinds that have no settings of their own."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A task: an MLP on an image set, or any other kind.
+    """Describes a task: an MLP on an image set, or another kind.
 
     Attributes:
-        name: what tables call it; by default the data, the widths and the activation.
-        data: images: "digits", "mnist", or a folder of train.npz and test.npz under data_root.
-            Text: "markov", or a text file under data_root such as ptb/ptb.valid.txt.
-        hidden: widths of the hidden layers, channels of a conv net; () is logistic regression.
-        activation: relu, tanh, sigmoid or gelu.
-        batch_size: examples per minibatch.
-        init: "torch" (nn.Linear's U(±1/sqrt(fan_in)), biases too) or "normal" (N(0, .01²),
-            as in Andrychowicz et al. 2016; MLPs only).
-        init_scale: multiplies the initial weights, though not biases and other vectors.
-        train_size: train on the first so many examples only; None is all.
-        test_size: test on the first so many only; None is all.
-        kind: mlp, conv, resnet, autoencoder, logistic, gru, lstm, transformer, diabetes, quadratic
-            or matrix_factorization.
-        options: what only this kind has, see `Options` of its class.
+        name: The name in tables. The default consists of the data, the widths and the activation.
+        data: An image set: "digits", "mnist", or a folder with train.npz and test.npz under
+            data_root. Or a text: "markov", or a text file under data_root such as
+            ptb/ptb.valid.txt.
+        hidden: The widths of the hidden layers, or the channels of a convolutional network. () is
+            logistic regression.
+        activation: One of relu, tanh, sigmoid and gelu.
+        batch_size: The number of examples in a minibatch.
+        init: The distribution of the initial weights: "torch" is nn.Linear's U(±1/sqrt(fan_in)),
+            also for biases; "normal" is N(0, .01²) as in Andrychowicz et al. 2016, for MLPs only.
+        init_scale: A factor of the initial weights, but not of biases and other vectors.
+        train_size: The number of training examples, counted from the first; null for all.
+        test_size: The number of test examples, counted from the first; null for all.
+        kind: One of mlp, conv, resnet, autoencoder, logistic, gru, lstm, transformer, diabetes,
+            quadratic and matrix_factorization.
+        options: The settings that only this kind has, see `Options` of its class.
     """
 
     name: str = ""
@@ -145,36 +151,37 @@ class TaskConfig:
         known = [f.name for f in fields(kind.Options)]
         if unknown := set(self.options) - set(known):
             raise ConfigError(
-                f"options={sorted(unknown)} mean nothing to kind {self.kind!r}; it has {known}"
-                f"{did_you_mean(min(unknown), known)}"
+                f"options={sorted(unknown)} are not options of kind {self.kind!r}; use some of "
+                f"{known}{did_you_mean(min(unknown), known)}"
             )
         try:
             own = kind.Options(**self.options)
             if any(f.type == "int" and type(getattr(own, f.name)) is not int for f in fields(own)):
                 raise TypeError("some must be whole numbers")
-        except TypeError as error:  # a comparison, of text with numbers say
+        except TypeError as error:  # for example from comparing text with numbers
             raise ConfigError(
-                f"options={self.options} of kind {self.kind!r} are not of the right types ({error})"
+                f"options={self.options} of kind {self.kind!r} have wrong types ({error}); see its "
+                "Options"
             ) from error
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in kind.unused and value != setting.default:
                 raise ConfigError(
-                    f"{setting.name}={value!r} means nothing to kind {self.kind!r}; drop it"
+                    f"{setting.name}={value!r} has no effect on kind {self.kind!r}; leave it out"
                 )
 
     @property
     def own(self) -> Any:
-        """`options` as the kind's dataclass."""
+        """The `options` as the dataclass of the kind."""
         return kind_class(self.kind).Options(**self.options)
 
     @property
     def label(self) -> str:
-        """`name`, or what tells the task from others."""
+        """The `name`, or a description by data, kind, widths, activation and options."""
         if self.name:
             return self.name
         unused = kind_class(self.kind).unused
-        place = Path(self.data)  # reports are published, folders need not be
+        place = Path(self.data)  # private folders should not be in published reports
         data = place.name if place.is_absolute() or self.data.startswith("~") else self.data
         parts = [] if "data" in unused else [data]
         parts += [] if self.kind == "mlp" else [self.kind]
@@ -186,14 +193,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """Tasks of one shape that are evaluated together, and what tells them apart.
+    """Describes tasks of one shape that are evaluated together, and how they differ.
 
     Attributes:
-        num_tasks: how many, or None for a single task.
-        rng: of what differs between them: names of classes, targets; None: nothing does.
-        init_scales: (tasks,), multiplies the initial weights of each.
-        device: of theta and of the data. Random numbers are drawn on the CPU, so that a key means
-            the same everywhere.
+        num_tasks: the number of tasks, or None for a single task.
+        rng: the generator of what differs between tasks, such as the numbers of the classes; None
+            if nothing differs.
+        init_scales: factors of the initial weights of each task, (tasks,).
+        device: the device of theta and of the data. Random numbers are drawn on the CPU, so that a
+            key gives the same numbers on every device.
     """
 
     num_tasks: int | None = None
@@ -206,11 +214,11 @@ class Draw:
         return () if self.num_tasks is None else (self.num_tasks,)
 
     def share(self, x: Tensor) -> Tensor:
-        """(n, …) -> (*tasks, n, …), the same for each task and without a copy."""
+        """Expands x (n, …) to (*tasks, n, …), the same for each task, without a copy."""
         return x.expand(*self.lead, *x.shape)
 
     def rename(self, *labels: Tensor, classes: int) -> list[Tensor]:
-        """(n, …) -> (*tasks, n, …): each task has its own numbers for the classes."""
+        """Maps labels (n, …) to (*tasks, n, …), with a random permutation of classes per task."""
         if self.rng is None or self.num_tasks is None:
             return [self.share(y) for y in labels]
         names = [torch.randperm(classes, generator=self.rng) for _ in range(self.num_tasks)]
@@ -223,5 +231,5 @@ SINGLE = Draw()
 def make_task(
     config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
 ) -> Task | Workload:
-    """The task that `config` describes, or several of them at once."""
+    """Returns the task that `config` describes, or the several tasks of `draw`."""
     return kind_class(config.kind).make(config, data_root, draw)

@@ -19,7 +19,7 @@ from learned_opt.tasks.kinds import ACTIVATIONS, SINGLE, Draw, NoOptions, TaskCo
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
 
-# gradients in z from those in a = φ(z): torch's own formulas, as autograd has them
+# These map the gradient in a = φ(z) to that in z, with the formulas that autograd uses.
 BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, z, a: torch.ops.aten.threshold_backward(grad, a, 0),
     "tanh": lambda grad, z, a: torch.ops.aten.tanh_backward(grad, a),
@@ -30,18 +30,18 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @register("mlp")
 class MLPTask(Task):
-    """Cross-entropy of x -> W_L φ(… φ(W_1 x + b_1) …) + b_L, W_l of shape (out, in).
+    """The cross-entropy of x -> W_L φ(… φ(W_1 x + b_1) …) + b_L, with W_l of shape (out, in).
 
     Args:
-        config: architecture, batch size and initialisation.
+        config: architecture, batch size and initialization.
         data: the images.
-        num_tasks: None for one task, else this many at once.
-        projections: (tasks, pixels, inputs), a linear map of each task's images.
-        labels: (tasks, classes), what each task calls each class.
-        init_scales: (tasks,), multiplies the initial weights of each task.
-        noise: (tasks,), standard deviation of Gaussian noise on the inputs of each minibatch.
-        device: of theta and of the data. Random numbers are drawn on the CPU, so that a key means
-            the same everywhere.
+        num_tasks: the number of tasks evaluated together, or None for a single task.
+        projections: a linear map of each task's images, (tasks, pixels, inputs).
+        labels: each task's own numbers of the classes, (tasks, classes).
+        init_scales: factors of the initial weights of each task, (tasks,).
+        noise: the standard deviation of Gaussian noise on the inputs of each minibatch, (tasks,).
+        device: the device of theta and of the data. Random numbers are drawn on the CPU, so that a
+            key gives the same numbers on every device.
     """
 
     Options: type = NoOptions
@@ -82,7 +82,7 @@ class MLPTask(Task):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> MLPTask:
-        """The tasks that `config` describes."""
+        """Returns the tasks that `config` describes."""
         data, labels = load_images(config.data, data_root), None
         if draw.rng is not None and draw.num_tasks is not None:
             (labels,) = draw.rename(torch.arange(data.num_classes), classes=data.num_classes)
@@ -103,7 +103,7 @@ class MLPTask(Task):
         data_root: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> MLPTask:
-        """`family.num_tasks` tasks of one random architecture."""
+        """Returns `family.num_tasks` tasks of one random architecture."""
         data = load_images(family.data, data_root)
         layers = choice(rng, range(family.hidden_layers[0], family.hidden_layers[1] + 1))
         config = TaskConfig(
@@ -131,7 +131,7 @@ class MLPTask(Task):
         return cls(config, data, n, projections, labels, scales, noise, device)
 
     def _view(self, x: Tensor, y: Tensor) -> Batch:
-        """Images and labels as the tasks see them: (n, …), or (tasks, n, …) where they differ."""
+        """Returns images and labels for the tasks: (n, …), or (tasks, n, …) if the tasks differ."""
         if self._projections is not None:
             x = x @ self._projections
         if self._labels is not None:
@@ -139,7 +139,7 @@ class MLPTask(Task):
         return x, y
 
     def _take(self, index: Tensor) -> Batch:
-        """Training examples of index (*tasks, n)."""
+        """Returns the training examples at `index` (*tasks, n)."""
         rows = torch.arange(self.num_tasks)[:, None] if self.num_tasks is not None else None
         x, y = self._train
         return (
@@ -188,8 +188,11 @@ class MLPTask(Task):
         return -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(-1)
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `Task` has it, with back-propagation written out: for small networks autograd's own
-        work is several times theirs. Examples are last, so that ten classes are no short rows."""
+        """Returns F and its gradient as `Task` does, by explicit back-propagation.
+
+        For small networks autograd's overhead is several times the cost of the network. Examples
+        are the last dimension, because rows of ten classes would be too short to be fast.
+        """
         if type(self).loss is not MLPTask.loss:  # a subclass's own loss
             return super().loss_and_grad(theta, batch)
         lead = theta.shape[:-1]
@@ -212,11 +215,11 @@ class MLPTask(Task):
                 if layer:
                     delta = torch.bmm(weights[layer].mT, delta)
                     delta = self._activation_backward(delta, z[layer - 1], a[layer])
-        # under autocast products are in bfloat16
+        # Under autocast the products are bfloat16.
         return loss.view(lead), torch.cat(grads, -1).to(theta.dtype).view(theta.shape)
 
     def evaluate(self, theta: Tensor, chunk: int = 4096) -> dict[str, Tensor]:
-        """Full-data losses and accuracy. With many tasks the images go through in chunks."""
+        """Returns losses and accuracy on all data, in chunks of at most `chunk` examples."""
         with torch.no_grad():
             train, _ = self._score(theta, self._train_x, self._train_y, chunk)
             test, hits = self._score(theta, self._test_x, self._test_y, chunk)

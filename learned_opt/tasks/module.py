@@ -1,4 +1,4 @@
-"""Any `nn.Module` as a task, batched over tasks by `torch.func`."""
+"""Tasks made of any `nn.Module`, batched over tasks by `torch.func`."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ ACTIVATION_MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log softmax(logits)[label], of the shape of `labels` (…,); logits (…, classes)."""
+    """Returns −log softmax(logits)[label] of each label, for logits (…, classes), labels (…,)."""
     return -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns (output − target)² of each element."""
     return (outputs - targets).square()
 
 
 class ModuleTask(Task):
-    """F(θ) = the mean of `losses(module_θ(inputs), targets)` over the batch and all that is left.
+    """A task whose loss is the mean of `losses(module_θ(inputs), targets)` over all elements.
 
-    A subclass says what its data and its module are (`make`) and how families draw its
-    architecture (`architecture`).
+    A subclass defines its data and its module in `make`, and a random architecture for families in
+    `architecture`.
 
-    The module holds no state but its parameters, as each call is a pure function of θ: a
-    normalisation layer uses the statistics of its batch, in evaluations too. vmap must go through
-    it: no dropout, no nn.GRU and nn.LSTM (see sequence.py for those).
+    The module must have no state but its parameters, because each call is a pure function of θ.
+    Normalization layers therefore use the statistics of their batch, in evaluations too. vmap must
+    support the module, so dropout, nn.GRU and nn.LSTM are excluded (see sequence.py for the last
+    two).
 
     Args:
-        config: batch size, init_scale, train_size and test_size count here.
-        make_module: the module with fresh initial weights, from torch's global random numbers.
-        train: inputs and targets, (*tasks, n, …) each; integer targets are classes.
-        test: the same to test on.
-        chance: see Task.
-        draw: how many tasks at once.
-        losses: of outputs and targets, element by element.
+        config: batch_size, init_scale, train_size and test_size are used here.
+        make_module: returns the module with fresh initial weights from torch's global generator.
+        train: the training inputs and targets, (*tasks, n, …) each; integer targets are classes.
+        test: the test inputs and targets, of the same form.
+        chance: the loss of a guess that ignores the inputs, see Task.
+        draw: the number of tasks that are evaluated together, and their differences.
+        losses: maps outputs and targets to the loss of each element.
     """
 
     Options: type = NoOptions
@@ -75,7 +77,7 @@ class ModuleTask(Task):
         self.shapes = tuple(tuple(p.shape) for p in self.module.parameters())
         scales = torch.ones(self.lead) if draw.init_scales is None else draw.init_scales
         self._init_scales = config.init_scale * scales
-        self._axis = len(self.lead)  # of the examples
+        self._axis = len(self.lead)  # the dimension of examples
         self._train, self._test = (
             tuple(
                 t.narrow(self._axis, 0, min(size or math.inf, t.shape[self._axis])).to(self.device)
@@ -89,12 +91,12 @@ class ModuleTask(Task):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> Task:
-        """The tasks that `config` describes."""
+        """Returns the tasks that `config` describes."""
 
     @classmethod
     @abstractmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        """A random config of this kind within `family`."""
+        """Returns a random config of this kind within `family`."""
 
     @classmethod
     def sample(
@@ -104,7 +106,7 @@ class ModuleTask(Task):
         data_root: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> Task:
-        """`family.num_tasks` tasks of one random architecture."""
+        """Returns `family.num_tasks` tasks of one random architecture."""
         config = cls.architecture(family, rng)
         if family.train_sizes:
             config = replace(config, train_size=choice(rng, family.train_sizes))
@@ -127,7 +129,7 @@ class ModuleTask(Task):
         return torch.stack(thetas).reshape(*self.lead, -1).to(self.device)
 
     def _take(self, index: Tensor) -> Batch:
-        """Training examples of index (*tasks, n)."""
+        """Returns the training examples at `index` (*tasks, n)."""
         if self.num_tasks is None:
             return tuple(t[index] for t in self._train)
         rows = torch.arange(self.num_tasks, device=index.device)[:, None]
@@ -144,7 +146,7 @@ class ModuleTask(Task):
         return self._take(index.to(self.device).expand(*self.lead, -1))
 
     def outputs(self, theta: Tensor | Sequence[Tensor], inputs: Tensor) -> Tensor:
-        """The module's outputs, (*tasks, n, …); theta says whether there are tasks."""
+        """Returns the module's outputs, (*tasks, n, …), with the leading dimensions of theta."""
         tensors = tuple(self.unflatten(theta) if isinstance(theta, Tensor) else theta)
 
         def call(tensors: Sequence[Tensor], inputs: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class ModuleTask(Task):
         return losses.flatten(int(self._batched(theta))).mean(-1)
 
     def evaluate(self, theta: Tensor, chunk: int = 2048) -> dict[str, Tensor]:
-        """Full-data losses and accuracy, of chunks of nearly one size and at most `chunk`."""
+        """Returns losses and accuracy on all data, in chunks of at most `chunk` examples."""
         with torch.no_grad():
             train, _ = self._score(theta, self._train, chunk)
             test, hits = self._score(theta, self._test, chunk)

@@ -1,4 +1,4 @@
-"""Language models: GRU, LSTM and a small transformer on characters or words."""
+"""Language models on characters or words: GRU, LSTM and a small transformer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What a language model has besides the settings of TaskConfig.
+    """The settings that only language models have.
 
     Attributes:
-        context: tokens that an example gives to the model, and as many to predict.
-        level: "char" or "word", of text files.
-        vocabulary: tokens at most, of text files; the rarest become one.
+        context: The number of tokens of an example, which is also the number of predictions.
+        level: The tokens of a text file: "char" or "word".
+        vocabulary: The largest number of different tokens of a text file. The rarest tokens are
+            merged into one.
     """
 
     context: int = 32
@@ -45,15 +46,15 @@ class TextOptions:
         if self.context < 1 or self.vocabulary < 2 or self.level not in ("char", "word"):
             raise ConfigError(
                 f"context={self.context} must be at least 1, vocabulary={self.vocabulary} at least "
-                f"2, level={self.level!r} 'char' or 'word'"
+                f"2, and level={self.level!r} must be 'char' or 'word'"
             )
 
 
 class LanguageTask(ModuleTask):
-    """Mean cross-entropy, in nats a token, of predicting each next token of a window.
+    """Predicts each next token of a window; the loss is the mean cross-entropy in nats per token.
 
-    Windows do not overlap, and each starts from an empty state. Tasks of a draw give the tokens
-    different numbers.
+    Windows do not overlap, and each starts from a zero state. The tasks of a draw number the tokens
+    differently.
     """
 
     Options = TextOptions
@@ -67,15 +68,16 @@ class LanguageTask(ModuleTask):
             raise ConfigError(f"hidden is empty; give kind {config.kind!r} a width for each layer")
         if config.data == "digits":
             raise ConfigError(
-                f"data is 'digits', which are images; give kind {config.kind!r} 'markov' or a "
-                "text file"
+                f"data is 'digits', which are images; use 'markov' or a text file for kind "
+                f"{config.kind!r}"
             )
         own = config.own
         text = load_text(config.data, data_root, own.level, own.vocabulary)
         if min(len(text.train), len(text.test)) <= own.context:
             raise DataError(
                 f"text {text.name!r} has {len(text.train)} tokens to train on and "
-                f"{len(text.test)} to test on; options.context={own.context} needs more than that"
+                f"{len(text.test)} to test on, but options.context={own.context} needs more; use a "
+                "longer text or a shorter context"
             )
         size = len(text.vocabulary)
         splits = draw.rename(text.train, text.test, classes=size)
@@ -86,12 +88,15 @@ class LanguageTask(ModuleTask):
     @staticmethod
     @abstractmethod
     def network(config: TaskConfig, vocabulary: int) -> nn.Module:
-        """From tokens (n, context) to logits (n, context, vocabulary)."""
+        """Returns a module that maps tokens (n, context) to logits (n, context, vocabulary)."""
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        """One or two layers. An example has many tokens, so that a quarter of the images' batch
-        size will do; each draw has its own Markov chain, never the one called "markov"."""
+        """Returns a random config of one or two layers.
+
+        The batch size is a quarter of that for images, because an example has many tokens. Each
+        draw has its own Markov chain, never the one named "markov".
+        """
         width, text = 2 * log_uniform(rng, *(max(1, w // 2) for w in family.width)), family.text
         if text == "markov":
             text = f"markov-{int(torch.randint(1, 2**31, (), generator=rng))}"
@@ -105,7 +110,7 @@ class LanguageTask(ModuleTask):
 
 
 def gru_step(x: Tensor, state: tuple[Tensor], cell: nn.GRUCell) -> tuple[Tensor]:
-    """x (n, 3·hidden) has the input's share of the gates; equations and order of torch's GRU."""
+    """Returns the next state of torch's GRU from the input's share of its gates, (n, 3·hidden)."""
     (h,) = state
     (r, z, n), (hr, hz, hn) = x.chunk(3, -1), F.linear(h, cell.weight_hh, cell.bias_hh).chunk(3, -1)
     n = (n + (r + hr).sigmoid() * hn).tanh()
@@ -113,7 +118,7 @@ def gru_step(x: Tensor, state: tuple[Tensor], cell: nn.GRUCell) -> tuple[Tensor]
 
 
 def lstm_step(x: Tensor, state: tuple[Tensor, Tensor], cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
-    """x (n, 4·hidden) has the input's share of the gates; equations and order of torch's LSTM."""
+    """Returns the next state of torch's LSTM from the input's share of its gates, (n, 4·hidden)."""
     h, c = state
     i, f, g, o = (x + F.linear(h, cell.weight_hh, cell.bias_hh)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -121,7 +126,7 @@ def lstm_step(x: Tensor, state: tuple[Tensor, Tensor], cell: nn.LSTMCell) -> tup
 
 
 class Recurrent(nn.Module):
-    """Embedding, stacked cells, linear layer; vmap goes through it, unlike nn.GRU and nn.LSTM."""
+    """An embedding, stacked cells and a linear layer. It supports vmap, unlike nn.GRU, nn.LSTM."""
 
     def __init__(
         self, cell: type[nn.RNNCellBase], step: Callable, states: int, hidden: tuple[int, ...],
@@ -134,10 +139,10 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(hidden[-1], vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, context) -> logits (n, context, vocabulary)."""
+        """Maps tokens (n, context) to logits (n, context, vocabulary)."""
         x = self.embedding(tokens)
         for cell in self.cells:
-            gates = F.linear(x, cell.weight_ih, cell.bias_ih)  # of all tokens at once
+            gates = F.linear(x, cell.weight_ih, cell.bias_ih)  # for all tokens at once
             state = (x.new_zeros(len(x), cell.hidden_size),) * self.states
             outputs = []
             for gate in gates.unbind(1):
@@ -149,6 +154,8 @@ class Recurrent(nn.Module):
 
 @register("gru")
 class GRUTask(LanguageTask):
+    """A GRU language model."""
+
     @staticmethod
     def network(config: TaskConfig, vocabulary: int) -> nn.Module:
         return Recurrent(nn.GRUCell, gru_step, 1, config.hidden, vocabulary)
@@ -156,6 +163,8 @@ class GRUTask(LanguageTask):
 
 @register("lstm")
 class LSTMTask(LanguageTask):
+    """An LSTM language model."""
+
     @staticmethod
     def network(config: TaskConfig, vocabulary: int) -> nn.Module:
         return Recurrent(nn.LSTMCell, lstm_step, 2, config.hidden, vocabulary)
@@ -163,10 +172,10 @@ class LSTMTask(LanguageTask):
 
 @dataclass(frozen=True)
 class TransformerOptions(TextOptions):
-    """The settings of other language models, and one more.
+    """The settings that only transformers have, and those of other language models.
 
     Attributes:
-        heads: of attention; they divide the width.
+        heads: The number of attention heads. It must divide the width.
     """
 
     heads: int = 2
@@ -178,7 +187,7 @@ class TransformerOptions(TextOptions):
 
 
 class Transformer(nn.Module):
-    """Causal, normalised before attention and MLP (GPT-2's order), with learned positions."""
+    """A causal pre-norm transformer with learned position embeddings, as GPT-2 is."""
 
     def __init__(self, width: int, layers: int, own: TransformerOptions, vocabulary: int) -> None:
         super().__init__()
@@ -194,11 +203,11 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, context) -> logits (n, context, vocabulary)."""
+        """Maps tokens (n, context) to logits (n, context, vocabulary)."""
         x = self.embedding(tokens) + self.positions
         length = len(self.positions)
         mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        with sdpa_kernel(SDPBackend.MATH):  # vmap takes the fused kernel task by task
+        with sdpa_kernel(SDPBackend.MATH):  # under vmap the fused kernel would run task by task
             for layer in self.layers:
                 x = layer(x, mask)
         return self.head(self.norm(x))
@@ -206,7 +215,7 @@ class Transformer(nn.Module):
 
 @register("transformer")
 class TransformerTask(LanguageTask):
-    """`hidden` is one width for all layers, repeated: (32, 32) has two."""
+    """A transformer language model. `hidden` repeats one width: (32, 32) has two layers."""
 
     Options = TransformerOptions
 
@@ -215,7 +224,7 @@ class TransformerTask(LanguageTask):
         width, own = config.hidden[0], config.own
         if set(config.hidden) != {width} or width % own.heads:
             raise ConfigError(
-                f"hidden={config.hidden}: a transformer's layers have one width, which "
-                f"options.heads={own.heads} divides"
+                f"hidden={config.hidden} must repeat one width that options.heads={own.heads} "
+                "divides, such as (32, 32)"
             )
         return Transformer(width, len(config.hidden), own, vocabulary)

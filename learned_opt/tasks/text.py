@@ -1,4 +1,4 @@
-"""Text to predict: any file, or sequences of a random Markov chain, which need none."""
+"""Loads text to predict: a file, or sequences of a random Markov chain, which need no file."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from learned_opt.errors import DataError
 from learned_opt.tasks.base import generator
 from learned_opt.tasks.data import find_data
 
-TRAIN_SHARE = 0.9  # of a file; the rest is to test on
-UNKNOWN = "<unk>"  # token 0: whatever is not in the vocabulary
+TRAIN_SHARE = 0.9  # the share of a text to train on; the rest is to test on
+UNKNOWN = "<unk>"  # token 0, for everything that is not in the vocabulary
 
-# The chain: of order two, so that a model needs memory, and peaked enough that there is much to
-# learn: about 1.5 nats a token, where the last token alone gets to 2.3 and chance is log 12 = 2.5.
+# The Markov chain is of order two, so that a model needs memory. Its best model has about 1.5 nats
+# per token, a model of the last token alone 2.3, and chance is log 12 = 2.5.
 SYMBOLS = "abcdefghijkl"
-PEAKEDNESS = 2.0  # standard deviation of the logits
-CHAINS, STEPS = 64, 640  # 64 sequences of so many steps, one after the other
+PEAKEDNESS = 2.0  # the standard deviation of the logits
+CHAINS, STEPS = 64, 640  # the number of sequences, which are concatenated, and their length
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A text as numbers, a part to train on and one to test on.
+    """A tokenized text, split into a training and a test part.
 
     Attributes:
-        name: what it was loaded as.
+        name: the name by which it was loaded.
         train: (n,) int64 tokens in [0, len(vocabulary)).
-        test: (m,) int64 tokens.
-        vocabulary: what each token stands for.
+        test: (m,) int64 tokens in [0, len(vocabulary)).
+        vocabulary: the symbol of each token.
     """
 
     name: str
@@ -46,14 +46,15 @@ class TextData:
 def load_text(
     name: str, data_root: str | Path | None = None, level: str = "char", vocabulary: int = 128
 ) -> TextData:
-    """Load a text by name; a second call gives the same tensors, so do not write to them.
+    """Returns a text by name. Results are cached and shared, so do not write to their tensors.
 
     Args:
-        name: "markov", or "markov-7" and so on for other chains; or a UTF-8 file under
-            `data_root`, or an absolute path, of which the first nine tenths are to train on.
-        data_root: the folder of data sets; defaults to `$LEARNED_OPT_DATA`. "markov" needs none.
-        level: "char" or "word" (what white space separates), of files.
-        vocabulary: tokens at most; the rarest become one, UNKNOWN.
+        name: "markov", or for example "markov-7" for another chain; or a UTF-8 file under
+            `data_root`, or an absolute path. The first nine tenths are to train on.
+        data_root: the folder of data sets; the default is `$LEARNED_OPT_DATA`. "markov" needs none.
+        level: the tokens of a file: "char", or "word" for words separated by white space.
+        vocabulary: the largest number of different tokens of a file. The rarest tokens become
+            UNKNOWN.
 
     Raises:
         DataError: the file is missing, not UTF-8, or too short; the message names it.
@@ -64,10 +65,11 @@ def load_text(
 
 
 def read_text(name: str, path: Path, others: str = "'markov'") -> str:
-    """The text of a UTF-8 file, without the byte order mark that some editors put before it.
+    """Returns the text of a UTF-8 file, without the byte order mark that some editors add.
 
     Raises:
-        DataError: it cannot be read; the message names it as `name`, and `others`, which need none.
+        DataError: the file cannot be read. The message calls it `name` and suggests `others`, which
+            need no file.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -79,7 +81,7 @@ def read_text(name: str, path: Path, others: str = "'markov'") -> str:
 
 
 def check_length(name: str, splits: Sequence[Sequence]) -> None:
-    """That each part of a text has a token and one that follows it, which is to be predicted."""
+    """Raises DataError if a part of a text has fewer than two tokens, and so nothing to predict."""
     if min(map(len, splits)) < 2:
         parts = ", ".join(str(len(split)) for split in splits)
         raise DataError(
@@ -90,7 +92,7 @@ def check_length(name: str, splits: Sequence[Sequence]) -> None:
 
 @lru_cache(maxsize=8)
 def _markov(name: str, seed: int) -> TextData:
-    """P(next | last two) = softmax of normal logits, independent for each pair."""
+    """Returns a text with P(next | last two) = softmax(normal logits), drawn for each pair."""
     rng, n = generator("markov", seed), len(SYMBOLS)
     logits = PEAKEDNESS * torch.randn(n, n, n, generator=rng)
     bounds = logits.softmax(-1).cumsum(-1)[..., :-1].contiguous()
@@ -110,7 +112,7 @@ def _read(name: str, path: Path, level: str, vocabulary: int) -> TextData:
     split = round(TRAIN_SHARE * len(symbols))
     train, test = symbols[:split], symbols[split:]
     check_length(name, (train, test))
-    # by frequency, then by alphabet: the same file gives the same numbers everywhere
+    # Sorted by frequency, then alphabetically, so that a file gives the same numbers everywhere.
     known = sorted(Counter(train).items(), key=lambda item: (-item[1], item[0]))
     known = [UNKNOWN, *(s for s, _ in known if s != UNKNOWN)][:vocabulary]
     number = {symbol: i for i, symbol in enumerate(known)}

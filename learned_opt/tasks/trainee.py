@@ -1,4 +1,4 @@
-"""A network under training, as a training loop sees it: named tensors, a loss, evaluations."""
+"""What a training loop needs of a task: named parameters, a loss, and evaluations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TENSOR_KINDS = ("embedding", "head", "convolution", "matrix", "vector")
 
 
 class Parameters(list[Tensor]):
-    """The tensors to train, a list as torch.optim takes it, with the name and kind of each.
+    """A list of tensors to train, as torch.optim takes it, with the name and the kind of each.
 
     Attributes:
-        names: of the tensors, in their order.
-        kinds: one of TENSOR_KINDS for each tensor. Where no module says more, the number of
-            dimensions decides: up to one is a vector, two a matrix, more a convolution.
+        names: the names of the tensors, in their order.
+        kinds: one of TENSOR_KINDS for each tensor. If no module is known, the number of dimensions
+            decides: up to one is a vector, two are a matrix, and more are a convolution.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Parameters(list[Tensor]):
 
     @classmethod
     def of(cls, module: nn.Module) -> Parameters:
-        """The parameters of a module.
+        """Returns the parameters of a module.
 
-        Weights of nn.Embedding are embeddings, also where the output layer shares them. The last
-        matrix of the others, in the module's order, is the head.
+        Weights of nn.Embedding are embeddings, also if the output layer shares them. If it does
+        not, the last matrix in the module's order is the head.
         """
         names, tensors = zip(*module.named_parameters(), strict=True)
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -48,16 +48,17 @@ class Parameters(list[Tensor]):
 
 @dataclass(frozen=True)
 class Trainee:
-    """One network and its data under training.
+    """A network and its data, ready to be trained.
 
     Attributes:
-        params: what an optimizer may change.
-        loss: of a step, the loss of its minibatch in training mode, to differentiate. Steps are
-            asked for in order, as a task may change on its way.
-        evaluate: losses and accuracies at the end, on all data, in evaluation mode. With True,
-            running statistics are first renewed at the present weights: an optimizer may evaluate
-            at other weights than it trains at.
-        validate: the validation loss, in the same way; None for a task without such a split.
+        params: the parameters that an optimizer may change.
+        loss: maps the number of a step to the differentiable loss of its minibatch, in training
+            mode. It must be called for the steps in order, because a task may change over time.
+        evaluate: returns losses and accuracies on all data, in evaluation mode. With True it first
+            recomputes running statistics at the present weights, for optimizers that evaluate at
+            other weights than they train at.
+        validate: returns the validation loss, in the same way; None for a task without a validation
+            split.
     """
 
     params: Parameters

@@ -143,8 +143,8 @@ def test_npz_files_are_read_by_name_path_and_environment(tmp_path, monkeypatch):
     ("changed", "message"),
     [
         ({"train_labels": np.array([2, 0, 1, 1, 0])}, r"train\.npz: .*\(6, 4, 5\) and \(5,\)"),
-        ({"test_labels": np.array([1, 3, 0])}, "test labels run from 0 to 3.*0 to 2"),
-        ({"test_labels": np.array([1, -1, 0])}, "test labels run from -1 to 1"),
+        ({"test_labels": np.array([1, 3, 0])}, "test labels are from 0 to 3.*0 to 2"),
+        ({"test_labels": np.array([1, -1, 0])}, "test labels are from -1 to 1"),
         ({"train_labels": np.array([3, 0, 1, 1, 0, 3])}, "3 values from 0 to 3; renumber"),
         ({"train_labels": np.array([2, 1, 1, 1, 1, 2])}, "2 values from 1 to 2; renumber"),
         ({"test_labels": np.zeros(3)}, r"test\.npz: .*uint8 and float64.*labels\.astype\(int\)"),
@@ -160,7 +160,7 @@ def test_npz_files_are_read_by_name_path_and_environment(tmp_path, monkeypatch):
         ({"train_images": np.full((6, 4, 5), 7, np.uint8)}, "every pixel .* is 7"),
         ({"test_images": np.zeros((3, 5, 4), np.uint8)}, r"\(4, 5\) and test images \(5, 4\)"),
         ({"test_images": np.zeros((0, 4, 5), np.uint8), "test_labels": np.zeros(0, int)}, "n > 0"),
-        ({"test_images": np.array([None, {}, 1])}, r"test\.npz is not a whole .npz file"),
+        ({"test_images": np.array([None, {}, 1])}, r"test\.npz is not a complete .npz file"),
     ],
 )
 def test_unfit_npz_arrays_are_refused(tmp_path, changed, message):
@@ -192,7 +192,7 @@ def test_damaged_npz_files_are_named(tmp_path):
         (tmp_path / "other.npz").read_bytes(),
     ):
         file.write_bytes(content)
-        with pytest.raises(DataError, match=r"train\.npz is not a whole \.npz file"):
+        with pytest.raises(DataError, match=r"train\.npz is not a complete \.npz file"):
             load_images("mine", tmp_path)
 
 
