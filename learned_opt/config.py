@@ -1,4 +1,7 @@
-"""The configs of the commands: documented, validated dataclasses, filled from YAML."""
+"""The configs of the commands: documented and validated dataclasses, filled from YAML and flags.
+
+The command line shows each description alone, so each of them is a full sentence.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +17,27 @@ from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 
-# Of the rule's own runs, window by window.
+# Objectives that train on windows of the rule's own runs.
 RUN_OBJECTIVES = ("meta_loss", "backprop", "pes", "step_size")
 OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
-# Element-wise ones: for them many tasks' parameters in one tensor are as good as apart.
+# Element-wise optimizers: they treat the parameters of many tasks in one tensor independently.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
             "SGD")  # fmt: skip
-# Adam moves each meta-parameter by up to its rate an update, and they begin at about 1 or less.
+# Adam moves each meta-parameter by up to its rate in an update, and initially they are about 1.
 LARGEST_RATE = 1.0
 
 
 @dataclass(frozen=True)
 class GeodesicsConfig:
-    """SGD runs of a family of tasks, and target paths made of them: `learned-opt geodesics`.
+    """The config of `learned-opt geodesics`, which makes target paths from SGD runs of a family.
 
     Attributes:
-        family: the tasks.
-        targets: pairs, level and target updates.
-        num_shards: draws from the family, one shard each.
-        evaluation_size: training examples in the fixed F of level and certificate.
-        seed: of everything random.
-        data_root: where data sets lie; by default $LEARNED_OPT_DATA.
+        family: The family of tasks on which SGD runs.
+        targets: What the target paths are.
+        num_shards: The number of draws from the family. Each draw is a shard.
+        evaluation_size: The number of training examples on which F is evaluated.
+        seed: The seed of everything random.
+        data_root: The folder of data sets; the default is $LEARNED_OPT_DATA.
     """
 
     family: FamilyConfig = field(default_factory=FamilyConfig)
@@ -49,11 +52,11 @@ class GeodesicsConfig:
         if self.num_shards < 1 or self.evaluation_size < 1:
             raise ConfigError(
                 f"num_shards={self.num_shards} and evaluation_size={self.evaluation_size} "
-                "must be at least 1"
+                "must both be at least 1"
             )
 
     def smoke(self) -> GeodesicsConfig:
-        """The same, shrunk to seconds."""
+        """Returns a config of the same kind that runs in seconds."""
         targets = replace(self.targets, horizon=20, updates=4, stride=10, num_segments=8)
         family = replace(self.family, num_tasks=2)
         return replace(self, family=family, targets=targets, num_shards=2, evaluation_size=64)
@@ -61,14 +64,14 @@ class GeodesicsConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A torch optimizer to imitate.
+    """A torch optimizer that the rule imitates.
 
     Attributes:
-        optimizer: its name in torch.optim.
-        lr: its learning rate.
-        options: more of its arguments.
-        steps: K, its steps that one update of the rule is to make.
-        length: updates of the rule per sequence.
+        optimizer: The name of the optimizer in torch.optim.
+        lr: The learning rate of the optimizer.
+        options: Further arguments of the optimizer.
+        steps: The number of the optimizer's steps that one update of the rule imitates.
+        length: The number of updates of the rule in a sequence.
     """
 
     optimizer: str = "Adam"
@@ -85,7 +88,8 @@ class TeacherConfig:
             )
         if self.steps < 1 or self.length < 1:
             raise ConfigError(
-                f"teacher.steps={self.steps} and teacher.length={self.length} must be at least 1"
+                f"teacher.steps={self.steps} and teacher.length={self.length} must both be at "
+                "least 1"
             )
         try:
             self.make(torch.zeros(1, requires_grad=True))
@@ -101,11 +105,11 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class PESConfig:
-    """Persistent evolution strategies.
+    """Persistent evolution strategies (PES).
 
     Attributes:
-        sigma: standard deviation of the perturbations of the meta-parameters.
-        particles: antithetic pairs for each task.
+        sigma: The standard deviation of the perturbations of the meta-parameters.
+        particles: The number of antithetic pairs for each task.
     """
 
     sigma: float = 0.01
@@ -115,23 +119,24 @@ class PESConfig:
         check_finite(self, ConfigError)
         if self.sigma <= 0 or self.particles < 1:
             raise ConfigError(
-                f"pes.sigma={self.sigma} must be positive, pes.particles={self.particles} at "
-                "least 1; usual are 0.01 and 1"
+                f"pes.sigma={self.sigma} must be positive and pes.particles={self.particles} at "
+                "least 1; usual values are 0.01 and 1"
             )
 
 
 @dataclass(frozen=True)
 class StepSizeConfig:
-    """Evolution strategies on the sizes of steps.
+    """Evolution strategies on the step sizes of the tensors.
 
     Attributes:
-        sigma: standard deviation of what is added to the logarithm of a tensor's step.
-        together: windows after which the two particles of a pair start from one point again; a
-            step is judged by so many windows, or as few as one, if it is made late in them.
-        common: share of its variance that all tensors of a network have in common.
-        pace: each run's steps are all made e^U(low, high) times as long.
-        mixture: standard deviation of what is added to the gains of all tensors, in units of their
-            norm; 0: what steps are mixed of is left alone. For rules with gains per tensor.
+        sigma: The standard deviation of the perturbation of the logarithm of a tensor's step size.
+        together: The number of windows after which the two particles of a pair are set to the same
+            point again. A step is judged by the rest of these windows.
+        common: The share of the perturbation's variance that all tensors of a network have in
+            common.
+        pace: The bounds of u; all steps of a run are multiplied by e^u, with u uniform.
+        mixture: The standard deviation of the perturbation of the gains, in units of their norm; 0
+            does not perturb them. It needs a rule with gains per tensor.
     """
 
     sigma: float = 0.2
@@ -150,18 +155,20 @@ class StepSizeConfig:
             raise ConfigError(f"step_size.common is {self.common}; use 0 or more, and less than 1")
         if self.sigma <= 0 or self.together < 1:
             raise ConfigError(
-                f"step_size.sigma={self.sigma} must be positive, step_size.together="
-                f"{self.together} at least 1; usual are 0.2 and 10"
+                f"step_size.sigma={self.sigma} must be positive and step_size.together="
+                f"{self.together} at least 1; usual values are 0.2 and 10"
             )
 
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """Runs whose length grows when validation at the next length no longer improves.
+    """A curriculum of run lengths.
+
+    The length of runs grows when validation at the next length stops improving.
 
     Attributes:
-        lengths: rising; steps of the runs of each stage.
-        patience: validations without a better score after which a stage is over.
+        lengths: The increasing lengths of the runs, one for each stage.
+        patience: The number of validations without a better score after which a stage ends.
     """
 
     lengths: tuple[int, ...] = (50, 100, 200, 400, 800)
@@ -172,7 +179,8 @@ class CurriculumConfig:
         rising = all(a < b for a, b in pairwise(self.lengths))
         if not self.lengths or self.lengths[0] < 1 or not rising:
             raise ConfigError(
-                f"curriculum.lengths={self.lengths} must rise from at least 1, as [50, 100, 200]"
+                f"curriculum.lengths={self.lengths} must increase from at least 1, such as "
+                "[50, 100, 200]"
             )
         if self.patience < 1:
             raise ConfigError(f"curriculum.patience is {self.patience}; use at least 1")
@@ -180,65 +188,78 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Meta-training of a rule on target paths and on its own runs: `learned-opt train`.
+    """The config of `learned-opt train`, which trains an update rule on paths and its own runs.
 
     Attributes:
-        rule: registered name of the update rule.
-        rule_config: its constructor's arguments.
-        geodesics: the data set of target paths, made first where it is missing.
-        dataset: a folder of target paths to use; by default `geodesics` in the output folder.
-        start_from: weights to begin with: "shipped", or the path of a weights file, of this rule or
-            of the base that it wears; null: freshly initialised.
-        first: settings of a first stage that differ from these; a part that is named, such as
-            `family`, is replaced whole. It is trained in `first` of the
-            output folder, on one device, and then its weights are what training begins with.
-        frozen: beginnings of the names of meta-parameters that stay as they are, such as ["base."].
-        objectives: what the updates train, in turn: "imitation" of geodesics, "torch_imitation"
-            of a torch optimizer; and the loss of the rule's own runs, "meta_loss" by replay,
-            "backprop" through the unroll, "pes" by evolution strategies on the meta-parameters and
-            "step_size" on how long steps are and what they are mixed of.
-        updates: meta-updates in all.
-        epoch_length: meta-updates between validations and checkpoints.
-        learning_rate: of Adam; falls linearly to 5 %.
-        clip: largest norm of a meta-gradient.
-        average: decay of an exponential moving average of the meta-parameters over the updates,
-            which is then what is validated, selected and written; null is none.
-        coordinates: coordinates that a meta-update learns from, where the rule does not have
-            gains per tensor, which allow for all.
-        teacher_share: share of imitation sequences driven by the teacher, at the start and
-            from half way on; (1, 1) is off policy throughout.
-        imitation_weight: multiplies the imitation losses before their gradient is clipped, at the
-            start and at the end: most weight to what is robust first, to what is fast later.
-        weights: the same for any objective, by its name; 1 where nothing is said.
-        imitation_form: "huber", of the error relative to the teacher's step, or "cosine", of
-            direction and size apart.
-        teacher: of torch_imitation.
-        window: updates per window of a run; states are carried from one to the next.
-        horizon: least and most steps of a run, log-uniform.
-        curriculum: lengths of runs in place of `horizon`, and of the validation runs.
-        open_runs: runs under way at once, so that long ones do not crowd out others.
-        loss_floor: tasks weigh 1 / (mean loss of the window + loss_floor).
-        loss_clip: losses of runs count as at most so many times that of chance; null is no clip.
-        first_order: whether backprop takes what the rule sees as given; if not, second
-            derivatives of the loss go in, which takes a rule that can be differentiated.
-        pes, step_size: of the objectives of these names.
-        family: tasks of the rule's own runs; by default those of `geodesics`.
-        validation_steps: length of the validation runs, after each epoch.
-        validation_draws: draws of the family to validate on, of `num_tasks` tasks each. Training
-            never draws them, and no benchmark reports them.
-        select: what weights.safetensors gets: the "best" weights by the score below, or the "last".
-        selection_interval: epochs between candidates for the best; the last epoch is one too. Each
-            is run on all validation draws for as many steps as the longest run of training, and
-            on the draw with the fewest parameters for ten times as many. The score is the mean of
-            the two mean log10(final loss + loss_floor): half how low the loss gets, half whether
-            it stays there far past the horizon. See training/callbacks.py.
-        seed: of everything random but the data set.
-        accelerator: Lightning's, as are the next four: "cpu", "gpu", "auto".
-        devices: processes or GPUs per node.
-        num_nodes: machines.
-        strategy: "ddp" for several devices.
-        precision: "32-true", or "bf16-mixed": matrix products in bfloat16, all else in float32.
-        logger: "csv" or "wandb".
+        rule: The registered name of the update rule.
+        rule_config: The constructor arguments of the rule.
+        geodesics: The data set of target paths. It is made first if it is missing.
+        dataset: The folder of the target paths; the default is `geodesics` in the output folder.
+        start_from: The initial weights: "shipped", or the path of a weights file of this rule or of
+            its base rule. null initializes the rule afresh.
+        first: The settings of a first training stage that differ from these. A nested config that
+            is given, such as `family`, replaces the whole nested config. The stage is trained on
+            one device in the folder `first` of the output folder, and its weights are the initial
+            weights of this training.
+        frozen: The prefixes of the names of meta-parameters that are not trained, such as
+            ["base."].
+        objectives: The objectives, which take turns in the meta-updates. "imitation" imitates
+            target paths, and "torch_imitation" a torch optimizer. The others minimize the loss of
+            the rule's own runs: "meta_loss" by replay, "backprop" through the unrolled run, "pes"
+            by evolution strategies on the meta-parameters, and "step_size" by evolution strategies
+            on the step sizes and gains.
+        updates: The number of meta-updates.
+        epoch_length: The number of meta-updates between validations and checkpoints.
+        learning_rate: The initial learning rate of the meta-optimizer, Adam. It falls linearly to
+            5 % of this.
+        clip: The norm to which longer meta-gradients are clipped.
+        average: The decay of an exponential moving average of the meta-parameters over the updates.
+            The average is then validated, selected and written. null does not average.
+        coordinates: The number of coordinates that are used in a meta-update. A rule with gains per
+            tensor uses all of them.
+        teacher_share: The share of imitation sequences in which the teacher makes the updates, at
+            the start and from halfway on. (1, 1) is off-policy throughout.
+        imitation_weight: The factor of the imitation losses before their gradient is clipped, at
+            the start and at the end. A falling factor trains for robustness first and for speed
+            later.
+        weights: The factors of the losses of any objectives by name, at the start and at the end.
+            They override imitation_weight; the default for other objectives is 1.
+        imitation_form: The imitation loss: "huber" is the Huber loss of the error relative to the
+            teacher's step; "cosine" compares direction and size separately.
+        teacher: The torch optimizer that torch_imitation imitates.
+        window: The number of updates in a window of a run. States continue from one window to the
+            next.
+        horizon: The least and the largest length of a run, in steps, drawn log-uniformly.
+        curriculum: The lengths of runs, instead of `horizon`, and of the validation runs.
+        open_runs: The number of runs that are in progress at the same time, so that long runs do
+            not displace short ones.
+        loss_floor: A task is weighted by 1 / (mean loss of the window + loss_floor).
+        loss_clip: Losses of runs are clipped at this many times the loss of chance; null does not
+            clip.
+        first_order: Whether backprop treats the inputs of the rule as constants. If not, second
+            derivatives of the loss are used, and the rule's statistics must be differentiable.
+        pes: The settings of the objective pes.
+        step_size: The settings of the objective step_size.
+        family: The tasks of the rule's own runs; the default is the family of `geodesics`.
+        validation_steps: The length of the validation runs after each epoch.
+        validation_draws: The number of draws of the family to validate on, of `num_tasks` tasks
+            each. Training never uses these draws, and no benchmark reports them.
+        select: The weights that are written to weights.safetensors: the "best" by the score that
+            selection_interval describes, or the "last".
+        selection_interval: The number of epochs between candidates for the best weights; the last
+            epoch is always a candidate. A candidate is run on all validation draws for as many
+            steps as the longest training run, and on the draw with the fewest parameters for ten
+            times as many. The score is the average of the two means of log10(final loss +
+            loss_floor). One measures how low the loss gets, and the other whether it stays low far
+            beyond the horizon. See training/callbacks.py.
+        seed: The seed of everything random except the data set.
+        accelerator: The accelerator of Lightning's Trainer: "cpu", "gpu" or "auto".
+        devices: The number of processes or GPUs on each node.
+        num_nodes: The number of machines.
+        strategy: The strategy of Lightning's Trainer; use "ddp" for several devices.
+        precision: "32-true", or "bf16-mixed" for matrix products in bfloat16 and all else in
+            float32.
+        logger: The logger, "csv" or "wandb".
     """
 
     rule: str = "geodesic_rnn"
@@ -284,7 +305,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.objectives or set(self.objectives) - set(OBJECTIVES):
-            raise ConfigError(f"objectives={self.objectives}; use some of {OBJECTIVES}")
+            raise ConfigError(f"objectives is {self.objectives}; use some of {OBJECTIVES}")
         for name in ("updates", "epoch_length", "coordinates", "window", "open_runs",
                      "validation_steps", "validation_draws", "selection_interval"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -292,27 +313,27 @@ class TrainConfig:
         if not all(x > 0 for x in (self.learning_rate, self.clip, self.loss_floor)):
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, clip={self.clip} and "
-                f"loss_floor={self.loss_floor} must be positive"
+                f"loss_floor={self.loss_floor} must all be positive"
             )
         check_finite(self, ConfigError)
         if self.learning_rate > LARGEST_RATE:
             raise ConfigError(
-                f"learning_rate is {self.learning_rate}; use at most {LARGEST_RATE:g}, usual are "
-                "0.001 to 0.003"
+                f"learning_rate is {self.learning_rate}; use at most {LARGEST_RATE:g}; usual "
+                "values are 0.001 to 0.003"
             )
         weights = {"imitation_weight": self.imitation_weight}
         weights |= {f"weights.{name}": pair for name, pair in self.weights.items()}
         for name, pair in weights.items():
             if min(pair) < 0:
                 raise ConfigError(
-                    f"{name} is {pair}; use 0 or more at the start and at the end (below 0 the "
-                    "objective would be unlearned)"
+                    f"{name} is {pair}; use 0 or more at the start and at the end (a negative "
+                    "weight would maximize the objective)"
                 )
         if not all(0 <= share <= 1 for share in self.teacher_share):
             raise ConfigError(f"teacher_share is {self.teacher_share}; use two shares in [0, 1]")
         if self.updates % self.epoch_length:
             raise ConfigError(
-                f"updates={self.updates} is not a multiple of epoch_length={self.epoch_length}"
+                f"updates={self.updates} must be a multiple of epoch_length={self.epoch_length}"
             )
         if self.logger not in ("csv", "wandb"):
             raise ConfigError(f"logger is {self.logger!r}; use 'csv' or 'wandb'")
@@ -327,12 +348,13 @@ class TrainConfig:
             raise ConfigError(f"imitation_form is {self.imitation_form!r}; use 'huber' or 'cosine'")
         if unused := set(self.weights) - set(self.objectives):
             raise ConfigError(
-                f"weights has {sorted(unused)}, objectives is {self.objectives}; name one of these"
+                f"weights has {sorted(unused)}, but objectives is {self.objectives}; use only "
+                "names of objectives"
             )
         if self.average is not None and (not 0 < self.average < 1 or self.curriculum):
             raise ConfigError(
                 f"average is {self.average}; use a decay below 1 such as 0.99, and no curriculum, "
-                "which goes back to weights that were not averaged"
+                "because a curriculum returns to weights that were not averaged"
             )
         if self.loss_clip is not None and self.loss_clip <= 0:
             raise ConfigError(f"loss_clip is {self.loss_clip}; use e.g. 1.5, or null for none")
@@ -340,36 +362,38 @@ class TrainConfig:
 
     def _check_runs(self) -> None:
         if not 1 <= self.horizon[0] <= self.horizon[1]:
-            raise ConfigError(f"horizon={self.horizon}: give two steps, the lower first")
+            raise ConfigError(
+                f"horizon is {self.horizon}; give two lengths of at least 1, the lower first"
+            )
         runs = set(self.objectives) & set(RUN_OBJECTIVES)
         if self.curriculum and not runs:
             raise ConfigError(
-                f"curriculum is of the rule's own runs, objectives={self.objectives} has none; "
-                f"add one of {RUN_OBJECTIVES}, or leave the curriculum out"
+                f"curriculum needs an objective with runs, but objectives={self.objectives} has "
+                f"none; add one of {RUN_OBJECTIVES}, or leave the curriculum out"
             )
         name, shortest = "horizon", self.horizon[0]
         if self.curriculum:
             name, shortest = "curriculum.lengths", self.curriculum.lengths[0]
         if runs and shortest < self.window:
             raise ConfigError(
-                f"{name} starts at {shortest}, shorter than window={self.window}; use a window of "
-                f"at most {shortest}, or longer runs"
+                f"{name} starts at {shortest}, which is shorter than window={self.window}; use a "
+                f"window of at most {shortest}, or longer runs"
             )
 
     @property
     def longest_run(self) -> int:
-        """Steps of the longest runs that the rule is trained on."""
+        """The number of steps of the longest runs that the rule is trained on."""
         return self.curriculum.lengths[-1] if self.curriculum else self.horizon[1]
 
     def weight_of(self, objective: str) -> tuple[float, float]:
-        """What multiplies the loss of an objective, at the start and at the end."""
+        """Returns the factor of an objective's loss at the start and at the end."""
         given = self.imitation_weight if objective.endswith("imitation") else (1.0, 1.0)
         return self.weights.get(objective, given)
 
     def smoke(self) -> TrainConfig:
-        """The same, shrunk to seconds."""
+        """Returns a config of the same kind that runs in seconds."""
         every = max(1, self.rule_config.get("every", 1))
-        window = -(-4 // every) * every  # which have to begin with a look
+        window = -(-4 // every) * every  # windows must begin with a step that runs the network
         return replace(
             self,
             geodesics=self.geodesics.smoke(),

@@ -243,8 +243,11 @@ def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
         ({"select": "worst"}, "select is 'worst'; use 'best' or 'last'"),
         ({"precision": "16-mixed"}, "use '32-true' or 'bf16-mixed'"),
         ({"horizon": (9, 3)}, "horizon"),
-        ({"horizon": (10, 300)}, "starts at 10, shorter than window=20; use a window of at most"),
-        ({"weights": {"pes": (1.0, 0.1)}}, "weights has .'pes'., objectives is"),
+        (
+            {"horizon": (10, 300)},
+            "starts at 10, which is shorter than window=20; use a window of at most",
+        ),
+        ({"weights": {"pes": (1.0, 0.1)}}, "weights has .'pes'., but objectives is"),
         ({"imitation_form": "square"}, "'square'; use 'huber' or 'cosine'"),
         ({"loss_clip": 0.0}, "loss_clip is 0.0; use e.g. 1.5"),
         ({"average": 1.0}, "average is 1.0; use a decay below 1"),
@@ -253,7 +256,10 @@ def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
             {"objectives": ("imitation",), "curriculum": CurriculumConfig()},
             "objectives=.* has none; add one of",
         ),
-        ({"curriculum": CurriculumConfig((10, 20))}, "lengths starts at 10, shorter than window"),
+        (
+            {"curriculum": CurriculumConfig((10, 20))},
+            "lengths starts at 10, which is shorter than window",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_by_name(wrong: dict, why: str) -> None:
@@ -264,11 +270,11 @@ def test_a_bad_config_is_refused_by_name(wrong: dict, why: str) -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: CurriculumConfig((20, 20, 40)), r"lengths=\(20, 20, 40\) must rise"),
-        (lambda: CurriculumConfig(()), r"must rise from at least 1"),
+        (lambda: CurriculumConfig((20, 20, 40)), r"lengths=\(20, 20, 40\) must increase"),
+        (lambda: CurriculumConfig(()), r"must increase from at least 1"),
         (lambda: CurriculumConfig(patience=0), "patience is 0"),
         (lambda: PESConfig(sigma=0.0), "pes.sigma=0.0 must be positive"),
-        (lambda: StepSizeConfig(together=0), "together=0 at least 1; usual are 0.2 and 10"),
+        (lambda: StepSizeConfig(together=0), "together=0 at least 1; usual values are 0.2 and 10"),
         (lambda: TeacherConfig("LBFGS"), "teacher.optimizer is 'LBFGS'; use one of Adadelta, Ada"),
         (lambda: TeacherConfig("SGD", options={"betas": (0, 1)}), "SGD refuses .* 'betas'"),
         (lambda: TeacherConfig(steps=0), "teacher.steps=0"),
