@@ -1,4 +1,4 @@
-"""The same tasks in other units: of θ, tensor by tensor, and of the loss."""
+"""Rescales tasks: the parameters tensor by tensor, and the loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from learned_opt.tasks.base import Batch, Task, seed_of
 
 
 class RescaledTask(Task):
-    """F'(θ') = c · F(s · θ'), s a number for each tensor and c one for each task.
+    """F'(θ') = c · F(s · θ'), with a number s for each tensor and a number c for each task.
 
-    The optimizer sees θ' = θ/s, which starts at θ₀/s, and the gradient c · s · ∇F(s · θ'): no
-    scale of weights or gradients to rely on (Metz et al. 2022, arXiv 2211.09760).
+    The optimizer is given θ' = θ/s, which starts at θ₀/s, and the gradient c · s · ∇F(s · θ'). It
+    cannot rely on the scale of weights or gradients then (Metz et al. 2022, arXiv 2211.09760).
 
     Args:
-        task: F.
+        task: the task F.
         scales: s, (*tasks, tensors).
         weights: c, (*tasks,); 1 by default.
     """
@@ -57,10 +57,10 @@ class RescaledTask(Task):
 
 
 def equal_gradients(task: Task, examples: int = 256) -> Tensor:
-    """c (tasks,) that makes |c ∇F(θ₀)| the same for all tasks: the geometric mean of them.
+    """Returns c (tasks,) that makes |c ∇F(θ₀)| the same for all tasks, namely their geometric mean.
 
-    θ₀ is one fixed init of each task, and F its loss on `examples` fixed ones, so that norms of
-    other inits and of minibatches are near one another, no more.
+    θ₀ is one fixed initial point of each task, and F the loss on `examples` fixed examples. With
+    other initial points and minibatches the norms are therefore only similar.
     """
     _, grad = task.loss_and_grad(task.init(seed_of("equal")), task.fixed_batch(examples))
     log_norm = grad.norm(dim=-1).clamp(min=1e-30).log()

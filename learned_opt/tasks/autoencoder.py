@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @register("autoencoder")
 class AutoencoderTask(ModuleTask):
-    """Mean squared error, over the pixels, of a fully connected network that ends as it began.
+    """The mean squared error, over pixels, of a symmetric fully connected auto-encoder.
 
-    `hidden` are the widths down to the code: (32, 8) is pixels-32-8-32-pixels. The code itself
-    has no activation. Images are standardised, so that zeros have a loss of 1 (Hinton &
-    Salakhutdinov 2006 has pixels in [0, 1] and cross-entropy). Each task of a draw sees them
-    through a random linear map of its own.
+    `hidden` has the widths down to the code: (32, 8) is pixels-32-8-32-pixels. The code has no
+    activation. Images are standardized, so the output zero has a loss of 1 (Hinton & Salakhutdinov
+    2006 use pixels in [0, 1] and cross-entropy). Each task of a draw has a random linear map of the
+    images.
     """
 
     @classmethod
@@ -34,7 +34,7 @@ class AutoencoderTask(ModuleTask):
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> AutoencoderTask:
         if not config.hidden:
-            raise ConfigError("hidden is empty; give an autoencoder a width for its code at least")
+            raise ConfigError("hidden is empty; give an autoencoder at least the width of its code")
         data = load_images(config.data, data_root)
         train, test = draw.share(data.train_x), draw.share(data.test_x)
         if draw.rng is not None:

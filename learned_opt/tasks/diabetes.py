@@ -1,4 +1,4 @@
-"""Regression on scikit-learn's diabetes data, which need no file."""
+"""Regression on the diabetes data that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from learned_opt.tasks.module import ACTIVATION_MODULES, ModuleTask, squared_err
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
 
-TRAIN = 353  # four fifths of the 442 patients; 89 are left to test on
+TRAIN = 353  # four fifths of the 442 patients; 89 remain to test on
 
 
 @lru_cache(maxsize=1)
 def load_diabetes() -> tuple[Tensor, Tensor]:
-    """To train and to test on: ten numbers of each patient and the progression of the disease, (n,
-    11), standardised by the mean and the standard deviation of those to train on."""
-    from sklearn.datasets import load_diabetes  # here: a second of import
+    """Returns the training and the test data, (n, 11) each.
+
+    The columns are ten numbers of each patient and the progression of the disease. They are
+    standardized by the mean and the standard deviation of the training data.
+    """
+    from sklearn.datasets import load_diabetes  # local, because importing it takes a second
 
     x, y = load_diabetes(return_X_y=True, scaled=False)
     values = np.random.default_rng(0).permutation(np.column_stack([x, y]))
@@ -36,10 +39,10 @@ def load_diabetes() -> tuple[Tensor, Tensor]:
 
 @register("diabetes")
 class DiabetesTask(ModuleTask):
-    """Mean squared error of an MLP that predicts the progression of the disease from ten numbers.
+    """The mean squared error of an MLP that predicts the progression of diabetes from ten numbers.
 
-    Targets are standardised: guessing their mean has a loss of 1. Each task of a draw rotates all
-    eleven numbers and predicts the last from the others. The data are those of Efron et al. 2004,
+    Targets are standardized, so guessing their mean has a loss of 1. Each task of a draw rotates
+    all eleven numbers and predicts the last from the others. The data are from Efron et al. 2004,
     "Least angle regression".
     """
 

@@ -1,4 +1,4 @@
-"""Image sets from the network, by torchvision where it is installed, else by OpenML."""
+"""Downloads image sets through torchvision if it is installed, and otherwise from OpenML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from learned_opt.errors import DataError
 from learned_opt.tasks.data import IDX_FILES, IDX_FOLDERS, find_data, load_images
 
 CIFAR = "cifar10"
-# On OpenML all images are in one table, those to train on first: name, version and how many.
+# On OpenML all images are in one table, with the training images first. The values are the table's
+# name, its version, and the number of training images.
 _OPENML = {
     "mnist": ("mnist_784", 1, 60_000),
     "fashion-mnist": ("Fashion-MNIST", 1, 60_000),
@@ -22,14 +23,14 @@ _OPENML = {
 
 
 def download(name: str, data_root: str | Path | None = None) -> None:
-    """Gets the image set `name` where it is missing under `data_root`.
+    """Downloads the image set `name` if it is missing under `data_root`.
 
-    mnist, fashion-mnist and kmnist are left as torchvision lays them out, cifar10 as train.npz and
-    test.npz. Other names are a user's own data, or need none, and are left alone, as is every file
-    that is there.
+    mnist, fashion-mnist and kmnist are stored in torchvision's layout, and cifar10 as train.npz and
+    test.npz. Other names are users' own data or need no files, so nothing is done for them.
+    Existing files are never changed.
 
     Raises:
-        DataError: neither torchvision nor OpenML could get it, or its files are there and refused.
+        DataError: the download failed, or the existing files cannot be used.
     """
     if name not in _OPENML:
         return
@@ -73,7 +74,7 @@ def _from_openml(name: str, data_root: str | Path | None) -> Arrays:
     title, version, train = _OPENML[name]
     home = find_data(".openml", data_root)
     try:
-        # the parser that needs no pandas
+        # this parser needs no pandas
         found = fetch_openml(
             title, version=version, as_frame=False, parser="liac-arff", data_home=str(home)
         )
@@ -101,7 +102,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _encoded(name: str, folder: Path, arrays: Arrays) -> dict[Path, bytes]:
-    """The files as `tasks/data.py` reads them."""
+    """Returns the contents of the files by path, as `tasks/data.py` reads them."""
     if name == CIFAR:
         return {path: _npz(arrays, path.stem) for path in _files(name, folder)}
     raw = folder / "raw"
@@ -115,13 +116,13 @@ def _npz(arrays: Arrays, split: str) -> bytes:
 
 
 def _idx(array: np.ndarray) -> bytes:
-    """Header, sizes, bytes."""
+    """Returns an array as the content of an idx file, see `_read_idx` of data.py."""
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
     return bytes([0, 0, 8, array.ndim]) + sizes + np.ascontiguousarray(array).tobytes()
 
 
 def _failed(name: str, source: str, error: Exception) -> DataError:
     return DataError(
-        f"data set {name!r} could not be had from {source} ({error}); where there is no network, "
+        f"data set {name!r} could not be downloaded from {source} ({error}); without a network, "
         "put it under data_root yourself"
     )

@@ -1,4 +1,4 @@
-"""Logistic regression on labelled images: convex, from zero."""
+"""Logistic regression on labelled images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @register("logistic")
 class LogisticTask(ModuleTask):
-    """Cross-entropy of x -> W x + b; θ starts at zero, where F = log(number of classes)."""
+    """The cross-entropy of x -> W x + b. θ starts at zero, where F = log(number of classes)."""
 
     unused = ("init", "init_scale", "hidden", "activation")
 

@@ -1,4 +1,4 @@
-"""Matrix factorisation from some of the entries."""
+"""Matrix factorization from some of the entries."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from learned_opt.tasks.module import ModuleTask, squared_error
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
 
-OBSERVED = 0.8  # share of the entries to train on; the rest is to test on
-INIT_STD = 0.1  # near the saddle at zero, as the entries themselves are of size 1
+OBSERVED = 0.8  # the share of the entries to train on; the rest is to test on
+INIT_STD = 0.1  # near the saddle at zero, because the entries themselves are of size 1
 
 
 @dataclass(frozen=True)
 class MatrixOptions:
-    """What determines a factorisation.
+    """The settings that only matrix factorization has.
 
     Attributes:
-        rows: of M.
-        columns: of M.
-        rank: of M and of the factors.
+        rows: The number of rows of M.
+        columns: The number of columns of M.
+        rank: The rank of M and of the factors.
     """
 
     rows: int = 32
@@ -42,7 +42,7 @@ class MatrixOptions:
         if not 1 <= self.rank <= min(self.rows, self.columns) or self.rows * self.columns < 2:
             raise ConfigError(
                 f"rank={self.rank} must be from 1 to the smaller of rows={self.rows} and "
-                f"columns={self.columns}, and M have two entries at least"
+                f"columns={self.columns}, and M must have at least two entries"
             )
 
 
@@ -53,7 +53,7 @@ class Factors(nn.Module):
         self.v = nn.Parameter(INIT_STD * torch.randn(own.columns, own.rank))
 
     def forward(self, entries: Tensor) -> Tensor:
-        """(n, 2) row and column -> (n,) u_i · v_j"""
+        """Returns u_i · v_j, (n,), of rows and columns (i, j), (n, 2)."""
         return (F.embedding(entries[:, 0], self.u) * F.embedding(entries[:, 1], self.v)).sum(-1)
 
 
@@ -61,8 +61,8 @@ class Factors(nn.Module):
 class MatrixTask(ModuleTask):
     """F(U, V) = the mean of (u_i · v_j − M_ij)² over the observed entries.
 
-    M = A Bᵀ / √rank with standard normal A and B: entries of variance 1, minimum 0. Each task of
-    a draw has its own M; one alone has that of its `Options`, always.
+    M = A Bᵀ / √rank with standard normal A and B, so entries have variance 1 and the minimum is 0.
+    Each task of a draw has its own M; that of a single task is determined by its `Options`.
     """
 
     Options = MatrixOptions

@@ -1,4 +1,4 @@
-"""Quadratics: of a given condition number, and those of L2L."""
+"""Quadratics of a given condition number, and the quadratics of L2L."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
 if TYPE_CHECKING:
     from learned_opt.tasks.families import FamilyConfig
 
-INIT_STD = 0.01  # of θ in L2L's code; it starts near zero, where F is `chance`
+INIT_STD = 0.01  # as in L2L's code: θ starts near zero, where F is `chance`
 
 
 @dataclass(frozen=True)
 class QuadraticOptions:
-    """What determines a quadratic.
+    """The settings that only quadratics have.
 
     Attributes:
-        dim: of θ.
-        condition: largest over smallest eigenvalue of the Hessian, which are log-spaced up to 1;
-            null is L2L's quadratic.
-        entries: of L2L's W and y: "normal", N(0, 1), as in the paper, or "uniform", U(0, 1), as in
-            its code.
+        dim: The dimension of θ.
+        condition: The ratio of the largest to the smallest eigenvalue of the Hessian. Eigenvalues
+            are log-spaced up to 1. null gives L2L's quadratic.
+        entries: The distribution of the entries of L2L's W and y: "normal" is N(0, 1) as in the
+            paper, and "uniform" is U(0, 1) as in its code.
     """
 
     dim: int = 10
@@ -41,19 +41,23 @@ class QuadraticOptions:
         check_finite(self, ConfigError)
         if self.dim < 1 or self.entries not in ("normal", "uniform"):
             raise ConfigError(
-                f"dim={self.dim} must be at least 1, entries={self.entries!r} 'normal' or 'uniform'"
+                f"dim={self.dim} must be at least 1, and entries={self.entries!r} must be 'normal' "
+                "or 'uniform'"
             )
         if self.condition is not None and self.condition < 1:
-            raise ConfigError(f"condition is {self.condition}; use at least 1, or null for L2L's")
+            raise ConfigError(
+                f"condition is {self.condition}; use at least 1, or null for L2L's quadratic"
+            )
 
 
 @register("quadratic")
 class QuadraticTask(Task):
-    """F(θ) = ½ ‖Wθ − y‖², W = Λ^½ Qᵀ and y = Wθ*, so that the Hessian is QΛQᵀ and the minimum 0;
+    """F(θ) = ½ ‖Wθ − y‖² with W = Λ^½ Qᵀ and y = Wθ*.
 
-    or, without a condition number, F(θ) = ‖Wθ − y‖² with independent entries (Andrychowicz et al.
-    2016, section 3.1). Each task of a draw has its own W and y; for one alone they are those of
-    `Options`, always. θ starts at N(0, .01²); nothing else is random, and batches are all (W, y).
+    The Hessian is QΛQᵀ and the minimum 0. Without a condition number, F(θ) = ‖Wθ − y‖² with
+    independent entries of W and y (Andrychowicz et al. 2016, section 3.1). Each task of a draw has
+    its own W and y; those of a single task are determined by its `Options`. θ starts at N(0, .01²).
+    Nothing else is random, and every batch is (W, y).
     """
 
     Options = QuadraticOptions
@@ -94,7 +98,10 @@ class QuadraticTask(Task):
         data_root: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> QuadraticTask:
-        """As many dimensions as an MLP has units; L2L's, or condition numbers up to 10⁴."""
+        """Returns random quadratics: L2L's, or with condition numbers from 10 to 10⁴.
+
+        They have as many dimensions as an MLP of the family has units.
+        """
         options = {"dim": log_uniform(rng, *family.width)}
         options["condition"] = choice(rng, (None, 10.0, 100.0, 1e3, 1e4))
         scales = 10 ** uniform(rng, *family.log10_init_scale, (family.num_tasks,))

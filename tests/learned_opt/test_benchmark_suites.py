@@ -148,7 +148,7 @@ def test_without_a_network_the_download_says_so(tmp_path: Path, monkeypatch) -> 
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fails)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(DataError, match=r"'mnist' could not be had from OpenML \(no route"):
+    with pytest.raises(DataError, match=r"'mnist' could not be downloaded from OpenML \(no route"):
         download("mnist", tmp_path)
     download("my_own_images", tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
