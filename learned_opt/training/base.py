@@ -1,4 +1,4 @@
-"""What an objective is: the loss of a meta-update, and what it remembers between updates."""
+"""The interface of objectives: the loss of a meta-update, and the state kept between updates."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class Objective(ABC):
-    """One way to learn, under its `name` in the config's `objectives`.
+    """An objective of meta-training, named by `name` in the config's `objectives`.
 
-    Randomness is keyed by (seed, rank, number of the update), and all else that an update depends
-    on is in `state_dict`: so a resumed run makes the updates that an uninterrupted one would.
-    A task that diverges leaves the gradient finite: under DDP every rank joins every reduction.
+    Randomness is keyed by (seed, rank, number of the update), and everything else that an update
+    depends on is in `state_dict`, so a resumed run makes the same updates as an uninterrupted one.
+    A task that diverges must leave the gradient finite, because under DDP every rank takes part in
+    every reduction.
     """
 
     name: ClassVar[str]
@@ -30,17 +31,20 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, module: MetaTraining, item: dict) -> Tensor:
-        """A scalar whose gradient in `module.rule` is the meta-gradient of update item["number"];
-        `item` is one of data.py's."""
+        """Returns a scalar whose gradient is the meta-gradient of update item["number"].
+
+        The gradient is in the parameters of `module.rule`, and `item` comes from data.py.
+        """
 
     def state_dict(self) -> dict:
-        """Tensors and plain values only, so that checkpoints load with weights_only=True."""
+        """Returns tensors and plain values, so that checkpoints load with weights_only=True."""
         return {}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         assert not state
 
 
 def between(ends: tuple[float, float], share: float) -> float:
+    """Interpolates linearly between two numbers."""
     return ends[0] + (ends[1] - ends[0]) * share

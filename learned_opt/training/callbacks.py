@@ -1,4 +1,4 @@
-"""What is watched of meta-training: its speed, the weights that do best, pictures of their runs."""
+"""Callbacks of meta-training: its speed, the selection of the best weights, and plots of runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from learned_opt.training.torch_imitation import Teacher
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
 
-LONG = 10  # times the longest run of training: what is stable that far will mostly stay so
-ADAM_GRID = (1e-3, 1e-1)  # learning rates of Adam in the pictures, by half-decades
+LONG = 10  # the longest test in units of the longest training run; stability then mostly persists
+ADAM_GRID = (1e-3, 1e-1)  # the range of learning rates of Adam in the plots, in half-decades
 
 
 class Speed(L.Callback):
-    """Logs the inner steps per second of all processes together, over the epoch so far.
+    """Logs the inner steps per second in the epoch so far, summed over all processes.
 
-    An inner step is one update of one task; each particle of PES makes its own.
+    An inner step is one update of one task; each particle of PES counts separately.
     """
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: MetaTraining) -> None:
@@ -48,22 +48,24 @@ class Speed(L.Callback):
 
 
 class Selection(L.Callback):
-    """Remembers the weights with the lowest score of every `selection_interval` epochs and the end,
+    """Keeps the weights with the lowest score, tested every `selection_interval` epochs and last.
 
-        score = ½ mean log10(F(θ_H) + ε) + ½ mean' log10(F(θ_10H) + ε),
+        score = ½ mean log10(F(θ_H) + ε) + ½ mean' log10(F(θ_10H) + ε)
 
-    F the loss on all training data, H the longest run of training, ε the config's loss_floor. The
-    first mean is over the tasks of all validation draws; the second over those of the draw with the
-    fewest parameters, run for ten times as long. A run that diverged counts as F = 10^6.
+    F is the loss on all training data, H the length of the longest training run, and ε the
+    loss_floor of the config. The first mean is over the tasks of all validation draws. The second
+    is over the tasks of the draw with the fewest parameters, run for ten times as long. A run that
+    diverged counts as F = 10^6.
 
-    Every process finds the same, so that none waits for another. What is remembered is part of each
-    checkpoint: a resumed run selects as an uninterrupted one.
+    Every process computes the same score, so none has to wait. The state is part of each
+    checkpoint, so a resumed run selects the same weights as an uninterrupted one.
 
     Attributes:
-        score: the lowest.
-        update: meta-updates after which it was found.
-        weights: of the rule then.
-        losses: minibatch losses (steps, tasks) of the last candidate, the longest run of each draw.
+        score: the lowest score.
+        update: the number of meta-updates at which it was found.
+        weights: the weights of the rule at that time.
+        losses: the minibatch losses (steps, tasks) of the last candidate in the longest run of each
+            draw.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -71,8 +73,8 @@ class Selection(L.Callback):
         self.weights: dict[str, Tensor] = {}
         self.losses: dict[int, Tensor] = {}
 
-    # The callbacks' hook comes before the module's: the weights are those that were validated,
-    # whatever a curriculum goes on from.
+    # This hook runs before the module's, so the weights are those that were validated, even if a
+    # curriculum then continues from others.
     def on_validation_epoch_end(self, trainer: L.Trainer, module: MetaTraining) -> None:
         epoch, last = trainer.current_epoch + 1, trainer.max_epochs
         if epoch % self.config.selection_interval and epoch != last:
@@ -104,22 +106,22 @@ class Selection(L.Callback):
 
 
 def validation_run(draw: int, steps: int) -> tuple[int, int]:
-    """Seed and length."""
+    """Returns the seed and the length of a validation run."""
     return seed_of("validation", draw), steps
 
 
 def log10_loss(task: Task, theta: Tensor, floor: float) -> Tensor:
-    """Mean over tasks of log10(F + floor), F on all training data, at most 10^6."""
+    """Returns the mean over tasks of log10(F + floor); F is on all training data, at most 10^6."""
     loss = task.evaluate(theta)["train_loss"].nan_to_num(nan=1e6, posinf=1e6)
     return (loss.clamp(0, 1e6) + floor).log10().mean()
 
 
 class Pictures(L.Callback):
-    """Draws the runs of each candidate of `selection` beside those of Adam, and logs the picture.
+    """Plots the runs of each candidate of `selection` with those of Adam, and logs the plot.
 
-    One panel a draw, to the end of its longest run. Adam has the learning rate of a half-decade
-    grid that is best after H steps, from other inits and minibatches of the same tasks. Into
-    `curves/` beside the CSV log, or to wandb.
+    There is one panel for each draw, up to the end of its longest run. Adam's learning rate is the
+    best one of a half-decade grid after H steps, with other initial parameters and minibatches of
+    the same tasks. Plots are saved in `curves/` next to the CSV log, or sent to wandb.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -138,14 +140,14 @@ class Pictures(L.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / f"{name}.png", picture)
         else:
-            from PIL import Image  # here: matplotlib brings it
+            from PIL import Image  # matplotlib depends on it
 
             image = Image.open(BytesIO(picture))
             trainer.logger.log_image("select/curves", [image], caption=[name])
 
 
 def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tensor]:
-    """The learning rate, and minibatch losses (steps, tasks) on the runs that the rule has."""
+    """Returns Adam's learning rate, and its minibatch losses (steps, tasks) on the rule's runs."""
     from learned_opt.benchmarking.tune import half_decades
 
     task, config = module.validation_tasks(draw), module.config
@@ -170,14 +172,14 @@ def tuned_adam(module: MetaTraining, draw: int, steps: int) -> tuple[float, Tens
 def draw_runs(
     rule: dict[int, Tensor], adam: dict[int, tuple[float, Tensor]], horizon: int
 ) -> bytes:
-    """PNG of losses (steps, tasks) by draw, the training horizon marked; see `Pictures`."""
+    """Returns a PNG of losses (steps, tasks) by draw, with the training horizon; see `Pictures`."""
     from matplotlib.figure import Figure
 
     from learned_opt.benchmarking.curves import draw_losses
 
     width = 5 * len(rule)
     figure = Figure(figsize=(width, 3.3))
-    # in inches: matplotlib's own layouts draw everything twice
+    # Margins are set in inches, because matplotlib's automatic layouts draw everything twice.
     figure.subplots_adjust(0.7 / width, 0.15, 1 - 0.1 / width, 0.9, wspace=0.2)
     for axes, draw in zip(figure.subplots(1, len(rule), squeeze=False)[0], rule, strict=True):
         lr, baseline = adam[draw]

@@ -1,4 +1,4 @@
-"""Longer runs when shorter ones have nothing more to teach."""
+"""A curriculum that lengthens runs when validation stops improving."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from learned_opt.config import CurriculumConfig
 
 
 class Curriculum:
-    """Lengths N_1 < N_2 < …, each validated at the next (Chen et al. 2020, arXiv 2010.09089).
+    """A curriculum of run lengths N_1 < N_2 < … (Chen et al. 2020, arXiv 2010.09089).
 
-    Runs are N_i steps long. Validation runs are N_{i+1} steps; when `patience` validations in a
-    row have brought no better score, training goes on with N_{i+1}, from the best weights of the
-    stage. At the last length, which is also validated at, it goes on to the end.
+    In stage i, runs have N_i steps and validation runs N_{i+1} steps. When `patience` validations
+    in a row have not improved the score, training continues with N_{i+1} from the best weights of
+    the stage. The last length is also that of its validation runs, and its stage lasts to the end.
 
     Attributes:
-        stage: i, from 0.
-        best: the best score of the stage, less is better.
-        best_weights: those that had it.
-        stale: validations since.
+        stage: the number of the stage, from 0.
+        best: the best (lowest) score of the stage.
+        best_weights: the weights with that score.
+        stale: the number of validations since then.
     """
 
     def __init__(self, config: CurriculumConfig) -> None:
@@ -40,7 +40,7 @@ class Curriculum:
         return self.config.lengths[min(self.stage + 1, len(self.config.lengths) - 1)]
 
     def validated(self, score: float, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Takes note of a validation of `weights`; those to go on from if the stage is over."""
+        """Records the score of `weights`; returns the best weights if the stage ends."""
         if score < self.best:
             self.best, self.stale = score, 0
             self.best_weights = {name: value.clone() for name, value in weights.items()}

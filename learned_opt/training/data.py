@@ -1,4 +1,4 @@
-"""Serves meta-training its items, keyed by update so that a resumed run sees the same ones."""
+"""The items of meta-training, keyed by update so that a resumed run gets the same ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from learned_opt.tasks.base import generator
 
 
 class Updates(Dataset):
-    """One item per meta-update of an epoch: its number, objective and, to imitate, a shard."""
+    """An item for each meta-update of an epoch: its number, objective and, for imitation, paths."""
 
     def __init__(self, config: TrainConfig, paths: PathDataset | None, start: int, rank: int):
         self.config, self.paths, self.start, self.rank = config, paths, start, rank
@@ -34,7 +34,7 @@ class Updates(Dataset):
         return item
 
     def _paths(self, key: tuple[int, ...]) -> dict[str, Tensor | int]:
-        """Target paths of a random shard; shards without a path are passed over."""
+        """Returns the target paths of a random shard that has any."""
         for shard in torch.randperm(len(self.paths), generator=generator("shard", *key)).tolist():
             if self.paths.facts(shard)["pairs"]:
                 updates = self.paths.header["targets"]["updates"]
@@ -43,13 +43,13 @@ class Updates(Dataset):
                 if lengths.any():
                     return {"shard": shard, "points": points, "lengths": lengths}
         raise DataError(
-            f"the data set {self.paths.folder} has no certified path to learn from; "
-            "make it from other tasks, with more steps or with another level"
+            f"the data set {self.paths.folder} has no certified path to learn from; make it again "
+            "from other tasks, with more steps or with another level"
         )
 
 
 class UpdatesModule(L.LightningDataModule):
-    """Items for this rank, keyed by rank and update."""
+    """Serves the items of this rank, keyed by rank and update."""
 
     def __init__(self, config: TrainConfig, paths: PathDataset | None) -> None:
         super().__init__()

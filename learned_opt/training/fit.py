@@ -1,4 +1,4 @@
-"""Meta-training from a config to a weights file."""
+"""Runs meta-training, from a config to a weights file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from learned_opt.training.module import MetaTraining
 from learned_opt.training.start import origin
 from learned_opt.weights import save_rule
 
-WEIGHTS = "weights.safetensors"  # in the output folder
-# What a checkpoint does not depend on; the number of processes it names by itself.
+WEIGHTS = "weights.safetensors"  # the name of the file in the output folder
+# Settings on which a checkpoint does not depend. It records the number of processes by itself.
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "logger")
 
 
 def make_logger(config: TrainConfig, folder: Path) -> Logger:
     if config.logger == "csv":
-        return CSVLogger(folder, name="log")  # a version per run: a resumed one adds to the log
+        return CSVLogger(folder, name="log")  # each run has a version, so resumed runs add to it
     _find_wandb()
     from lightning.pytorch.loggers import WandbLogger
 
@@ -50,13 +50,13 @@ def _find_wandb() -> None:
         import wandb  # noqa: F401
     except ModuleNotFoundError:
         raise ConfigError(
-            "logger is 'wandb', which is not installed; pip install 'learned-opt[wandb]', or use "
-            "--logger csv"
+            "logger is 'wandb', which is not installed; run pip install 'learned-opt[wandb]', or "
+            "use --logger csv"
         ) from None
 
 
 def recipe(config: TrainConfig) -> dict:
-    """What made the weights: the config, but for where files lie on this machine."""
+    """Returns the config that makes the weights, without the places of files on this machine."""
     facts = asdict(config)
     for stage in (facts, facts["first"] or {}):
         stage.pop("dataset", None)
@@ -67,7 +67,7 @@ def recipe(config: TrainConfig) -> dict:
 
 
 def identity(config: TrainConfig) -> dict:
-    """What a checkpoint is of: the recipe, but for where and by how many processes it is run."""
+    """Returns what identifies a checkpoint: the recipe without the settings in PLACE."""
     facts = recipe(config)
     for stage in (facts, facts["first"] or {}):
         for name in PLACE:
@@ -76,15 +76,14 @@ def identity(config: TrainConfig) -> dict:
 
 
 def check_checkpoint(path: Path, config: TrainConfig) -> None:
-    """Refuses a checkpoint that is damaged, or of another config; one of an earlier version does
-    not say of which, and is taken.
+    """Raises OutputError if a checkpoint is damaged or of another config.
 
-    Raises:
-        OutputError: with what to do.
+    A checkpoint of an earlier version, which does not record its config, is accepted.
     """
     if not zipfile.is_zipfile(path):
         raise OutputError(
-            f"{path} is damaged; put a whole copy there, or delete it to train from the beginning"
+            f"{path} is damaged; replace it by a complete copy, or delete it to train from the "
+            "beginning"
         )
     found = torch.load(path, "cpu", weights_only=True, mmap=True).get("config")
     if found is not None and (difference := describe_difference(found, identity(config))):
@@ -95,33 +94,34 @@ def check_checkpoint(path: Path, config: TrainConfig) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses what cannot work on this machine, before any work is done.
+    """Raises an error for a config that cannot work on this machine, before any work is done.
 
     Raises:
-        ConfigError: the rule or its config is unknown, an objective cannot train it, wandb is
-            wanted and not installed, there are fewer GPUs or cores than devices asked for, torchrun
-            or SLURM has started another number of processes, or Lightning refuses the rest.
+        ConfigError: the rule or its config is unknown; an objective cannot train the rule; the
+            logger is wandb, which is not installed; there are fewer GPUs or cores than devices;
+            torchrun or SLURM has started another number of processes; or Lightning refuses a
+            setting.
         DataError: a data set of the family cannot be read.
     """
     MetaTraining(config).validation_tasks(0)
     if config.logger == "wandb":
         _find_wandb()
     kind, there = config.accelerator, torch.cuda.device_count()
-    wanted = config.devices if isinstance(config.devices, int) else 1  # "auto", "0,1": Lightning's
+    wanted = config.devices if isinstance(config.devices, int) else 1  # Lightning checks "0,1"
     if kind in ("gpu", "cuda") and there < max(wanted, 1):
         raise ConfigError(
-            f"accelerator={kind!r}, devices={config.devices!r}, but torch sees {there} GPUs here; "
-            "use --accelerator cpu, or fewer devices"
+            f"accelerator={kind!r} and devices={config.devices!r} need more GPUs than the {there} "
+            "that torch sees here; use --accelerator cpu, or fewer devices"
         )
     cores = os.cpu_count() or 1
     if (kind == "cpu" or (kind == "auto" and not there)) and cores < wanted:
         raise ConfigError(
-            f"accelerator={kind!r}, devices={wanted}, but there are {cores} CPU cores here, one "
-            "for a device; use fewer devices, or more machines by --num_nodes"
+            f"accelerator={kind!r} and devices={wanted} need a CPU core for each device, but there "
+            f"are {cores} cores here; use fewer devices, or more machines with --num_nodes"
         )
     talk = logging.getLogger("lightning.pytorch")
     level = talk.level
-    talk.setLevel(logging.WARNING)  # what it says of the machine comes when work begins
+    talk.setLevel(logging.WARNING)  # Lightning will describe the machine when work begins
     try:
         trainer = make_trainer(
             config,
@@ -135,16 +135,17 @@ def check(config: TrainConfig) -> None:
     launched, wanted = process_rank()[1], trainer.num_devices * trainer.num_nodes
     if launched not in (1, wanted):
         raise ConfigError(
-            f"devices={config.devices!r} on num_nodes={config.num_nodes} are {wanted} processes, "
-            f"but {launched} were launched; use --devices as on each node, and --num_nodes"
+            f"devices={config.devices!r} on num_nodes={config.num_nodes} make {wanted} processes, "
+            f"but {launched} were launched; set --devices to the processes of each node, and "
+            "--num_nodes to the nodes"
         )
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes into the checkpoint's own folder. Lightning's way is by the system's temporary folder:
-    from there to another disk a file is copied, and a copy that stops half way is what is left.
+    """Writes checkpoints atomically, with the identity of their config under "config".
 
-    A checkpoint says under "config" what it is of.
+    Lightning writes to the system's temporary folder first. From there a file is copied if the
+    output is on another disk, and an interrupted copy would leave a damaged checkpoint.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -165,14 +166,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
-    """Lightning's Trainer where the config says that it should run.
+    """Returns Lightning's Trainer for the devices of the config.
 
     Raises:
-        ConfigError: Lightning refuses it.
+        ConfigError: Lightning refuses a setting.
     """
     plugins: list = [AtomicCheckpoints(config)]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Its checkpoint before a requeue would be within an epoch, which has no position to resume.
+        # Lightning's requeue would save within an epoch, from where a run cannot be resumed.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     place = ("accelerator", "devices", "num_nodes", "strategy", "precision")
     place = {name: getattr(config, name) for name in place}
@@ -184,18 +185,22 @@ def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
 
 
 def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
-    """Trains, resuming from the last checkpoint in `folder`, and writes weights.safetensors: the
-    best ones or the last, see TrainConfig.select.
+    """Trains the rule, writes weights.safetensors into `folder`, and returns its path.
+
+    Training resumes from the last checkpoint in `folder`, if there is one. The weights are the best
+    or the last, see TrainConfig.select.
 
     Args:
-        paths: the target paths, where an objective needs them.
+        config: the config.
+        folder: the output folder.
+        paths: the target paths, if an objective needs them.
     """
     module, data = MetaTraining(config), UpdatesModule(config, paths)
     last = folder / "checkpoints" / "last.ckpt"
     selection = Selection(config) if config.select == "best" else None
     watching = [Speed()] + ([selection, Pictures(selection)] if selection else [])
     averaging = None if config.average is None else EMAWeightAveraging(decay=config.average)
-    if averaging:  # the last, as it takes back what selection is to see
+    if averaging:  # last, because it takes the averaged weights back, which selection tests
         watching.append(averaging)
     trainer = make_trainer(
         config,
@@ -203,7 +208,7 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         default_root_dir=folder,
         gradient_clip_val=config.clip,
         logger=make_logger(config, folder),
-        # not save_last, which with save_top_k=0 writes nothing before the end
+        # save_last with save_top_k=0 would write nothing before the end.
         callbacks=[
             *watching,
             ModelCheckpoint(last.parent, last.stem, enable_version_counter=False),
@@ -219,7 +224,7 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         check_checkpoint(last, config)
     quiet_lightning()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    if averaging:  # which Lightning leaves out where all updates were made before
+    if averaging:  # Lightning does not call this if a resumed run has no updates left
         averaging.on_train_end(trainer, module)
     weights = folder / WEIGHTS
     if trainer.is_global_zero:

@@ -1,6 +1,6 @@
-"""Regression of a rule's updates onto steps along geodesics, and its loss.
+"""Imitation of target paths: regression of a rule's updates onto steps along the paths.
 
-The rule is rolled out without a graph and its network replayed once, see replay.py.
+The rule is rolled out without a graph, and its network is replayed once, see replay.py.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from learned_opt.training.replay import Replay, start_replay, sum_by_tensor
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
 
-PULL = 0.2  # share of the distance to the path that a target takes back
-MAX_PULL = 2.0  # in steps of the path; an uncapped pull did worse
-MAX_DRIVE = 3.0  # the student's own step while it drives, in steps of the path
-MIN_PROGRESS = 0.25  # steps along the path that count even when the student stands still
-AHEAD = 5  # segments ahead in which the nearest point is looked for
-HUBER = 3.0  # error beyond which the loss is linear, in RMS of the teacher's step
-VANISHED = 1e-4  # an update this small a share of its target is as wrong as one can be in size
+PULL = 0.2  # the share of the distance to the path by which a target returns to it
+MAX_PULL = 2.0  # the largest return, in steps of the path; without a limit results were worse
+MAX_DRIVE = 3.0  # the largest update of the student on policy, in steps of the path
+MIN_PROGRESS = 0.25  # the least progress in an update, in steps of the path
+AHEAD = 5  # the number of segments ahead in which the nearest point is searched
+HUBER = 3.0  # the error beyond which the loss is linear, in RMS of the teacher's step
+VANISHED = 1e-4  # updates below this share of their target have the largest error of size
 
 
 class Imitation(Objective):
-    """Imitation of geodesics, on policy in a share of the updates that grows with time."""
+    """Imitates geodesics, on policy in a share of the updates that grows during training."""
 
     name = "imitation"
 
@@ -51,7 +51,7 @@ def student_drives(config: TrainConfig, *key: int) -> bool:
 
 
 def cap(x: Tensor, limit: Tensor) -> Tensor:
-    """x (tasks, d), shortened to Euclidean norm `limit` (tasks, 1) where it is longer."""
+    """Returns x (tasks, d) with Euclidean norms clipped to `limit` (tasks, 1)."""
     return x * (limit / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
 
 
@@ -65,19 +65,22 @@ def imitation_loss(
     key: tuple[object, ...],
     form: str = "huber",
 ) -> Tensor:
-    """`regression` of the rule's updates onto steps along a geodesic, measured by the path's step.
+    """Returns the `regression` loss of the rule's updates onto steps along target paths.
 
-    Off policy θ follows the path itself and the target is the path's next step. On policy the
-    rule drives; its progress τ is the nearest point of the path ahead, and the target is the
-    path's step there plus PULL of the way back to it (DAgger's relabelling: Ross et al. 2011,
-    arXiv 1011.0686).
+    Off policy, θ follows the path and the target is the path's next step. On policy, θ follows the
+    rule's updates. Its progress is then the nearest point of the path ahead, and the target is the
+    path's step at that point plus PULL times the displacement back to the path (the relabelling of
+    DAgger, Ross et al. 2011, arXiv 1011.0686). Errors are measured in units of the path's step.
 
     Args:
-        points: (tasks, steps + 1, d), the path of each task.
-        lengths: (tasks,), steps of it that are real; the rest is not learned from.
-        coordinates: how many to learn from, where the rule does not allow for all.
-        key: of the randomness.
-        form: of the loss, "huber" or "cosine".
+        rule: the rule.
+        task: the tasks of the paths.
+        points: the path of each task, (tasks, steps + 1, d).
+        lengths: the number of steps of each path, (tasks,); the rest of `points` is padding.
+        coordinates: the number of coordinates to learn from, for rules without gains per tensor.
+        student_drives: whether the rollout is on policy.
+        key: the key of minibatches and coordinates.
+        form: the form of the loss, "huber" or "cosine".
     """
     steps = points.shape[1] - 1
     theta, tasks = points[:, 0], torch.arange(len(points), device=points.device)
@@ -116,16 +119,21 @@ def regression(
     layout: Layout,
     form: str = "huber",
 ) -> Tensor:
-    """How far the updates u of a rollout are from their targets y: the mean over steps and
-    tensors, weighed by their size, of one of
+    """Returns the mean error of the updates u of a rollout with respect to their targets y.
 
-    - "huber": β²(√(1 + e²/β²) − 1), e the RMS over the tensor of u − y in units of the scale's;
-    - "cosine": 1 − cos(u, y) + log²(|u| / |y|), each tensor's direction and size apart.
+    The mean is over steps and tensors, weighted by the size of the tensor. The error is
+
+    - "huber": β²(√(1 + e²/β²) − 1), where e is the RMS of u − y over the tensor divided by that of
+      the scale;
+    - "cosine": 1 − cos(u, y) + log²(|u| / |y|), which compares direction and size separately.
 
     Args:
-        targets: y, (tasks, d) for each step.
-        scales: squared norms of what an update is measured by, (steps, tasks · tensors).
-        mask: 1 where there is something to learn, (steps, tasks · tensors).
+        replay: the replay of the rollout.
+        targets: y of each step, (tasks, d).
+        scales: the squared norms by which errors are measured, (steps, tasks · tensors).
+        mask: 1 for tensors to learn from and 0 for others, (steps, tasks · tensors).
+        layout: the layout of the tensors.
+        form: "huber" or "cosine".
     """
     if form == "huber":
         error = replay.squared_error(targets) / scales.clamp(min=1e-20)
@@ -142,8 +150,11 @@ def regression(
 
 
 def nearest(theta: Tensor, points: Tensor, progress: Tensor) -> Tensor:
-    """Where along `points` (tasks, steps + 1, d) theta (tasks, d) is, in steps, (tasks,): the
-    nearest point of the next AHEAD segments, at least MIN_PROGRESS further than `progress`."""
+    """Returns the progress of theta (tasks, d) along `points` (tasks, steps + 1, d), in steps.
+
+    It is the place of the nearest point in the next AHEAD segments, and at least MIN_PROGRESS more
+    than the last `progress`; both are (tasks,).
+    """
     last = points.shape[1] - 2
     segments = (progress.long()[:, None] + torch.arange(AHEAD, device=points.device)).clamp(
         max=last

@@ -1,4 +1,4 @@
-"""The loss of the rule's own runs, by first-order replay and by back-propagation."""
+"""The loss of the rule's own runs, minimized by first-order replay or by back-propagation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Backprop(RunObjective):
         super().__init__(config, rule)
         if not config.first_order and not differentiable(rule):
             raise ConfigError(
-                f"first_order is False, but what rule {config.rule!r} sees cannot be "
+                f"first_order is False, but the statistics of rule {config.rule!r} cannot be "
                 "differentiated; use rule: coordinatewise_lstm, or first_order: true"
             )
 
@@ -56,18 +56,26 @@ def meta_loss(
     floor: float,
     limit: float | Tensor = math.inf,
 ) -> tuple[Tensor, Tensor]:
-    """The loss Σ_t F(θ_t) of the rule's next `steps` updates; moves `run` on.
+    """Returns the meta-loss of the rule's next `steps` updates by replay, and advances `run`.
 
-    With gradients stopped, as in L2L (Andrychowicz et al. 2016, section 2.1), its gradient in
-    the network's weights is that of the linear form Σ_s ⟨u_s, Σ_{t>s} g_t⟩ with g detached, so
-    nothing is propagated through the task. Tasks weigh 1 / (mean loss + floor): what counts is
-    the relative fall of the loss. A task whose loss or gradient is not finite weighs nothing.
+    The loss is Σ_t F(θ_t). If the inputs of the rule are treated as constants, as in L2L
+    (Andrychowicz et al. 2016, section 2.1), its gradient in the network's weights is that of
+    Σ_s ⟨u_s, Σ_{t>s} g_t⟩ with g detached, so nothing is propagated through the task. Tasks are
+    weighted by 1 / (mean loss + floor), so that the relative decrease of the loss counts. A task
+    whose loss or gradient is not finite has weight 0.
 
     Args:
-        limit: losses count as at most this, a number or (tasks,), and have no gradient above it.
+        rule: the rule.
+        task: the tasks of the run.
+        run: the run, which is advanced.
+        steps: the number of updates.
+        coordinates: the number of coordinates that are replayed, for rules without gains per
+            tensor.
+        floor: see above.
+        limit: losses are clipped at this, a number or (tasks,); above it they have no gradient.
 
     Returns:
-        the linear form, whose gradient is the meta-gradient, and mean losses, (tasks,).
+        the linear form, whose gradient is the meta-gradient, and the mean losses, (tasks,).
     """
     seed = seed_of(*run.key)
     replay = start_replay(rule, run.state, coordinates, *run.key, run.state.step)
@@ -101,15 +109,15 @@ def unrolled_loss(
     limit: float | Tensor = math.inf,
     first_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`meta_loss` with a graph through every θ_{t+1} = θ_t + u_t: memory grows with `steps`.
+    """Returns the meta-loss by back-propagation through every θ_{t+1} = θ_t + u_t.
 
-    To first order what the rule sees is detached, as in L2L, and the gradient is that of
-    `meta_loss` with all coordinates; else it goes through the gradients too, as second
-    derivatives of F.
+    Memory grows with `steps`. With `first_order` the inputs of the rule are detached, as in L2L,
+    and the gradient is that of `meta_loss` with all coordinates. Otherwise it passes through the
+    gradients as well, as second derivatives of F.
 
     Returns:
-        the mean over tasks of mean loss / (mean loss + floor), the denominator detached, and mean
-        losses, (tasks,).
+        the mean over tasks of mean loss / (mean loss + floor), with the denominator detached, and
+        the mean losses, (tasks,).
     """
     seed, theta, state = seed_of(*run.key), run.theta.detach().requires_grad_(), run.state
     alive = torch.ones(len(theta), dtype=torch.bool, device=theta.device)
@@ -140,9 +148,11 @@ def _look(
     alive: Tensor,
     first_order: bool,
 ) -> tuple[Tensor, Tensor, Observation, State, Tensor]:
-    """θ, its losses, what the rule sees there, and which tasks have been finite so far. The others
-    go on from θ = 0 without gradients: they weigh nothing, but 0 · NaN in the graph would reach
-    the rest."""
+    """Returns θ, its losses, the observation, the next state, and which tasks are finite so far.
+
+    The other tasks continue from θ = 0 without gradients. They have weight 0, but 0 · NaN in the
+    graph would spread to the other tasks.
+    """
     theta, second = torch.where(alive[:, None], theta, 0), not first_order
     loss = task.loss(theta, batch)
     (grad,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True, create_graph=second)
@@ -157,7 +167,7 @@ def _look(
 
 
 def differentiable(rule: UpdateRule) -> bool:
-    """Whether `rule.observe` can be differentiated; in-place and out= operations cannot."""
+    """Whether `rule.observe` can be differentiated; in-place and out= operations cannot be."""
     theta = torch.ones(1, 2, requires_grad=True)
     try:
         observation, _ = rule.observe(theta**2, theta, rule.init_state(theta.detach(), ((2,),)))

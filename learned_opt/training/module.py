@@ -1,4 +1,4 @@
-"""The LightningModule: meta-parameters, objectives, and what a resumed run needs."""
+"""The LightningModule of meta-training, with all the state that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from learned_opt.training.curriculum import Curriculum
 from learned_opt.training.objectives import OBJECTIVES
 from learned_opt.training.start import start, trainable
 
-FINAL_LEARNING_RATE = 0.05  # of the initial one
+FINAL_LEARNING_RATE = 0.05  # as a share of the initial one
 
 
 class MetaTraining(L.LightningModule):
-    """Trains `rule` by the config's objectives in turn, one of them each update.
+    """Trains `rule` by the objectives of the config, which take turns in the updates.
 
-    What the objectives and the curriculum remember is part of the checkpoint.
+    The state of the objectives and of the curriculum is part of the checkpoint.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -34,8 +34,8 @@ class MetaTraining(L.LightningModule):
             name: OBJECTIVES[name](config, self.rule) for name in dict.fromkeys(config.objectives)
         }
         self.curriculum = Curriculum(config.curriculum) if config.curriculum else None
-        self.scores: list[Tensor] = []  # of this validation
-        self.inner_steps: int | Tensor = 0  # of this process in this epoch, see callbacks.py
+        self.scores: list[Tensor] = []  # the scores of this validation
+        self.inner_steps: int | Tensor = 0  # made by this process in this epoch, see callbacks.py
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(trainable(self.rule), lr=self.config.learning_rate)
@@ -54,12 +54,12 @@ class MetaTraining(L.LightningModule):
         return self.tasks(self.family, "validation", draw)
 
     def on_train_start(self) -> None:
-        """Resuming from different checkpoints, processes would go on together all the same."""
+        """Fails if ranks resumed different checkpoints; otherwise they would diverge silently."""
         updates = self.all_gather(torch.tensor(self.global_step, device=self.device))
         if updates.min() != updates.max():
             raise ConfigError(
-                f"the processes resume at updates {updates.tolist()}, as they see different "
-                "checkpoints; --output must be a folder that all nodes share"
+                f"the processes resume at updates {updates.tolist()}, because they see different "
+                "checkpoints; use a folder that all nodes share as --output"
             )
 
     def training_step(self, item: dict) -> Tensor:
@@ -70,7 +70,7 @@ class MetaTraining(L.LightningModule):
         return loss
 
     def validation_step(self, draw: int) -> None:
-        """log10 of final and of mean loss on validation draws of the family."""
+        """Logs log10 of the final and of the mean loss on a validation draw of the family."""
         task, config = self.validation_tasks(draw), self.config
         steps = self.curriculum.validation_length if self.curriculum else config.validation_steps
         losses, theta = run_rule(task, self.rule, seed_of("validation", draw), steps)
@@ -102,7 +102,7 @@ class MetaTraining(L.LightningModule):
         ranks = checkpoint["objectives"]
         if len(ranks) != self.trainer.world_size:
             raise ConfigError(
-                f"the checkpoint is of {len(ranks)} processes, this run has "
+                f"the checkpoint is of {len(ranks)} processes, but this run has "
                 f"{self.trainer.world_size}; resume with the same devices and num_nodes"
             )
         for name, objective in self.objectives.items():

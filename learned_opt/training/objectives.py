@@ -1,4 +1,4 @@
-"""Objectives, by the names they have in a config."""
+"""The objectives by the names that they have in a config."""
 
 from learned_opt.training.base import Objective
 from learned_opt.training.imitation import Imitation

@@ -1,4 +1,4 @@
-"""Persistent evolution strategies: long runs without the bias of short windows."""
+"""Persistent evolution strategies, which train on long runs without the bias of short windows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.runs import OpenRun, RunObjective
 from learned_opt.training.start import trainable
 
-DIVERGED = 100.0  # times that of chance: what a loss counts as at most, and one that is not finite
+DIVERGED = 100.0  # losses that are larger or not finite count as so many times that of chance
 
 Advance = Callable[[Observation, State], tuple[Tensor, State]]
 
 
 class AntitheticRuns(RunObjective):
-    """Runs in pairs of particles, the first of all pairs before the second."""
+    """Runs in antithetic pairs of particles; all first particles come before all second ones."""
 
-    pairs: int  # for each task
+    pairs: int  # the number of pairs for each task
 
     def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
         run = super().open(key, horizon, task, rule)
@@ -36,7 +36,7 @@ class AntitheticRuns(RunObjective):
     def estimate(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """ĝ, (weights,), of the next `steps` updates, and mean losses of all tasks."""
+        """Returns ĝ, (weights,), of the next `steps` updates, and the mean losses of the tasks."""
 
     def window(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
@@ -50,15 +50,16 @@ class AntitheticRuns(RunObjective):
 class PES(AntitheticRuns):
     """Antithetic PES (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835, algorithm 2).
 
-    Every task has N pairs of particles, which run with weights w ± ε, ε ~ N(0, σ² I) drawn anew
-    in every window for each pair; ξ is the sum of a pair's ε since the run began, and
+    Every task has N pairs of particles, which run with weights w ± ε. In every window a new
+    ε ~ N(0, σ² I) is drawn for each pair. With ξ the sum of a pair's ε since the run began,
 
         ĝ = 1 / (2 σ² N) Σ_pairs ξ (L⁺ − L⁻),   L = log(mean loss of the window + loss_floor).
 
-    It is the gradient of the σ-smoothed sum of L over the run, to all that came before, not only
-    within the window; the mean over tasks is taken. L is ours: its gradient has the weights
-    1 / (mean loss + loss_floor) of `meta_loss`. The loss of a particle that diverges counts as
-    100 times that of chance: the other of the pair is much the better.
+    This estimates the gradient of the σ-smoothed sum of L over the run with respect to all earlier
+    perturbations, not only those of the window. It is averaged over tasks. This L is our
+    choice: its gradient weights tasks by 1 / (mean loss + loss_floor), as `meta_loss` does. The
+    loss of a particle that diverges counts as 100 times that of chance, so the other particle of
+    its pair wins clearly.
     """
 
     name = "pes"
@@ -85,11 +86,17 @@ def pes_gradient(
     floor: float,
     limit: float | Tensor = math.inf,
 ) -> tuple[Tensor, Tensor]:
-    """ĝ, (weights,), of the next `steps` updates, and mean losses, (tasks,); moves `run` on.
+    """Returns ĝ, (weights,), of the next `steps` updates, and the mean losses, (tasks,).
 
     Args:
-        run: theta (2 · pairs · tasks, d), the particles of +ε first; xi (pairs · tasks, weights).
-        limit: losses count as at most this, a number or (*tasks,).
+        rule: the rule.
+        task: the tasks of the run.
+        run: the run, which is advanced; theta is (2 · pairs · tasks, d) with the particles of +ε
+            first, and xi is (pairs · tasks, weights).
+        steps: the number of updates.
+        sigma: σ.
+        floor: the loss_floor.
+        limit: losses are clipped at this, a number or (*tasks,).
     """
     rng = generator("perturbation", *run.key, run.state.step)
     epsilon = sigma * torch.randn(run.xi.shape, generator=rng, dtype=run.xi.dtype)
@@ -103,7 +110,7 @@ def pes_gradient(
 
 
 def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor) -> Tensor:
-    """L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles)."""
+    """Returns L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles)."""
     losses = losses.view(len(losses), -1, *task.lead)
     losses = torch.where(losses.isfinite(), losses, torch.inf)
     clipped = losses.clamp(max=DIVERGED * task.chance).clamp(max=limit)
@@ -114,7 +121,10 @@ def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor)
 
 @torch.no_grad()
 def roll_out(rule: UpdateRule, advance: Advance, task: Task, run: OpenRun, steps: int) -> Tensor:
-    """Losses after each of the next `steps` updates, (steps, particles); moves `run` on."""
+    """Returns the loss after each of the next `steps` updates, (steps, particles).
+
+    It advances `run`.
+    """
     seed, losses = seed_of(*run.key), []
     for step in range(steps + 1):
         particles = run.theta.view(-1, *task.lead, run.theta.shape[-1])
@@ -130,7 +140,7 @@ def roll_out(rule: UpdateRule, advance: Advance, task: Task, run: OpenRun, steps
 
 
 class _Call(nn.Module):
-    """A method of `rule` as a forward, which is what functional_call calls."""
+    """Makes a method of `rule` a forward pass, because functional_call calls forward."""
 
     def __init__(self, rule: UpdateRule, method: str) -> None:
         super().__init__()
@@ -141,8 +151,7 @@ class _Call(nn.Module):
 
 
 def perturbed(rule: UpdateRule, weights: Tensor) -> Advance:
-    """`rule.advance` in place, with weights of their own for each particle, from
-    (particles, weights)."""
+    """Returns `rule.advance`, in place, with a row of `weights` (particles, weights) for each."""
     module = _Call(rule, "advance" if rule.weights_per_task else "respond")
     moving = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     names, parameters = zip(*moving, strict=True)

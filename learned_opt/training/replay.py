@@ -1,15 +1,16 @@
-"""Replays a rule on what it observed in a rollout, with a graph in its meta-parameters.
+"""Replays a rule on the observations of a rollout, with an autograd graph of its meta-parameters.
 
-A rollout runs without a graph. What the objectives need of the updates u_s made in it are, for
-each tensor, ⟨u_s, y⟩ and |u_s − y|² with given y. Two ways to get them:
+A rollout runs without a graph. For each tensor the objectives need ⟨u_s, y⟩ and |u_s − y|² of the
+updates u_s in the rollout, with given y. There are two ways to compute them with a graph:
 
-- `SampledReplay`, for any rule: the network is run again on a random subset of coordinates.
-  All coordinates share the network, so the subset gives unbiased figures at a fraction of the cost.
-- `TensorReplay`, for rules that mix features with gains per tensor, u = Σ_k c_k f_k: inner products
-  of the f_k with y and with each other are all there is to know. No coordinate is left out, and
-  the network runs once per tensor.
+- `SampledReplay` works for any rule. It runs the network again on a random subset of coordinates.
+  All coordinates share the network, so the results are unbiased, at a fraction of the cost.
+- `TensorReplay` is for rules with gains per tensor, u = Σ_k c_k f_k. It needs only the inner
+  products of the f_k with y and with each other. It uses all coordinates, and runs the network once
+  for each tensor.
 
-Tensors of all tasks are numbered together, task by task: (steps, tasks · tensors).
+The tensors of all tasks are numbered together, task by task, so results are
+(steps, tasks · tensors).
 """
 
 from __future__ import annotations
@@ -24,39 +25,47 @@ from torch import Tensor
 from learned_opt.rules.base import Layout, Observation, State, UpdateRule, merge_tasks
 from learned_opt.tasks.base import generator
 
-TINY = 1e-30  # squared norm of an update that has no direction
+TINY = 1e-30  # an update with a squared norm below this has no direction
 
 
 class Replay(ABC):
-    """The updates of one rollout; `see` each observation, then ask."""
+    """The updates u_s of one rollout. Call `see` for each observation before the other methods."""
 
     @abstractmethod
     def see(self, observation: Observation) -> None: ...
 
     @abstractmethod
     def inner(self, y: Sequence[Tensor]) -> Tensor:
-        """⟨u_s, y_s⟩ over each tensor, (steps, tasks · tensors), from y_s (tasks, d)."""
+        """Returns ⟨u_s, y_s⟩ of each tensor, (steps, tasks · tensors), for y_s (tasks, d)."""
 
     @abstractmethod
     def moments(self, y: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """|u_s|², ⟨u_s, y_s⟩ and |y_s|² over each tensor, (steps, tasks · tensors), all of the
-        same coordinates."""
+        """Returns |u_s|², ⟨u_s, y_s⟩ and |y_s|² of each tensor, (steps, tasks · tensors).
+
+        All three are computed from the same coordinates.
+        """
 
     @abstractmethod
     def squared_error(self, y: Sequence[Tensor]) -> Tensor:
-        """|u_s − y_s|² over each tensor, (steps, tasks · tensors)."""
+        """Returns |u_s − y_s|² of each tensor, (steps, tasks · tensors)."""
 
     @abstractmethod
     def lengths(self, u: Sequence[Tensor]) -> Tensor:
-        """Numbers with the gradient of log ℓ_s, (steps, tasks · tensors), ℓ_s how long the updates
-        u_s (tasks, d) are on each tensor."""
+        """Returns numbers (steps, tasks · tensors) whose gradient is that of log ℓ_s.
+
+        ℓ_s measures the length of the updates u_s (tasks, d) on each tensor. The values of the
+        numbers have no meaning.
+        """
 
 
 def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object) -> Replay:
-    """The replay that suits `rule`, of a rollout that goes on from `state`.
+    """Returns the replay for `rule`, of a rollout that continues from `state`.
 
     Args:
-        coordinates: how many a SampledReplay draws, by `key`.
+        rule: the rule.
+        state: the state of the rule before the rollout.
+        coordinates: the number of coordinates that a SampledReplay draws.
+        key: the key of that draw.
     """
     if rule.gains_per_tensor:
         return TensorReplay(rule, state)
@@ -64,12 +73,15 @@ def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object)
 
 
 def sum_by_tensor(x: Tensor, layout: Layout) -> Tensor:
-    """(*tasks, d) -> (tasks · tensors,)"""
+    """Sums x (*tasks, d) over the coordinates of each tensor: (tasks · tensors,)."""
     return torch.stack([part.sum(-1) for part in x.split(layout.sizes, -1)], -1).flatten()
 
 
 def _finite(x: Tensor) -> Tensor:
-    """A lost task weighs nothing, but 0 · NaN would reach the others. Not 0: rules divide."""
+    """Replaces values that are not finite by 1, because 0 · NaN would spread to other tasks.
+
+    Their task has weight 0. The value is not 0, because rules divide.
+    """
     return x.nan_to_num(1.0, 1.0, 1.0)
 
 
@@ -132,7 +144,7 @@ class TensorReplay(Replay):
         self.seen.append(observation)
 
     def _gains(self) -> Tensor:
-        """(steps, features, tasks · tensors)"""
+        """Returns the gains, (steps, features, tasks · tensors)."""
         gains, hidden = [], _finite(self.hidden)
         for seen in self.seen:
             gain, hidden = self.rule.gains(_finite(merge_tasks(seen.tensor)), hidden)
@@ -140,7 +152,10 @@ class TensorReplay(Replay):
         return torch.stack(gains)
 
     def _products(self, observation: Observation, y: Tensor | None = None) -> Tensor:
-        """⟨f_k, y⟩, (features, 1, tasks · tensors); without y ⟨f_j, f_k⟩ in place of it."""
+        """Returns ⟨f_k, y⟩, (features, 1, tasks · tensors).
+
+        Without y it returns ⟨f_j, f_k⟩, (features, features, tasks · tensors).
+        """
         sizes = observation.layout.sizes
         if y is not None and observation.basis is not None:
             y = observation.basis.turn(y)
@@ -148,7 +163,7 @@ class TensorReplay(Replay):
         others = features if y is None else y.unsqueeze(-2).split(sizes, -1)
         products = [f @ o.mT for f, o in zip(features, others, strict=True)]
         products = torch.stack(products, -1).movedim(0, -2).flatten(-2)
-        return products.nan_to_num(0.0, 0.0, 0.0)  # of lost tasks, see _finite
+        return products.nan_to_num(0.0, 0.0, 0.0)  # for tasks that diverged, see _finite
 
     def inner(self, y: Sequence[Tensor]) -> Tensor:
         products = [self._products(*pair) for pair in zip(self.seen, y, strict=True)]
@@ -168,12 +183,11 @@ class TensorReplay(Replay):
         return (own - 2 * cross + squares).clamp(min=0)
 
     def lengths(self, u: Sequence[Tensor]) -> Tensor:
-        """Of log|c_s|, c the gains: see StepSize."""
+        """Returns numbers with the gradient of log|c_s|, where c_s are the gains; see StepSize."""
         return (self.shares.detach() * self.shares).sum(1)
 
     @cached_property
     def shares(self) -> Tensor:
-        """c_s / |c_s|, with |c_s| taken as given, (steps, features, tasks · tensors), of all that
-        was seen."""
+        """c_s / |c_s| with |c_s| detached, (steps, features, tasks · tensors)."""
         gains = self._gains()
         return gains / gains.detach().norm(dim=1, keepdim=True).clamp(min=TINY)

@@ -1,4 +1,4 @@
-"""Runs of the rule that meta-training comes back to, window after window."""
+"""Runs of the rule that meta-training continues window by window."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from learned_opt.training.base import Objective
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining
 
-KINDS = ("coordinate", "tensor", "matrix")  # of what a State holds
-LOST = 3.0  # a run ends when all its losses are so many times that of chance, or θ overflows
+KINDS = ("coordinate", "tensor", "matrix")  # the fields of a State that contain tensors
+LOST = 3.0  # a run ends if all its losses exceed so many times that of chance, or θ overflows
 
 
 @dataclass
 class OpenRun:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
-        key: of its tasks and minibatches.
-        horizon: steps after which it ends.
-        theta: (tasks, d); of pairs (2 · pairs · tasks, d).
-        state: the rule's.
-        xi: of pairs, what its weights, or steps in terms of them, were perturbed by so far,
+        key: the key of its tasks and minibatches.
+        horizon: the number of steps after which it ends.
+        theta: the parameters, (tasks, d), or (2 · pairs · tasks, d) for pairs of particles.
+        state: the state of the rule.
+        xi: for pairs, the sum of the perturbations so far in terms of the weights,
             (pairs · tasks, weights).
     """
 
@@ -45,9 +45,10 @@ class OpenRun:
 
 
 class RunObjective(Objective):
-    """Learns from windows of `window` updates on `open_runs` runs in turn (truncated unrolls).
+    """An objective that learns from windows of runs, in truncated unrolls.
 
-    A run is `horizon` steps long, log-uniform, or as long as the curriculum says.
+    Each meta-update continues one of `open_runs` runs, which take turns, by `window` updates. The
+    length of a run is drawn log-uniformly from `horizon`, or is that of the curriculum.
     """
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
@@ -55,8 +56,8 @@ class RunObjective(Objective):
         starts = range(0, config.longest_run, config.window)
         if not all(due(step, rule.every) for step in starts):
             raise ConfigError(
-                f"window is {config.window}, and the rule's network looks every {rule.every} "
-                "steps; use a multiple of that, as windows learn from their own looks"
+                f"window is {config.window}, but the rule's network runs every {rule.every} steps; "
+                "use a multiple of that, because a window must begin with a run of the network"
             )
         self.runs: list[OpenRun | None] = [None] * config.open_runs
 
@@ -64,7 +65,7 @@ class RunObjective(Objective):
     def window(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Moves `run` on by `steps`; the loss to learn from, and mean losses of all tasks."""
+        """Advances `run` by `steps`; returns the loss to learn from and the tasks' mean losses."""
 
     def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
         theta = task.init(seed_of(*key))
@@ -97,7 +98,7 @@ class RunObjective(Objective):
         return round(float((low + share * (high - low)).exp()))
 
     def limit(self, task: Task) -> float | Tensor:
-        """Where losses are clipped."""
+        """Returns the value at which losses are clipped, a number or (tasks,)."""
         clip = self.config.loss_clip
         return math.inf if clip is None else clip * task.chance
 
@@ -109,7 +110,7 @@ class RunObjective(Objective):
 
 
 def pack(run: OpenRun) -> dict:
-    """Tensors and plain values of a run."""
+    """Returns a run as a dict of tensors and plain values."""
     state = run.state.map(Tensor.cpu)
     packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta.cpu()}
     packed |= {"layout": asdict(state.layout), "step": state.step}
@@ -118,7 +119,7 @@ def pack(run: OpenRun) -> dict:
 
 
 def unpack(packed: dict, device: torch.device) -> OpenRun:
-    """The run of `pack`."""
+    """Inverts `pack`."""
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
     state = State(layout, packed["step"], *(packed[kind] for kind in KINDS))
     state = state.map(lambda x: x.to(device))

@@ -1,4 +1,4 @@
-"""The rule as meta-training finds it."""
+"""Makes the rule that meta-training begins with."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ SHIPPED = "shipped"
 
 
 def start(config: TrainConfig) -> UpdateRule:
-    """The config's rule: initialised by its seed, `start_from` loaded, what is `frozen` fixed.
+    """Returns the rule of the config.
+
+    It is initialized by the seed, then the weights of `start_from` are loaded, and the
+    meta-parameters of `frozen` do not require gradients.
 
     Raises:
-        ConfigError: the rule cannot be made; the weights are of another rule or config; a name in
-            `frozen` fits no meta-parameter, or all are frozen.
+        ConfigError: the rule cannot be made, the weights are of another rule or config, a prefix in
+            `frozen` matches no meta-parameter, or all meta-parameters are frozen.
         WeightsError: `start_from` cannot be read.
     """
     with torch.random.fork_rng():
@@ -34,7 +37,10 @@ def start(config: TrainConfig) -> UpdateRule:
     names = [name for name, _ in rule.named_parameters()]
     for beginning in config.frozen:
         if not any(name.startswith(beginning) for name in names):
-            raise ConfigError(f"frozen has {beginning!r}; no meta-parameter of {names} begins so")
+            raise ConfigError(
+                f"frozen has {beginning!r}, with which no meta-parameter begins; use prefixes of "
+                f"{names}"
+            )
     for name, p in rule.named_parameters():
         p.requires_grad_(not name.startswith(config.frozen))
     if not trainable(rule):
@@ -43,10 +49,10 @@ def start(config: TrainConfig) -> UpdateRule:
 
 
 def part_like(rule: UpdateRule, other: UpdateRule, said: str) -> UpdateRule:
-    """What of `rule` the weights of `other` fit: it, or the base that it wears.
+    """Returns the part of `rule` that the weights of `other` fit: the rule itself, or its base.
 
     Raises:
-        ConfigError: neither; it begins with `said`.
+        ConfigError: they fit neither. The message begins with `said`.
     """
     worn = getattr(rule, "base", rule)
     part = worn if other.name == worn.name else rule
@@ -59,11 +65,12 @@ def part_like(rule: UpdateRule, other: UpdateRule, said: str) -> UpdateRule:
 
 
 def trainable(rule: UpdateRule) -> list[nn.Parameter]:
+    """Returns the meta-parameters that are not frozen."""
     return [p for p in rule.parameters() if p.requires_grad]
 
 
 def origin(start_from: str | None) -> str | None:
-    """What tells the weights of `start_from` apart from others, free of where they lie."""
+    """Returns a checksum of the weights of `start_from`, which does not depend on their folder."""
     if start_from is None:
         return None
     path = DEFAULT if start_from == SHIPPED else user_path(start_from, "start_from", ConfigError)

@@ -1,4 +1,4 @@
-"""Evolution strategies on the sizes of steps: long runs, with few numbers to perturb."""
+"""Evolution strategies on step sizes, which train on long runs with few perturbed numbers."""
 
 from __future__ import annotations
 
@@ -16,44 +16,47 @@ from learned_opt.training.start import trainable
 
 
 class StepSize(AntitheticRuns):
-    """How long steps are, and with `mixture` what of, by what becomes of the run.
+    """Trains per-tensor step sizes (with `mixture`, also the gains) on the outcome of the run.
 
-    Each of N tasks is a pair of particles, whose updates of tensor i are e^{p ± σ ε_i} u_i, with
-    ε_i = √c z + √(1 − c) z_i, z and z_i ~ N(0, 1) drawn anew in every window: one factor for the
-    network and one for each tensor. p ~ U(`pace`) is one number for all of a run: with steps too
-    long or too short on every task, the rule learns to notice that and to make up for it. ξ is the
-    sum, over windows since the pair was last together, of
+    *Perturbations.* Each of N tasks is a pair of particles, whose updates of tensor i are
+    e^{p ± σ ε_i} u_i. In every window, ε_i = √c z + √(1 − c) z_i is drawn anew, with z (one for the
+    network) and z_i (one for each tensor) from N(0, 1). p ~ U(`pace`) is drawn once for a run: when
+    all its steps are too long or too short, the rule learns to notice and to correct it.
 
-        Σ_i ε_i ∂ log ℓ_i / ∂w,    the mean over the window's steps and both particles;
+    *Estimate.* Let ξ be the sum, over the windows since the particles of the pair were last at the
+    same point, of
+
+        Σ_i ε_i ∂ log ℓ_i / ∂w,    averaged over the window's steps and both particles. Then
 
         ĝ = 1 / (2 σ N) Σ_pairs ξ (L⁺ − L⁻),    L = log(mean loss of the window + loss_floor).
 
-    ℓ_i is |c_i| for rules with gains c_i per tensor, u_i = Σ_k c_ik f_ik, else |u_i|. Both grow as
-    steps do that keep their direction. Of what turns them |u_i| grows the most with the noisiest
-    f_k, which is no reason to have more of it; steps along ∂ log|c_i| / ∂c_i scale c_i and no more.
+    ℓ_i is |c_i| for rules with gains c_i per tensor, u_i = Σ_k c_ik f_ik, and |u_i| for others.
+    Both measure the length of steps of a fixed direction. Of changes of direction, |u_i| would
+    favour the noisiest f_k, because it grows most with that; ∂ log|c_i| / ∂c_i only scales c_i.
 
-    As in PES (pes.py) a window's losses count for all steps since the pair was last together, but
-    what is perturbed are as many numbers as there are tensors and not the thousands of
-    meta-parameters, whose noise the estimate would have; the chain rule does the rest (REINFORCE,
-    Williams 1992, with antithetic pairs). To first order in σ it is the gradient, through the sizes
-    of steps, of these L: exactly where ∂ log ℓ_i / ∂w is the same at all of a window's steps, and
-    with what the rule observes, and what it remembers at the window's start, taken as given. What
-    changes sizes within a window but not their mean it does not see. With c = `common` above 0 it
-    is the gradient, through log ℓ_i, times the covariance of ε, (1 − c) I + c 1 1ᵀ: downhill all
-    the same, first in what all tensors want, which is told from the noise the soonest. For rules
-    without gains per tensor, of which only some coordinates are replayed, small tensors make it
-    noisy.
+    *Properties.* As in PES (pes.py), the losses of a window count for all steps since the particles
+    were last at the same point. But only one number for each tensor is perturbed, instead of
+    thousands of meta-parameters, so the estimate is less noisy, and the chain rule does the rest
+    (REINFORCE, Williams 1992, with antithetic pairs). To first order in σ, ĝ is the gradient of L
+    through the step sizes, with the observations and the state at the start of the window taken as
+    constants. This is exact if ∂ log ℓ_i / ∂w is the same at all steps of a window; changes of step
+    sizes within a window that keep their mean have no effect on ĝ. With c = `common` above 0, the
+    gradient through log ℓ_i is multiplied by the covariance of ε, (1 − c) I + c 1 1ᵀ. That is still
+    a descent direction, and it favours changes that all tensors have in common, which emerge from
+    the noise first. For rules without gains per tensor only some coordinates are replayed, so small
+    tensors make the estimate noisy.
 
-    With `mixture` = μ above 0 the gains themselves are perturbed too, c_i ± μ |c_i| η with η ~
-    N(0, I) anew in every window, the same for all tensors of a network, and ξ has besides
+    *Gains.* With `mixture` = μ above 0 the gains are perturbed as well, by ± μ |c_i| η, with η ~
+    N(0, I) drawn anew in every window and the same for all tensors of a network. ξ then has the
+    further term
 
-        σ / μ Σ_ik η_k ∂c_ik / ∂w / |c_i|:
+        σ / μ Σ_ik η_k ∂c_ik / ∂w / |c_i|.
 
-    what steps are mixed of is then judged by runs as well, with all that later steps make of it,
-    which replay takes as given.
+    So the gains, too, are trained on the outcome of runs, including the effects on later steps
+    that replay treats as constant.
 
-    Every `together` windows the second particle goes on from where the first is: differences of
-    runs that have long gone apart are noise.
+    *Restarts.* Every `together` windows the second particle is set to the point and the state of
+    the first, because differences of runs that separated long ago are mostly noise.
     """
 
     name = "step_size"
@@ -89,13 +92,18 @@ def step_size_gradient(
     limit: float | Tensor,
     coordinates: int,
 ) -> tuple[Tensor, Tensor]:
-    """ĝ, (weights,), of the next `steps` updates, and mean losses, (tasks,); moves `run` on.
+    """Returns ĝ, (weights,), of the next `steps` updates, and the mean losses, (tasks,).
 
     Args:
-        run: theta (2 · tasks, d), the particles of +ε first; xi (tasks, weights).
-        config: its sigma, common, pace and mixture are those of StepSize.
-        limit: losses count as at most this, a number or (*tasks,).
-        coordinates: how many to learn from, where the rule does not allow for all.
+        rule: the rule.
+        task: the tasks of the run.
+        run: the run, which is advanced; theta is (2 · tasks, d) with the particles of +ε first, and
+            xi is (tasks, weights).
+        steps: the number of updates.
+        config: sigma, common, pace and mixture, see StepSize.
+        floor: the loss_floor.
+        limit: losses are clipped at this, a number or (*tasks,).
+        coordinates: the number of coordinates to learn from, for rules without gains per tensor.
     """
     n, layout = len(run.xi), run.state.layout
     sigma, common = config.sigma, config.common
@@ -111,7 +119,9 @@ def step_size_gradient(
 
     def advance(seen: Observation, state: State) -> tuple[Tensor, State]:
         nonlocal eta
-        replay.see(seen)  # SampledReplay copies; what is of gains alone needs no coordinates
+        replay.see(
+            seen
+        )  # coordinates are overwritten later: SampledReplay copies them, gains need none
         if not config.mixture:
             update, state = rule.advance(seen, state)
             updates.append(update)
@@ -141,7 +151,7 @@ def step_size_gradient(
 
 
 def reunite(run: OpenRun) -> None:
-    """The second particles go on from where the first are."""
+    """Sets the second particles to the points and states of the first."""
 
     def twice(x: Tensor) -> Tensor:
         return x[: len(run.xi)].repeat(2, *[1] * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""Imitation of another torch optimizer: the control that imitation of geodesics has to beat."""
+"""Imitation of a torch optimizer, the control for the imitation of geodesics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TorchImitation(Objective):
-    """Each update fresh inits of the tasks that geodesics are made of, and `teacher` on them."""
+    """Imitates `teacher` on tasks of the geodesics' family, with a new draw in each update."""
 
     name = "torch_imitation"
 
@@ -42,7 +42,7 @@ class Teacher:
         self.optimizer = config.make(self.theta)
 
     def step(self, theta: Tensor, grad: Tensor) -> Tensor:
-        """θ after a step from `theta`; the optimizer's state moves on."""
+        """Returns θ after one step of the optimizer from `theta`, and advances its state."""
         with torch.no_grad():
             self.theta.copy_(theta)
         self.theta.grad = grad
@@ -59,16 +59,21 @@ def torch_imitation_loss(
     key: tuple[object, ...],
     form: str = "huber",
 ) -> Tensor:
-    """`regression` of the rule's updates onto `config.steps` (K) steps of a torch optimizer each.
+    """Returns the `regression` loss of the rule's updates onto K = `config.steps` teacher steps.
 
-    The first of the K has the minibatch that the rule sees. Off policy the teacher drives, and its
-    state is that of its own run. On policy the rule drives, its step capped; the teacher's state
-    has seen the same gradients as the rule, and its K steps are made from where the rule is.
+    The first of the K steps uses the same minibatch as the rule. Off policy, θ follows the teacher,
+    whose state is that of its own run. On policy, θ follows the rule's updates, which are clipped.
+    The state of the teacher then comes from the same gradients as the rule's, and its K steps start
+    from the rule's θ.
 
     Args:
-        coordinates: how many to learn from, where the rule does not allow for all.
-        key: of the inits, minibatches and coordinates.
-        form: of the loss, "huber" or "cosine".
+        rule: the rule.
+        task: the tasks to train on.
+        config: the teacher.
+        coordinates: the number of coordinates to learn from, for rules without gains per tensor.
+        student_drives: whether the rollout is on policy.
+        key: the key of initial parameters, minibatches and coordinates.
+        form: the form of the loss, "huber" or "cosine".
     """
     seed = seed_of(*key)
     theta = task.init(seed)
@@ -89,7 +94,7 @@ def torch_imitation_loss(
             alive &= (after - theta).isfinite().all(-1)
             targets.append(torch.where(alive[:, None], after - theta, 0))
             scales.append(sum_by_tensor(targets[-1].square(), state.layout))
-            masks.append((scales[-1] > 0).to(theta.dtype))  # of a lost task all are 0
+            masks.append((scales[-1] > 0).to(theta.dtype))  # 0 for tasks that diverged
             if student_drives:
                 update, state = rule.advance(observation, state)
                 limit = MAX_DRIVE * targets[-1].norm(dim=-1, keepdim=True)

@@ -217,7 +217,7 @@ def test_only_the_first_process_of_a_job_claims_the_output(demo, fits, monkeypat
         ("train --output x --objectives [magic]", "magic imitation pes"),
         ("train --output x --horizon [10,800]", "horizon window=20 longer"),
         ("train --output x --objectives [backprop] --first_order false", "coordinatewise_lstm"),
-        ("train --output x --curriculum.lengths [40,20]", "curriculum.lengths (40, 20) rise"),
+        ("train --output x --curriculum.lengths [40,20]", "curriculum.lengths (40, 20) increase"),
         ("train --output x --teacher.optimizer LBFGS", "teacher.optimizer LBFGS Adam"),
         ("train --output x --accelerator gpu --devices 99", "devices=99 GPUs cpu"),
         ("train --output x --accelerator cpu --devices 9999", "devices=9999 cores num_nodes"),

@@ -107,7 +107,7 @@ def test_every_window_begins_with_a_look_of_the_network(name: str) -> None:
     rule = make_rule("scheduled", base_config={"every": 10})
     config = TrainConfig(objectives=(name,), window=20, horizon=(60, 600))
     objectives.OBJECTIVES[name](config, rule)
-    with pytest.raises(ConfigError, match=r"window is 15.*looks every 10 steps; use a multiple"):
+    with pytest.raises(ConfigError, match=r"window is 15.*runs every 10 steps; use a multiple"):
         objectives.OBJECTIVES[name](replace(config, window=15), rule)
 
 

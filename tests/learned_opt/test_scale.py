@@ -267,7 +267,7 @@ def test_the_slurm_script_is_one() -> None:
         environment = trainer.strategy.cluster_environment
         assert trainer.world_size == 8
         assert not environment.auto_requeue
-        with pytest.raises(ConfigError, match=r"are 6 processes, but 8 were launched"):
+        with pytest.raises(ConfigError, match=r"make 6 processes, but 8 were launched"):
             check(replace(config, devices=3))
 
 
