@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -59,6 +59,37 @@ class View(Tensor):
         return copied
 
 
+@dataclass(frozen=True)
+class LastStep:
+    """What the last step of a block was made of, for `LearnedOptimizer.diagnostics`.
+
+    Attributes:
+        relative: (tensors,), RMS of lr · u over the RMS of θ before the step.
+        gains: (K, tensors), in u = Σ_k gains_k f_k; None for rules without gains per tensor.
+        decay: (tensors,), the share of θ that weight decay removed.
+    """
+
+    relative: Tensor
+    gains: Tensor | None
+    decay: Tensor
+
+
+class _Told:
+    """A rule whose `update` also keeps the gains of its directions."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule = rule
+        self.gains: Tensor | None = None
+
+    def update(
+        self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
+    ) -> tuple[Tensor, State]:
+        observation, state = self.rule.observe(grads, params, state, in_place)
+        if self.rule.gains_per_tensor:
+            self.gains, _ = self.rule.gains(observation.tensor, self.rule.hidden(state))
+        return self.rule.advance(observation, state, in_place)
+
+
 class Block:
     """Parameters of one device and sharding, and the state that a rule keeps of them.
 
@@ -84,6 +115,7 @@ class Block:
         self.skipped = torch.zeros_like(steps)
         self.layout.expand(steps)  # fills the layout's caches, which a compiled step could not do
         self.used = False
+        self.last: LastStep | None = None  # set by steps with `diagnose`
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
         for views, entries in zip(self.states, saved, strict=True):
             known = known_entries() | views.keys()
@@ -97,6 +129,36 @@ class Block:
             for name, value in entries.items():
                 local(views[name]).copy_(local(value))
         self.entries = [list(views.values()) for views in self.states]
+
+    def _last_step(
+        self, told: _Told, theta: Tensor, update: Tensor, lr: float | Tensor,
+        weight_decay: float | Tensor, skipped: Tensor,
+    ) -> LastStep:  # fmt: skip
+        """Returns the facts of an update that has not been added to θ yet."""
+        size, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
+        step = torch.where(moved > 0, moved / size, 0)
+        share = torch.where(size > 0, step, 0)  # as in `update`
+        gains = told.gains
+        if gains is not None:
+            gains = torch.where(self.skipped > skipped, 0, gains)
+        return LastStep(lr * step, gains, (lr * weight_decay * share).clamp(max=1))
+
+    def facts(self, directions: tuple[str, ...]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yields each parameter and its facts in `last`; nothing before a step with `diagnose`.
+
+        Args:
+            directions: the names of the rows of `LastStep.gains`.
+        """
+        if self.last is None:
+            return
+        gains = [] if self.last.gains is None else self.last.gains.mT.tolist()
+        directions = directions or tuple(str(k) for k in range(len(gains[0]) if gains else 0))
+        columns = (x.tolist() for x in (self.last.relative, self.last.decay, self.skipped))
+        for i, (p, relative, decay, skipped) in enumerate(zip(self.params, *columns, strict=True)):
+            own = dict(zip(directions, gains[i], strict=True)) if gains else {}
+            yield p, {
+                "relative_step": relative, "gains": own, "decay": decay, "skipped": int(skipped)
+            }  # fmt: skip
 
     def parts(self) -> list[Tensor]:
         """Returns the parts of the parameters on this process.
@@ -155,9 +217,12 @@ class Block:
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
-        weight_decay: float | Tensor, maximize: bool,
+        weight_decay: float | Tensor, maximize: bool, diagnose: bool = False,
     ) -> None:  # fmt: skip
-        """Updates these parameters in place by one step."""
+        """Updates these parameters by one step, in place.
+
+        With `diagnose`, `last` is what the step was made of.
+        """
         parts = self.parts()
         theta = _flatten(parts)
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
@@ -166,9 +231,14 @@ class Block:
             grads = -grads
         with full_precision(theta):
             # The first step is not compiled, because it fills caches of the layout.
-            advance = guarded if self.used else in_python
-            update = advance(rule, grads, theta, self.state, self.skipped)
+            advance = guarded if self.used and not diagnose else in_python
+            told = _Told(rule) if diagnose else rule
+            skipped = self.skipped.clone() if diagnose else None
+            update = advance(told, grads, theta, self.state, self.skipped)
             self.used = True
+        self.last = None
+        if diagnose:
+            self.last = self._last_step(told, theta, update, lr, weight_decay, skipped)
         if isinstance(weight_decay, Tensor) or weight_decay:
             norm, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
             share = torch.where(norm > 0, moved / norm, 0)

@@ -64,6 +64,8 @@ class LearnedOptimizer(Optimizer):
             On an accelerator the whole update is compiled, except for sharded parameters; compile
             time grows with the number of distinct tensor sizes.
         revision: the commit of a repository on the Hub. It is required there.
+        diagnose: keeps the facts that `diagnostics()` returns. You can set it at any time, as in
+            `optimizer.diagnose = True`.
 
     Raises:
         WeightsError: the weights cannot be used.
@@ -73,6 +75,8 @@ class LearnedOptimizer(Optimizer):
             raised by `step`, a loaded state is of another rule or shape.
         RuntimeError: a gradient is sparse or complex; raised by `step`.
     """
+
+    diagnose = False  # of those that were pickled before there was this
 
     def __init__(
         self,
@@ -84,12 +88,13 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         compile: bool = False,
         revision: str | None = None,
+        diagnose: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
         _check(lr, weight_decay)
         rule = weights if isinstance(weights, UpdateRule) else load_rule(weights, revision)
-        self.rule, self.compile = rule, compile
+        self.rule, self.compile, self.diagnose = rule, compile, diagnose
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         self._forget()
@@ -112,7 +117,9 @@ class LearnedOptimizer(Optimizer):
             _warn_of_small([group])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"rule": self.rule, "compile": self.compile}
+        return super().__getstate__() | {
+            "rule": self.rule, "compile": self.compile, "diagnose": self.diagnose
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -149,7 +156,7 @@ class LearnedOptimizer(Optimizer):
                 guarded = guarded_update if device.type == "cpu" else self._guarded
                 block.update(
                     self._rule_on(device), guarded, group["lr"], group["weight_decay"],
-                    group["maximize"],
+                    group["maximize"], self.diagnose,
                 )  # fmt: skip
         return loss
 
@@ -168,6 +175,49 @@ class LearnedOptimizer(Optimizer):
                 stacklevel=2,
             )
         return skipped
+
+    def diagnostics(self) -> dict[str | tuple[int, int], dict[str, Any]]:
+        """Returns what the last step did to each tensor; `diagnose` must be on.
+
+            optimizer = LearnedOptimizer(model.named_parameters(), diagnose=True)
+            ...  # some steps
+            optimizer.diagnostics()["0.weight"]["relative_step"]
+
+        The facts are not part of the state, so they change no step and no checkpoint. After loading
+        a checkpoint there are none until the next step. With `diagnose` a step takes a few more
+        passes over the parameters and is not compiled as a whole. Reading the facts waits for the
+        device.
+
+        Returns:
+            a dict for each parameter that took part in the last step. Its key is the parameter's
+            name if the groups have names, else (number of the group, position in it). It has
+
+            - "relative_step": the RMS of the step without decay, divided by the RMS of the parameter
+              before the step;
+            - "gains": a number for each direction d_k. The step is lr · Σ_k gain_k d_k, and the d_k
+              are the gradient and its averages, normalized to about unit size, so that a step
+              downhill has negative gains. It is empty for rules that do not mix whole tensors;
+            - "decay": the share of the parameter that weight decay removed;
+            - "skipped": the number of updates skipped so far because the tensor or its gradient was
+              not finite. If the last step was skipped, the other entries are 0.
+
+        Raises:
+            RuntimeError: `diagnose` is off.
+        """
+        if not self.diagnose:
+            raise RuntimeError(
+                "diagnostics are not kept; pass diagnose=True to LearnedOptimizer, or set "
+                "optimizer.diagnose = True before a step"
+            )
+        found: dict[str | tuple[int, int], dict[str, Any]] = {}
+        for number, group in enumerate(self.param_groups):
+            _, blocks = self._blocks.get(number, ([], []))
+            facts = {p: fact for block in blocks for p, fact in block.facts(self.rule.directions)}
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                if p in facts:
+                    found[names[i] if names else (number, i)] = facts[p]
+        return found
 
     def _blocks_of(self, group: int, params: list[Tensor]) -> list[Block]:
         """Returns blocks of a group's parameters `params`; those of the last step if they match."""
@@ -328,7 +378,7 @@ def _refuse(unknown: dict[str, Any]) -> None:
         raise TypeError(
             f"LearnedOptimizer has no argument {given}; leave it out, because the rule has learned "
             "what betas, momentum and eps set in other optimizers; the arguments are params, lr, "
-            "weight_decay, weights, maximize, compile and revision"
+            "weight_decay, weights, maximize, compile, revision and diagnose"
         )
 
 

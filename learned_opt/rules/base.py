@@ -343,6 +343,7 @@ class UpdateRule(nn.Module, ABC):
     # `gains(tensor, hidden)` returns c, `features(observation)` returns f, which does not depend on
     # meta-parameters, and `mix(gains, observation)` returns the sum. Training is far cheaper then.
     gains_per_tensor: bool = False
+    directions: tuple[str, ...] = ()  # the names of these f_k, for `diagnostics`
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False

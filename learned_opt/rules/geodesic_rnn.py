@@ -91,6 +91,7 @@ class GeodesicRNN(UpdateRule):
 
     name = "geodesic_rnn"
     kernels = ("_tensor_features", "_gains")
+    directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, "hidden", *ENTRIES)
 
     def __init__(

@@ -82,6 +82,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
     """The message with which `main` refuses: one line, exit code 2."""
+    capsys.readouterr()  # of commands before
     with pytest.raises(SystemExit) as exit:
         main(list(args))
     message = capsys.readouterr().err
