@@ -192,8 +192,8 @@ class LearnedOptimizer(Optimizer):
             a dict for each parameter that took part in the last step. Its key is the parameter's
             name if the groups have names, else (number of the group, position in it). It has
 
-            - "relative_step": the RMS of the step without decay, divided by the RMS of the parameter
-              before the step;
+            - "relative_step": the RMS of the step without decay, divided by the RMS of the
+              parameter before the step;
             - "gains": a number for each direction d_k. The step is lr · Σ_k gain_k d_k, and the d_k
               are the gradient and its averages, normalized to about unit size, so that a step
               downhill has negative gains. It is empty for rules that do not mix whole tensors;
