@@ -1,11 +1,11 @@
-"""What this package raises on purpose; everything else that escapes is a bug."""
+"""The errors that this package raises on purpose; any other error that escapes is a bug."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class LearnedOptError(Exception):
-    """Base of every error below, so that one `except` catches them all."""
+    """The base of the errors below, so that one `except` catches them all."""
 
 
 class ConfigError(LearnedOptError, ValueError):
@@ -25,6 +25,6 @@ class OutputError(LearnedOptError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """To be put at the end of a message about `name`, where one of the `known` is much like it."""
+    """Returns a suggestion for the end of a message about `name`, or "" if nothing is similar."""
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

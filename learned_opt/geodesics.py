@@ -1,4 +1,4 @@
-"""Target paths from a family of tasks: where tasks meet the geodesic package."""
+"""Makes target paths for a family of tasks, with the geodesic package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 
 GRACE = 10.0  # seconds that a process has to end when it is told to
-# Settings of families that older data sets do not name: such a set is of a family without them.
+# Settings of families that older data sets do not record; these had the default values.
 NEWER = (
     "kinds",
     "text",
@@ -58,8 +58,8 @@ def make_geodesics(
         config: the tasks, and how paths are made of their runs.
         output: folder of the results; made if it does not exist.
         plot: draws pictures of some paths into `plots/`.
-        processes: that share the work on this machine. With more than one, a script must call this
-            under `if __name__ == "__main__":`.
+        processes: the number of processes that share the work on this machine. With more than one,
+            a script must call this under `if __name__ == "__main__":`.
 
     Returns:
         the finished data set.
@@ -68,7 +68,7 @@ def make_geodesics(
         ConfigError: a setting cannot be used.
         DataError: the family's data are missing or damaged.
         OutputError: `output` is in use, holds results of another config, or cannot be written.
-        DatasetError: its `geodesics/` holds other shards.
+        DatasetError: `geodesics/` in `output` holds shards of another data set.
     """
     if processes < 1:
         raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
@@ -78,8 +78,8 @@ def make_geodesics(
     with claim() if rank == 0 else nullcontext():
         folder = output / "geodesics"
         if processes > 1:
-            make_problem(config, 0)  # what is missing is said by this process
-            # what one of them raised, this process meets as well, below
+            make_problem(config, 0)  # raises here, once, if data are missing
+            # An error that one of the processes raised is raised again below, by this one.
             with suppress(torch.multiprocessing.ProcessRaisedException):
                 _spawn(config, folder, processes)
         dataset = write_geodesics(config, folder, rank, world_size)
@@ -91,7 +91,7 @@ def make_geodesics(
 
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
-    """The runs of shard `index`: one draw of the family."""
+    """Returns the runs of shard `index`, which are one draw of the family."""
     key = ("train", config.seed, index)
     task, seed = sample_tasks(config.family, key, config.data_root), seed_of("sgd", *key)
 
@@ -108,10 +108,14 @@ def make_problem(config: GeodesicsConfig, index: int) -> Problem:
 def write_geodesics(
     config: GeodesicsConfig, folder: str | Path, rank: int = 0, world_size: int = 1
 ) -> PathDataset:
-    """The data set of `config` in `folder`: what is missing is made, what is there is kept.
+    """Makes the shards of `config` that are missing in `folder`, and returns the data set.
 
     Args:
-        rank: of this process among `world_size` that make it together; the first shows progress.
+        config: the config of the data set.
+        folder: the folder of the data set.
+        rank: the number of this process among the `world_size` processes that share the work; the
+            first one shows progress.
+        world_size: the number of processes.
     """
     family, default = asdict(config.family), asdict(FamilyConfig())
     header = {
@@ -136,14 +140,14 @@ def _shown(shards: Iterable[int]) -> Iterable[int]:
 
 
 def summarize(dataset: PathDataset, output: Path) -> None:
-    """Prints what came of the runs, and writes it to geodesics.txt."""
+    """Prints the summary of a data set and writes it to geodesics.txt."""
     text = describe(dataset)
     write_atomic(output / "geodesics.txt", f"{text}\n".encode())
     print(text)
 
 
 def describe(dataset: PathDataset) -> str:
-    """What came of the runs: shares of chords and certificates, runs that were dropped."""
+    """Returns a summary: dropped runs, and the shares of feasible chords and certified paths."""
     facts = [dataset.facts(i) for i in range(len(dataset))]
     total = {k: sum(f.get(k, 0) for f in facts)
              for k in ("runs", "diverged", "stuck", "pairs", "chord", "certified")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command cleanly: what it holds is released, and one line says so."""
+"""Ends a command cleanly on Ctrl-C and SIGTERM: resources are released and one line says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What torchrun, Lightning and SLURM tell a process of its place in a job.
+# Variables in which torchrun, Lightning and SLURM give the rank of a process in its job.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = (
@@ -25,13 +25,13 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def raised(last_of_process: bool = False) -> Iterator[list[int]]:
-    """Raises Interrupted where SIGINT or SIGTERM arrives; yields the list of those that did.
+    """Raises Interrupted when SIGINT or SIGTERM arrives, and yields the list of signals received.
 
-    Signals that the process was started to ignore, as a shell's background jobs do, stay ignored.
+    Signals that the process was started to ignore, as in a shell's background jobs, stay ignored.
 
     Args:
-        last_of_process: that nothing but Python's own cleaning up comes after this; a signal would
-            cut that short, and is ignored from then on.
+        last_of_process: whether only Python's own clean-up follows. Signals are ignored from then
+            on, because they would interrupt it.
     """
     received: list[int] = []
     last = -PATIENCE
@@ -58,11 +58,11 @@ def raised(last_of_process: bool = False) -> Iterator[list[int]]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Of a command: a signal becomes one line on stderr and the exit code 128 + its number."""
+    """Turns a signal into one line on stderr and the exit code 128 + its number."""
     with raised() as received:
         try:
             yield
-        except BaseException:  # Lightning makes a SystemExit of it
+        except BaseException:  # Lightning turns it into a SystemExit
             if not received:
                 raise
             if is_first():
@@ -76,10 +76,10 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def children_spared() -> Iterator[None]:
-    """Processes that are started here hold Ctrl-C back until they call `accept_interrupts`.
+    """Blocks Ctrl-C in processes that are started here until they call `accept_interrupts`.
 
-    A terminal sends it to them as well, and one that is still importing would print a traceback;
-    it is for their parent to end them.
+    A terminal sends Ctrl-C to them as well, and a process that is still importing would print a
+    traceback. Their parent ends them instead.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -92,17 +92,18 @@ def children_spared() -> Iterator[None]:
 
 
 def accept_interrupts() -> None:
+    """Unblocks Ctrl-C in a process that was started under `children_spared`."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def is_first() -> bool:
-    """Whether this process is the first of its job, or alone."""
+    """Whether this process is the first of its job, or the only one."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 def quiet_lightning() -> None:
-    """Lightning announces Ctrl-C in a line of its own."""
+    """Suppresses the line in which Lightning announces Ctrl-C."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "KeyboardInterrupt" not in record.getMessage()
     )

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at most."""
+"""Measures the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PROC = Path("/proc/self")
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], float]]:
-    """Yields a function: the most bytes so far beyond those at the start; NaN where unknown.
+    """Yields a function that returns the peak memory so far beyond that at the start, in bytes.
 
-    On an accelerator of CUDA these are torch's, else the growth of the process's resident set, of
-    which Linux keeps the maximum (`VmHWM`, set back through `clear_refs`). Memory that was freed
-    before goes back to the system first, so that what was done earlier in the process hides
-    nothing; what is left are pages, 4 kB, and what the allocator keeps in reserve.
+    With CUDA it is the memory that torch allocates. Otherwise it is the growth of the process's
+    resident set, whose maximum Linux records (`VmHWM`, reset through `clear_refs`), or NaN on other
+    systems. Freed memory is returned to the system first, so that earlier work does not hide
+    growth. The precision is limited by the page size of 4 kB and the allocator's reserve.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,5 +40,5 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], flo
 
 
 def _bytes(entry: str) -> int:
-    """What Linux says of this process."""
+    """Returns an entry of Linux's status of this process, in bytes."""
     return 1024 * int(re.search(rf"{entry}:\s+(\d+) kB", (_PROC / "status").read_text())[1])

@@ -61,8 +61,8 @@ class LearnedOptimizer(Optimizer):
         maximize: maximizes instead of minimizing.
         compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
             CPU only the `kernels` of the rule are compiled, in a few seconds whatever the tensors.
-            On an accelerator the whole update is compiled, except for sharded parameters; compile
-            time grows with the number of distinct tensor sizes.
+            On an accelerator the whole update is compiled; compile time grows with the number of
+            distinct tensor sizes.
         revision: the commit of a repository on the Hub. It is required there.
         diagnose: keeps the facts that `diagnostics()` returns. You can set it at any time, as in
             `optimizer.diagnose = True`.

@@ -1,4 +1,4 @@
-"""Runs an optimizer or a rule on a task: benchmark, validation and training share it."""
+"""Runs an optimizer or a rule on a task, for the benchmark, validation and training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from learned_opt.tasks.trainee import Parameters, Trainee
 if TYPE_CHECKING:
     from learned_opt.tasks.workloads.base import Workload
 
-MakeOptimizer = Callable[[Parameters], Any]  # an optimizer, or several as one: `Together`
+MakeOptimizer = Callable[[Parameters], Any]  # makes an optimizer, or a `Together` of several
 
 
 @contextmanager
@@ -39,15 +39,16 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """One optimizer on one task.
+    """The result of one optimizer on one task.
 
     Attributes:
-        losses: (steps,), the minibatch loss before each step; NaN after a divergence.
-        evaluation: what the task's `evaluate` says at the end, on all data.
-        validation: (evaluations, 2), steps taken and validation loss; none where not asked for.
-        seconds: wall-clock time of the steps, evaluations not included.
-        peak_memory: most bytes that the steps took, parameters not included; NaN if unknown.
-        diverged: whether a loss, of training or at the end, was not finite.
+        losses: the minibatch loss before each step, (steps,); NaN after a divergence.
+        evaluation: the result of the task's `evaluate` at the end, on all data.
+        validation: the number of steps and the validation loss of each evaluation,
+            (evaluations, 2); empty if none was asked for.
+        seconds: the wall-clock time of the steps, without evaluations.
+        peak_memory: the most bytes that the steps took, without parameters; NaN if unknown.
+        diverged: whether a training loss or the final loss was not finite.
     """
 
     losses: np.ndarray
@@ -59,8 +60,10 @@ class Run:
 
 
 def train(trainee: Trainee, optimizer: Any, steps: int) -> Iterator[float]:
-    """Trains a step each time that it is asked for a loss: that before the step. It ends after one
-    that is not finite."""
+    """Trains step by step, and yields the loss before each step.
+
+    It ends after a loss that is not finite.
+    """
     for step in range(steps):
         optimizer.zero_grad()
         loss = trainee.loss(step)
@@ -81,11 +84,16 @@ def run_optimizer(
     evaluate_at: Collection[int] = (),
     stop: Callable[[int, float], bool] = lambda step, loss: False,
 ) -> Run:
-    """Trains a single task from its init of `seed` with a torch optimizer.
+    """Trains a single task with a torch optimizer and returns the result.
 
     Args:
-        evaluate_at: numbers of steps after which to take the validation loss.
-        stop: of one of these and the loss, whether to give the run up: it counts as diverged.
+        task: the task.
+        make_optimizer: makes the optimizer from the parameters.
+        seed: the seed of the initial parameters and of the minibatches.
+        steps: the number of steps.
+        evaluate_at: the numbers of steps after which to compute the validation loss.
+        stop: decides from one of these and the loss whether to stop the run, which then counts as
+            diverged.
     """
     trainee = task.trainee(seed)
     optimizer = make_optimizer(trainee.params)
@@ -94,7 +102,7 @@ def run_optimizer(
     evaluate_at = {*evaluate_at}
 
     def validate(step: int) -> bool:
-        """Whether to go on."""
+        """Validates if `step` is in `evaluate_at`, and returns whether to continue."""
         if step not in evaluate_at:
             return True
         with _evaluating(optimizer) as averages:
@@ -121,7 +129,7 @@ def run_optimizer(
 
 @contextmanager
 def _evaluating(optimizer: Any) -> Iterator[bool]:
-    """An optimizer that evaluates at other weights than it trains at is told; yields whether."""
+    """Switches an optimizer that evaluates at other weights; yields whether it is one."""
     averages = getattr(optimizer, "averages", hasattr(optimizer, "eval"))
     if averages:
         optimizer.eval()
@@ -136,7 +144,7 @@ def run_rule(task: Task, rule: UpdateRule, seed: int, steps: int) -> tuple[Tenso
     """Trains a batch of tasks with a rule.
 
     Returns:
-        minibatch losses (steps, *tasks), before each step, and the final theta (*tasks, d).
+        the minibatch loss before each step, (steps, *tasks), and the final theta, (*tasks, d).
     """
     theta = task.init(seed)
     state = rule.init_state(theta, task.shapes)

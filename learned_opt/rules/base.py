@@ -115,6 +115,7 @@ class Layout:
         return [Chunk(tuple(runs)) for runs in gathered]
 
     def reduce(self, sums: Tensor) -> Tensor:
+        """Adds sums over the parts of tensors on this process to those of the other processes."""
         return sums if self.reduction is None else self.reduction(sums)
 
     def squared_norms(self, x: Tensor) -> Tensor:
@@ -406,9 +407,11 @@ class UpdateRule(nn.Module, ABC):
                 setattr(module, name, kernel)
 
     def hidden(self, state: State) -> Tensor:
+        """Returns the recurrent state in `state`, (*tasks, rows, units)."""
         return getattr(state, self.hidden_per)["hidden"]
 
     def with_hidden(self, state: State, hidden: Tensor) -> State:
+        """Returns `state` with the recurrent state replaced by `hidden`."""
         entries = getattr(state, self.hidden_per) | {"hidden": hidden}
         return replace(state, **{self.hidden_per: entries})
 

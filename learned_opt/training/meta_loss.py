@@ -16,6 +16,8 @@ from learned_opt.training.runs import OpenRun, RunObjective
 
 
 class MetaLoss(RunObjective):
+    """Minimizes the loss of the rule's own runs by first-order replay, see `meta_loss`."""
+
     name = "meta_loss"
 
     def window(
@@ -28,6 +30,8 @@ class MetaLoss(RunObjective):
 
 
 class Backprop(RunObjective):
+    """Minimizes the loss of the rule's own runs by back-propagation, see `unrolled_loss`."""
+
     name = "backprop"
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:

@@ -442,8 +442,8 @@ def test_help_has_types_defaults_and_the_docstrings(command, capsys):
     assert not exit.value.code and "<whole number>" in text and "(default: " in text
     assert "Config(" not in text and "configuration file" not in text
     assert {
-        "geodesics": "least and most hidden layers",
-        "train": "meta-updates in all",
+        "geodesics": "The least and the largest number of hidden layers.",
+        "train": "The number of meta-updates.",
         "benchmark": "what is optimised, and for how many steps",
     }[command] in text
 
