@@ -1,7 +1,7 @@
-"""Networks as people train them, for benchmarks: with an evaluation mode and three splits of data.
+"""Ordinary training jobs for benchmarks, with an evaluation mode and three splits of data.
 
-Their modules keep state and draw random numbers, so that no family can batch them over tasks and no
-meta-training uses them.
+Their modules have state and draw random numbers. A family therefore cannot batch them over tasks,
+and meta-training does not use them.
 """
 
 from learned_opt.tasks.workloads import (  # noqa: F401

@@ -1,4 +1,4 @@
-"""What all workloads share: splits, modes of the module, keyed randomness, evaluation."""
+"""The base class of workloads: splits, training and evaluation modes, keyed randomness."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from learned_opt.tasks.kinds import SINGLE, Draw, NoOptions, TaskConfig
 from learned_opt.tasks.trainee import Parameters, Trainee
 
 SPLITS = ("train", "validation", "test")
-CHUNK = 1024  # examples that an evaluation takes at once
-CALIBRATION = 10  # minibatches that renew running statistics
+CHUNK = 1024  # the number of examples that an evaluation processes at once
+CALIBRATION = 10  # the number of minibatches that recompute running statistics
 
 
 class Workload(ABC):
     """A network, its data and a loss, to be trained by an optimizer.
 
-    A subclass says what the network is, what a loss is and how to read the data. Everything random
-    is keyed, initial weights by the seed, minibatches, augmentation and dropout by seed and step:
-    all optimizers see the same.
+    A subclass defines the network and the loss, and reads the data. Everything random is keyed:
+    initial weights by the seed; minibatches, augmentation and dropout by the seed and the step. All
+    optimizers therefore see the same.
 
     Args:
-        config: name, batch size, sizes of the splits.
-        data: inputs and targets of each of SPLITS; integer targets are classes.
-        chance: loss of a guess that ignores the inputs.
-        device: of parameters and data.
+        config: the name, the batch size and the sizes of the splits.
+        data: the inputs and targets of each of SPLITS; integer targets are classes.
+        chance: the loss of a guess that ignores the inputs.
+        device: the device of parameters and data.
     """
 
     kind: str
@@ -59,24 +59,24 @@ class Workload(ABC):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> Workload:
-        """The workload that `config` describes."""
+        """Returns the workload that `config` describes."""
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """The module with fresh weights, from torch's global random numbers."""
+        """Returns the module with initial weights, drawn from torch's global random numbers."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of each element; by default the cross-entropy of logits (..., classes)."""
+        """Returns the loss of each element; by default the cross-entropy of logits."""
         return nn.functional.cross_entropy(
             outputs.flatten(0, -2), targets.flatten(), reduction="none"
         )
 
     def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
-        """A minibatch's inputs, changed at random."""
+        """Returns randomly augmented inputs of a minibatch; by default the inputs themselves."""
         return inputs
 
     def batch(self, seed: int, step: int) -> Batch:
-        """The minibatch of this (seed, step)."""
+        """Returns the minibatch of (seed, step)."""
         inputs, targets = self.data["train"]
         rng = generator("batch", seed, step)
         index = torch.randint(len(inputs), (self.config.batch_size,), generator=rng)
@@ -84,12 +84,15 @@ class Workload(ABC):
         return self.augment(inputs[index], rng), targets[index]
 
     def loss(self, module: nn.Module, seed: int, step: int) -> Tensor:
-        """Mean loss of the minibatch; `module` is in training mode."""
+        """Returns the mean loss of the minibatch; `module` is in training mode."""
         inputs, targets = self.batch(seed, step)
         return self.losses(module(inputs), targets).mean()
 
     def evaluate(self, module: nn.Module, split: str) -> tuple[float, float]:
-        """Mean loss and accuracy (NaN where targets are no classes) on a whole split."""
+        """Returns the mean loss and the accuracy on a whole split.
+
+        The accuracy is NaN if the targets are not classes.
+        """
         inputs, targets = self.data[split]
         loss, hits, count = 0.0, 0.0, 0
         for x, y in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
@@ -102,15 +105,15 @@ class Workload(ABC):
         return loss / count, hits / count
 
     def trainee(self, seed: int) -> Trainee:
-        """The network of this seed, ready to be trained."""
+        """Returns the network of this seed, ready for training."""
         return self.trainee_of(self._fresh(seed), seed)
 
     def trainee_of(self, module: nn.Module, seed: int) -> Trainee:
-        """`module`, ready to be trained on minibatches of `seed`."""
+        """Returns `module`, ready for training on the minibatches of `seed`."""
         module.train()
 
         def loss(step: int) -> Tensor:
-            with torch.random.fork_rng(self._devices()):  # of dropout
+            with torch.random.fork_rng(self._devices()):  # the random numbers of dropout
                 torch.manual_seed(seed_of("noise", seed, step))
                 return self.loss(module, seed, step)
 
@@ -139,8 +142,11 @@ class Workload(ABC):
 
     @contextmanager
     def _evaluation(self, module: nn.Module, seed: int | None) -> Iterator[None]:
-        """Evaluation mode without gradients; with a `seed` running statistics are averages over
-        CALIBRATION minibatches at the present weights, and back to what they were afterwards."""
+        """Puts `module` into evaluation mode, without gradients.
+
+        With a `seed`, running statistics are averages over CALIBRATION minibatches at the current
+        weights. They are restored afterwards.
+        """
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         buffers = {}
         with torch.no_grad():
@@ -166,6 +172,9 @@ class Workload(ABC):
 
 
 def no_draw(kind: str, draw: Draw) -> None:
-    """Refuses to make several at once."""
+    """Raises ConfigError if `draw` asks for several tasks at once."""
     if draw.num_tasks is not None:
-        raise ConfigError(f"kind {kind!r} is made one at a time; it cannot be in a family's kinds")
+        raise ConfigError(
+            f"kind {kind!r} is for benchmarks only: its tasks cannot be batched, as those of a "
+            "family must be; use another kind in the family"
+        )

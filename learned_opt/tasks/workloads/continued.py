@@ -1,4 +1,4 @@
-"""Runs that do not begin fresh: pretrained nets, adapters, frozen layers, disturbed losses."""
+"""Runs that do not start fresh: pretrained networks, adapters, frozen layers, disturbed losses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, make_task, registe
 from learned_opt.tasks.trainee import Trainee
 from learned_opt.tasks.workloads.base import Workload, no_draw
 
-PRETRAINING_RATE = 1e-3  # Adam's
-# What is done to images: pixels are negated, which no net that is pretrained on them expects, or
-# turned by a quarter.
+PRETRAINING_RATE = 1e-3  # the learning rate of Adam
+# Changes of the images, which a network pretrained on them does not expect: negated pixels, or a
+# rotation by 90°.
 SHIFTS = {
     "": lambda x: x,
     "negate": torch.neg,
@@ -31,19 +31,19 @@ SHIFTS = {
 
 @dataclass(frozen=True)
 class ContinuedOptions:
-    """How a run begins, and what happens on its way.
+    """Describes how a run starts, and what changes during the run.
 
     Attributes:
         base: the workload that is trained, as its TaskConfig in YAML.
-        pretrained: the workload on which the same network was trained before, by Adam; none if {}.
-        pretraining_steps: how many of Adam's steps.
-        shift: what is done to the images of `base`: "", "negate" or "turn".
-        new_head: the last linear layer begins fresh.
-        rank: of adapters W + B A with B = 0 at each linear layer but the last (LoRA, Hu et al.
-            2021), the only ones that are trained then; 0 for none.
-        frozen: parameters whose names begin so are frozen until the step `change`.
-        change: the step at which the new phase begins, if it is not the first.
-        first_scale: multiplies the loss of the step `change` alone.
+        pretrained: the workload on which Adam first trains the same network; {} for none.
+        pretraining_steps: the number of Adam's steps.
+        shift: the change of the images of `base`: "" for none, "negate" or "turn".
+        new_head: initializes the last linear layer again after pretraining.
+        rank: the rank of adapters W + B A, with B = 0 initially, of every linear layer except the
+            last (LoRA, Hu et al. 2021). Only the adapters are trained then. 0 for no adapters.
+        frozen: the beginning of the names of parameters that are frozen until the step `change`.
+        change: the step at which the second phase begins; 0 for a single phase.
+        first_scale: multiplies the loss of the step `change` only.
         scale: multiplies the loss from the step `change` on.
     """
 
@@ -61,7 +61,9 @@ class ContinuedOptions:
     def __post_init__(self) -> None:
         check_finite(self, ConfigError)
         if not self.base or self.base.get("kind") == "continued":
-            raise ConfigError(f"base={self.base}; give kind 'continued' the workload to train")
+            raise ConfigError(
+                f"base is {self.base}; kind 'continued' needs the config of another workload there"
+            )
         if self.shift not in SHIFTS:
             raise ConfigError(f"shift is {self.shift!r}; use one of {list(SHIFTS)}")
         if min(self.pretraining_steps, self.rank, self.change) < 0:
@@ -77,7 +79,7 @@ class ContinuedOptions:
 
 @register_workload("continued")
 class ContinuedWorkload(Workload):
-    """Another workload, with a history: see ContinuedOptions."""
+    """Another workload, started or changed as ContinuedOptions says."""
 
     Options = ContinuedOptions
     unused = (*Workload.unused, "data", "hidden", "batch_size", "train_size", "test_size")
@@ -88,7 +90,10 @@ class ContinuedWorkload(Workload):
         self._root, own = data_root, config.own
         self.base = make_task(to_config(own.base), data_root, Draw(device=device))
         if not isinstance(self.base, Workload):
-            raise ConfigError(f"base has kind {self.base.config.kind!r}, which is no workload")
+            raise ConfigError(
+                f"base has kind {self.base.config.kind!r}, which is not a workload; use a kind of "
+                "workload, such as 'image_mlp'"
+            )
         shift = SHIFTS[own.shift]
         data = {split: (shift(x), y) for split, (x, y) in self.base.data.items()}
         self.base.data = data
@@ -118,7 +123,10 @@ class ContinuedWorkload(Workload):
             p for n, p in module.named_parameters() if own.frozen and n.startswith(own.frozen)
         ]
         if own.frozen and not frozen:
-            raise ConfigError(f"no parameter of the network begins with frozen={own.frozen!r}")
+            raise ConfigError(
+                f"frozen is {own.frozen!r}, but no parameter's name begins so; use the beginning "
+                "of a name in the network's state_dict"
+            )
         for p in frozen:
             p.requires_grad_(False)
         trainee = self.base.trainee_of(module, seed)
@@ -135,18 +143,20 @@ class ContinuedWorkload(Workload):
 
 
 def to_config(settings: dict[str, Any]) -> TaskConfig:
-    """Of the settings of a TaskConfig as YAML has them."""
+    """Returns the TaskConfig of its settings in YAML."""
     try:
         return TaskConfig(**settings | {"hidden": tuple(settings.get("hidden", ()))})
     except TypeError as error:
-        raise ConfigError(f"base or pretrained is {settings}: {error}") from error
+        raise ConfigError(
+            f"base or pretrained is {settings}, which is not a task's config: {error}"
+        ) from error
 
 
 @lru_cache(maxsize=32)
 def pretrained(
     settings: str, steps: int, seed: int, data_root: str | Path | None, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """State of the network of a workload, its config as JSON, after `steps` of Adam."""
+    """Returns the state of a workload's network after `steps` of Adam; `settings` are JSON."""
     workload = make_task(to_config(json.loads(settings)), data_root, Draw(device=device))
     module = workload._fresh(seed)
     trainee = workload.trainee_of(module, seed_of("pretraining", seed))
@@ -165,11 +175,14 @@ def _load(module: nn.Module, weights: dict[str, Tensor], new_head: bool) -> None
     try:
         module.load_state_dict(weights, strict=not new_head)
     except RuntimeError as error:
-        raise ConfigError(f"pretrained is not of the network of base: {error}") from error
+        raise ConfigError(
+            "pretrained has another network than base; use the same kind and widths, or new_head "
+            f"if only the numbers of classes differ: {error}"
+        ) from error
 
 
 class LowRank(nn.Module):
-    """W ↦ W + B A, A as nn.Linear's weights begin and B = 0."""
+    """W ↦ W + B A; initially A is as the weights of nn.Linear, and B = 0."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -183,7 +196,7 @@ class LowRank(nn.Module):
 
 
 def _adapt(module: nn.Module, rank: int) -> None:
-    """Freezes everything and adds adapters to the linear layers but the last."""
+    """Freezes all parameters and adds adapters to all linear layers except the last."""
     for p in module.parameters():
         p.requires_grad_(False)
     layers = [m for m in module.modules() if type(m) is nn.Linear]

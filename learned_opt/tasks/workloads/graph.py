@@ -1,4 +1,4 @@
-"""A graph net that fills in hidden features on the graph of scikit-learn's breast cancer data."""
+"""A graph network that predicts hidden features in a graph of scikit-learn's breast cancer data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from learned_opt.tasks.workloads.base import Workload, no_draw
 
 NEIGHBOURS = 6
 NODES = {"train": 369, "validation": 100, "test": 100}  # of 569
-MASKS = 8  # that an evaluation averages over
+MASKS = 8  # the number of random choices of hidden features that an evaluation averages over
 
 
 @lru_cache(maxsize=1)
 def load_graph() -> tuple[Tensor, Tensor]:
-    """Standardised features (569, 30) and, sparse, D^(−1/2) (A + I) D^(−1/2) (Kipf & Welling 2017).
+    """Returns standardized features (569, 30) and the normalized adjacency matrix as a sparse one.
 
-    An edge joins each node with its NEIGHBOURS nearest ones, by the first ten features.
+    The matrix is D^(−1/2) (A + I) D^(−1/2) (Kipf & Welling 2017). An edge joins each node to its
+    NEIGHBOURS nearest nodes in the first ten features.
     """
     from sklearn.datasets import load_breast_cancer
     from sklearn.neighbors import kneighbors_graph
@@ -43,11 +44,11 @@ def load_graph() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """Settings of graph nets.
+    """The settings of graph networks.
 
     Attributes:
-        hidden_share: probability with which a feature of a node is hidden from the net.
-        dropout: probability, in training mode.
+        hidden_share: the probability that a feature of a node is hidden from the network.
+        dropout: the dropout probability.
     """
 
     hidden_share: float = 0.3
@@ -57,13 +58,16 @@ class GraphOptions:
         check_finite(self, ConfigError)
         if not (0 < self.hidden_share < 1 and 0 <= self.dropout < 1):
             raise ConfigError(
-                f"hidden_share={self.hidden_share} must be between 0 and 1, "
-                f"dropout={self.dropout} at least 0 and less than 1"
+                f"hidden_share={self.hidden_share} must be between 0 and 1, and "
+                f"dropout={self.dropout} must be at least 0 and less than 1"
             )
 
 
 class GraphNet(nn.Module):
-    """h' = relu(h V + Â h W + b), layer by layer, from features and what of them is hidden."""
+    """A network of layers h' = relu(h V + Â h W + b).
+
+    Its inputs are the features, 0 where they are hidden, and ones where they are hidden.
+    """
 
     def __init__(self, adjacency: Tensor, features: int, hidden: tuple[int, ...],
                  dropout: float) -> None:  # fmt: skip
@@ -85,10 +89,11 @@ class GraphNet(nn.Module):
 
 @register_workload("graph")
 class GraphWorkload(Workload):
-    """Mean squared error of features that are hidden, from the node's others and its neighbours'.
+    """The mean squared error of predicting the hidden features of nodes.
 
-    Features have variance 1. A step passes the whole graph, with other features hidden; its loss is
-    that of the training nodes. The others are in the graph, but no loss is taken of them.
+    They are predicted from the other features of the node and from its neighbors. Features have
+    variance 1. Every step processes the whole graph and hides other features, but its loss is that
+    of the training nodes only.
     """
 
     Options = GraphOptions
@@ -110,7 +115,7 @@ class GraphWorkload(Workload):
         return GraphNet(adjacency, features.shape[1], self.config.hidden, own.dropout)
 
     def batch(self, seed: int, step: int) -> Batch:
-        """What the net sees, (nodes, 2 · features), and what is hidden from it, as booleans."""
+        """Returns the network's inputs, (nodes, 2 · features), and which features are hidden."""
         features, _ = load_graph()
         rng = generator("batch", seed, step)
         hidden = torch.rand(features.shape, generator=rng) < self.config.own.hidden_share

@@ -1,4 +1,4 @@
-"""Image classifiers: wide MLPs, conv nets, ResNets and vision transformers, with augmentation."""
+"""Image classifiers with augmentation: MLPs, convolutional networks, ResNets and ViTs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from learned_opt.tasks.workloads.base import Workload, no_draw
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Settings of image classifiers.
+    """The settings of image classifiers.
 
     Attributes:
-        pool: images are averaged over squares of so many pixels a side.
-        shift: minibatches are moved by up to so many pixels in each direction, zeros coming in.
-        flip: minibatches are mirrored left to right, each image with probability 1/2.
-        dropout: probability, in training mode.
-        classes: only images of these, which become 0, 1, ...; all if empty.
+        pool: the side, in pixels, of the squares over which images are averaged.
+        shift: the largest random shift of a training image in each direction, in pixels; zeros fill
+            the border.
+        flip: mirrors each training image left to right with probability 1/2.
+        dropout: the dropout probability.
+        classes: the classes to use, which are renumbered 0, 1, ...; all if empty.
     """
 
     pool: int = 1
@@ -41,16 +42,17 @@ class ImageOptions:
         check_finite(self, ConfigError)
         if self.pool < 1 or self.shift < 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"pool={self.pool} must be at least 1, shift={self.shift} at least 0, "
+                f"pool={self.pool} must be at least 1, shift={self.shift} at least 0, and "
                 f"dropout={self.dropout} at least 0 and less than 1"
             )
 
 
 class ImageWorkload(Workload):
-    """Cross-entropy of classifying images (n, channels, height, width).
+    """The cross-entropy of classifying images (n, channels, height, width).
 
-    The test split is the first `test_size` of the data set's own. Validation images are as many,
-    the last of its training images; `train_size` of the others are trained on.
+    The test split is the first `test_size` of the data set's test images. The validation split is
+    the last `test_size` of its training images. The training split is the first `train_size` of the
+    remaining ones.
     """
 
     Options = ImageOptions
@@ -60,8 +62,8 @@ class ImageWorkload(Workload):
         left = len(images.train_x) - size
         if left < 1:
             raise DataError(
-                f"{images.name!r} has {len(images.train_x)} images to train on, test_size={size} "
-                "of which would be for validation; use a smaller test_size"
+                f"{images.name!r} has {len(images.train_x)} training images, and test_size={size} "
+                "of them would be for validation; use a smaller test_size"
             )
         count = min(config.train_size or left, left)
         splits = {
@@ -106,7 +108,7 @@ class ImageWorkload(Workload):
 
 
 def only(images: ImageData, classes: tuple[int, ...]) -> ImageData:
-    """The images of some classes, which are numbered in this order."""
+    """Returns the images of some classes, which are renumbered in the order of `classes`."""
     parts = {}
     for split in ("train", "test"):
         x, y = getattr(images, f"{split}_x"), getattr(images, f"{split}_y")
@@ -119,7 +121,7 @@ def only(images: ImageData, classes: tuple[int, ...]) -> ImageData:
 
 @register_workload("image_mlp")
 class MLPWorkload(ImageWorkload):
-    """Linear layers of the widths in `hidden`, each with GELU and dropout."""
+    """An MLP with the widths in `hidden`; GELU and dropout follow each hidden layer."""
 
     def network(self) -> nn.Module:
         layers, dropout = [nn.Flatten()], self.config.own.dropout
@@ -130,8 +132,11 @@ class MLPWorkload(ImageWorkload):
 
 @register_workload("image_conv")
 class ConvWorkload(ImageWorkload):
-    """3×3 convolutions to `hidden` channels, each with batch normalisation and ReLU, max pooling
-    after each but the first; dropout and a linear layer."""
+    """A convolutional network of 3×3 convolutions, dropout and a linear layer.
+
+    `hidden` has the channels of the convolutions. Batch normalization and ReLU follow each of them,
+    and max pooling follows each except the first.
+    """
 
     def network(self) -> nn.Module:
         layers = []
@@ -144,7 +149,7 @@ class ConvWorkload(ImageWorkload):
 
 
 class ResidualBlock(nn.Module):
-    """y = relu(x' + f(x)): two 3×3 convolutions with batch normalisation (He et al. 2016)."""
+    """y = relu(x' + f(x)) with two 3×3 convolutions and batch normalization (He et al. 2016)."""
 
     def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
@@ -161,8 +166,10 @@ class ResidualBlock(nn.Module):
 
 @register_workload("image_resnet")
 class ResNetWorkload(ImageWorkload):
-    """A convolution, a residual block for each width in `hidden` (of stride 2 but for the first),
-    the mean over positions, a linear layer."""
+    """A ResNet: a convolution, residual blocks, the mean over positions and a linear layer.
+
+    There is a block for each width in `hidden`. All except the first have stride 2.
+    """
 
     def network(self) -> nn.Module:
         first, *_ = hidden = self.config.hidden
@@ -179,11 +186,11 @@ class ResNetWorkload(ImageWorkload):
 
 @dataclass(frozen=True)
 class ViTOptions(ImageOptions):
-    """Settings of image classifiers, and a vision transformer's own.
+    """The settings of image classifiers, and those of vision transformers.
 
     Attributes:
-        patch: pixels of a patch's side.
-        heads: of attention; they divide the width.
+        patch: the side of a patch, in pixels.
+        heads: the number of attention heads, which must divide the width.
     """
 
     patch: int = 4
@@ -191,8 +198,10 @@ class ViTOptions(ImageOptions):
 
 
 class ViT(nn.Module):
-    """Patches through one linear map, learned positions, pre-norm layers, the mean over patches
-    (Dosovitskiy et al. 2021, without their class token)."""
+    """A vision transformer (Dosovitskiy et al. 2021) without the class token.
+
+    It has a linear map of patches, learned positions, pre-norm layers and the mean over patches.
+    """
 
     def __init__(self, image: tuple[int, int, int], hidden: tuple[int, ...], own: ViTOptions,
                  classes: int) -> None:  # fmt: skip
@@ -218,7 +227,7 @@ class ViT(nn.Module):
 
 @register_workload("image_vit")
 class ViTWorkload(ImageWorkload):
-    """`hidden` is one width for all layers, repeated."""
+    """A vision transformer; `hidden` repeats one width, once for each layer."""
 
     Options = ViTOptions
 
@@ -227,7 +236,7 @@ class ViTWorkload(ImageWorkload):
         sides = [*self.image[1:], own.patch]
         if len(set(hidden)) != 1 or hidden[0] % own.heads or any(n % own.patch for n in sides):
             raise ConfigError(
-                f"hidden={hidden} must be one width, a multiple of heads={own.heads}, and "
-                f"patch={own.patch} divide the sides of images {self.image}"
+                f"hidden={hidden} must repeat one width, which is a multiple of heads={own.heads}, "
+                f"and patch={own.patch} must divide the sides of images {self.image}"
             )
         return ViT(self.image, hidden, own, self.classes)

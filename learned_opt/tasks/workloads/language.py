@@ -1,4 +1,4 @@
-"""Language models: transformers of several styles, GRU and LSTM, and words from their context."""
+"""Language models: transformers of several styles, GRUs, LSTMs and continuous bags of words."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEVELS = ("char", "word", "ascii")
 
 @dataclass(frozen=True)
 class LanguageOptions:
-    """Settings of language models.
+    """The settings of language models.
 
     Attributes:
-        context: tokens that an example gives to the model, and as many to predict.
-        level: "char", "word", or "ascii": see load_corpus.
-        vocabulary: tokens at most.
-        dropout: probability, in training mode.
-        tied: the output layer's matrix is that of the embedding.
+        context: the number of tokens of an example. The model predicts the next token at each.
+        level: "char", "word" or "ascii"; see load_corpus.
+        vocabulary: the largest number of different tokens.
+        dropout: the dropout probability.
+        tied: the output layer shares the matrix of the embedding.
     """
 
     context: int = 64
@@ -43,17 +43,17 @@ class LanguageOptions:
         if self.context < 1 or self.vocabulary < 2 or self.level not in LEVELS:
             raise ConfigError(
                 f"context={self.context} must be at least 1, vocabulary={self.vocabulary} at least "
-                f"2, level={self.level!r} one of {LEVELS}"
+                f"2, and level={self.level!r} one of {LEVELS}"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; use at least 0 and less than 1")
 
 
 class LanguageWorkload(Workload):
-    """Cross-entropy, in nats a token, of predicting each next token of a window.
+    """The cross-entropy, in nats per token, of predicting each next token of a window.
 
-    Minibatches are windows from anywhere in the training split. Evaluations take the first
-    `test_size` windows that follow one another.
+    Minibatches are windows from random places of the training split. Evaluations use the first
+    `test_size` consecutive windows of a split.
     """
 
     Options = LanguageOptions
@@ -61,7 +61,10 @@ class LanguageWorkload(Workload):
     def __init__(self, config: TaskConfig, corpus: Corpus, device: torch.device | str) -> None:
         self.vocabulary, context = corpus.vocabulary, config.own.context
         if min(len(getattr(corpus, split)) for split in SPLITS) <= context:
-            raise DataError(f"text {config.data!r} is too short for options.context={context}")
+            raise DataError(
+                f"text {config.data!r} is too short for options.context={context}; use a shorter "
+                "context or a longer text"
+            )
         data = {}
         for split in SPLITS:
             windows = getattr(corpus, split).unfold(0, context + 1, context)[: config.test_size]
@@ -90,7 +93,7 @@ class LanguageWorkload(Workload):
 
 
 class Recurrent(nn.Module):
-    """Embedding, nn.GRU or nn.LSTM, linear layer; dropout before and after each layer."""
+    """An embedding, nn.GRU or nn.LSTM, and a linear layer; dropout before and after each layer."""
 
     def __init__(self, cell: type[nn.RNNBase], hidden: tuple[int, ...], own: LanguageOptions,
                  vocabulary: int) -> None:  # fmt: skip
@@ -112,7 +115,7 @@ class Recurrent(nn.Module):
 
 @register_workload("gru_lm")
 class GRUWorkload(LanguageWorkload):
-    """`hidden` is one width for all layers, repeated: (128, 128) has two."""
+    """A GRU language model; `hidden` repeats one width, so (128, 128) has two layers."""
 
     cell: type[nn.RNNBase] = nn.GRU
 
@@ -127,12 +130,13 @@ class LSTMWorkload(GRUWorkload):
 
 @dataclass(frozen=True)
 class TransformerOptions(LanguageOptions):
-    """The settings of all language models, and a transformer's own.
+    """The settings of language models, and those of transformers.
 
     Attributes:
-        heads: of attention; they divide the width.
-        style: "llama", root mean square norms, rotary positions and gated MLPs without biases, of
-            torch's init; or "gpt2", layer norms, learned positions, GELU and GPT-2's init.
+        heads: the number of attention heads, which must divide half the width.
+        style: "llama" has RMS norms, rotary positions, gated MLPs without biases and torch's
+            initialization; "gpt2" has layer norms, learned positions, GELU and the initialization
+            of GPT-2.
     """
 
     heads: int = 4
@@ -142,12 +146,12 @@ class TransformerOptions(LanguageOptions):
         super().__post_init__()
         if self.style not in ("gpt2", "llama") or self.heads < 1:
             raise ConfigError(
-                f"style={self.style!r} must be 'gpt2' or 'llama', heads={self.heads} at least 1"
+                f"style={self.style!r} must be 'gpt2' or 'llama', and heads={self.heads} at least 1"
             )
 
 
 class Attention(nn.Module):
-    """Causal self-attention, with rotary positions (Su et al. 2021) where `rotary`."""
+    """Causal self-attention, with rotary positions (Su et al. 2021) if `rotary`."""
 
     def __init__(self, width: int, heads: int, dropout: float, bias: bool, rotary: bool) -> None:
         super().__init__()
@@ -165,7 +169,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Pairs of features (i, i + half) at position t turned by t · 10000^(−i/half): (..., t, f)."""
+    """Rotates features (i, i + half) at position t by t · 10000^(−i/half): (..., t, f)."""
     half = x.shape[-1] // 2
     rates = 10_000 ** (-torch.arange(half, device=x.device) / half)
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates
@@ -174,7 +178,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Gated(nn.Module):
-    """SwiGLU (Shazeer 2020), of two thirds the inner width so that it has as many weights."""
+    """SwiGLU (Shazeer 2020), with 2/3 of an MLP's inner width and thus as many weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -190,7 +194,7 @@ class Gated(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and an MLP, each after a norm and beside a shortcut."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, width: int, own: TransformerOptions) -> None:
         super().__init__()
@@ -208,7 +212,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model."""
+    """A decoder-only language model."""
 
     def __init__(self, width: int, layers: int, own: TransformerOptions, vocabulary: int) -> None:
         super().__init__()
@@ -236,8 +240,11 @@ class Transformer(nn.Module):
 
 
 def gpt2_init(model: nn.Module, layers: int) -> None:
-    """N(0, .02²), biases zero, and what writes into the shortcuts over √(2 layers) (Radford et al.
-    2019, as in OpenAI's code)."""
+    """Initializes weights as N(0, .02²) and biases as zeros, in place.
+
+    The weights of layers that write into the residual stream are divided by √(2 layers) (Radford et
+    al. 2019, as in OpenAI's code).
+    """
     for name, p in model.named_parameters():
         if p.dim() > 1:
             last = name.endswith(("attention.outputs.weight", "mlp.2.weight"))
@@ -248,20 +255,24 @@ def gpt2_init(model: nn.Module, layers: int) -> None:
 
 @register_workload("transformer_lm")
 class TransformerWorkload(LanguageWorkload):
-    """`hidden` is one width for all layers, repeated: (64, 64) has two."""
+    """A transformer language model; `hidden` repeats one width, so (64, 64) has two layers."""
 
     Options = TransformerOptions
 
     def network(self) -> nn.Module:
         hidden, own = one_width(self.config), self.config.own
         if hidden[0] % (2 * own.heads):
-            raise ConfigError(f"hidden={hidden} must be a multiple of twice heads={own.heads}")
+            raise ConfigError(
+                f"hidden={hidden} must have a width that is a multiple of twice heads={own.heads}"
+            )
         return Transformer(hidden[0], len(hidden), own, self.vocabulary)
 
 
 class ContextWords(nn.Module):
-    """Logits of a word from the mean embedding of the words around it (CBOW, Mikolov et al. 2013),
-    with one hidden layer."""
+    """A continuous bag of words (CBOW, Mikolov et al. 2013) with one hidden layer.
+
+    It computes the logits of a word from the mean embedding of the words around it.
+    """
 
     def __init__(self, width: int, vocabulary: int, dropout: float) -> None:
         super().__init__()
@@ -278,9 +289,9 @@ class ContextWords(nn.Module):
 
 @register_workload("cbow")
 class ContextWordsWorkload(LanguageWorkload):
-    """Cross-entropy of the word in the middle of a window from the `context` words around it.
+    """The cross-entropy of the word in the middle of a window, given the `context` words around it.
 
-    Word frequencies follow Zipf's law, so most rows of the embedding have a gradient rarely.
+    Word frequencies follow Zipf's law, so most rows of the embedding rarely have a gradient.
     """
 
     def __init__(self, config: TaskConfig, corpus: Corpus, device: torch.device | str) -> None:
@@ -304,5 +315,8 @@ class ContextWordsWorkload(LanguageWorkload):
 
 def one_width(config: TaskConfig) -> tuple[int, ...]:
     if not config.hidden or len(set(config.hidden)) > 1:
-        raise ConfigError(f"hidden={config.hidden}: kind {config.kind!r} has layers of one width")
+        raise ConfigError(
+            f"hidden is {config.hidden}, but kind {config.kind!r} needs layers of one width; use "
+            "a width for each layer, such as (64, 64)"
+        )
     return config.hidden

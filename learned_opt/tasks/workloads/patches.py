@@ -18,15 +18,15 @@ from learned_opt.tasks.module import squared_error
 from learned_opt.tasks.workloads.base import Workload, no_draw
 
 SIDE = 8  # pixels of a patch
-SHARES = (0.8, 0.9)  # where validation and test begin, of a photograph's columns
+SHARES = (0.8, 0.9)  # where validation and test begin, as shares of a photograph's width
 
 
 @lru_cache(maxsize=1)
 def load_patches() -> dict[str, Tensor]:
-    """Patches (n, 3·SIDE²) by split, standardised by one mean and one deviation.
+    """Returns the patches (n, 3·SIDE²) by split, standardized by a single mean and deviation.
 
-    Those to train on are from the left of both photographs, at every fourth pixel; the others are
-    from the right, side by side.
+    Training patches are from the left of both photographs, at every fourth pixel. The other patches
+    are from the right and do not overlap.
     """
     from sklearn.datasets import load_sample_images
 
@@ -46,10 +46,10 @@ def load_patches() -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """Settings of patch auto-encoders.
+    """The settings of patch auto-encoders.
 
     Attributes:
-        noise: standard deviation of what is added to the inputs in training; pixels have 1.
+        noise: the standard deviation of noise on the training inputs, whose pixels have 1.
     """
 
     noise: float = 0.0
@@ -62,9 +62,10 @@ class PatchOptions:
 
 @register_workload("patch_autoencoder")
 class PatchWorkload(Workload):
-    """Mean squared error of reconstructing a patch, from one with noise in training.
+    """The mean squared error of reconstructing a patch, in training from a noisy one.
 
-    `hidden` are the widths from the input to the code; the decoder mirrors them."""
+    `hidden` has the widths from the input to the code. The decoder mirrors them.
+    """
 
     Options = PatchOptions
     unused = (*Workload.unused, "data")

@@ -1,4 +1,4 @@
-"""Regression on a small table of scikit-learn, few enough examples to be memorised."""
+"""Regression on small tables of scikit-learn, which networks can memorize."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
 from learned_opt.tasks.module import squared_error
 from learned_opt.tasks.workloads.base import Workload, no_draw
 
-TARGET = 29  # of the breast cancer data: the worst fractal dimension of a sample's cell nuclei
+# The target in the breast cancer data: the worst fractal dimension of a sample's cell nuclei.
+TARGET = 29
 
 
 @lru_cache(maxsize=2)
 def load_table(name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and target (n, 1) of each split, standardised."""
+    """Returns the standardized inputs and targets (n, 1) of each split."""
     if name == "diabetes":
         train, test = load_diabetes()
         rows, target = torch.cat([train, test]), 10
@@ -44,11 +45,11 @@ def load_table(name: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class RegressionOptions:
-    """Settings of regression.
+    """The settings of regression.
 
     Attributes:
-        dropout: probability, in training mode.
-        noise: standard deviation of what is added to the inputs in training; they have 1.
+        dropout: the dropout probability.
+        noise: the standard deviation of noise on the training inputs, which have 1.
     """
 
     dropout: float = 0.0
@@ -58,17 +59,17 @@ class RegressionOptions:
         check_finite(self, ConfigError)
         if not 0 <= self.dropout < 1 or self.noise < 0:
             raise ConfigError(
-                f"dropout={self.dropout} must be at least 0 and less than 1, noise={self.noise} at "
-                "least 0"
+                f"dropout={self.dropout} must be at least 0 and less than 1, and "
+                f"noise={self.noise} at least 0"
             )
 
 
 @register_workload("regression")
 class RegressionWorkload(Workload):
-    """Mean squared error of an MLP that predicts one standardised number of a table's rows.
+    """The mean squared error of an MLP that predicts one standardized column of a table.
 
-    `data` is "diabetes", the progression of the disease, or "breast_cancer", one of the 30
-    measurements of a sample from the others.
+    `data` is "diabetes", to predict the progression of the disease, or "breast_cancer", to predict
+    one of the 30 measurements of a sample from the others.
     """
 
     Options = RegressionOptions
@@ -81,7 +82,7 @@ class RegressionWorkload(Workload):
         no_draw(config.kind, draw)
         if config.data not in ("diabetes", "breast_cancer"):
             raise ConfigError(
-                f"data is {config.data!r}; kind 'regression' has 'diabetes' and 'breast_cancer'"
+                f"data is {config.data!r}; use 'diabetes' or 'breast_cancer' with kind 'regression'"
             )
         data = load_table(config.data)
         return cls(config, data, float(data["train"][1].square().mean()), draw.device)

@@ -1,4 +1,4 @@
-"""Text in three splits: files, and the documentation and source of Python's standard library."""
+"""Texts in three splits: files, and docstrings and source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from learned_opt.tasks.base import generator
 from learned_opt.tasks.data import find_data
 from learned_opt.tasks.text import UNKNOWN, check_length, read_text
 
-SHARES = (0.8, 0.1, 0.1)  # of a text: to train, validate and test on, in this order
+SHARES = (0.8, 0.1, 0.1)  # the shares of a text for training, validation and test, in this order
 DOCS, SOURCE = "python-docs", "python-source"
 PACKAGES = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json",
             "logging", "multiprocessing", "unittest", "urllib", "xml")  # fmt: skip
@@ -24,7 +24,7 @@ PACKAGES = ("asyncio", "collections", "concurrent", "email", "html", "http", "im
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as numbers, int64 tokens in [0, vocabulary), in splits that follow one another."""
+    """A text as int64 tokens in [0, vocabulary), in consecutive splits."""
 
     train: Tensor
     validation: Tensor
@@ -36,15 +36,17 @@ class Corpus:
 def load_corpus(
     name: str, data_root: str | Path | None = None, level: str = "char", vocabulary: int = 96
 ) -> Corpus:
-    """A corpus by name.
+    """Returns a corpus by name.
 
     Args:
-        name: "python-docs", the documentation strings of the standard library that runs this
-            program; "python-source", the source of some of its packages; or a UTF-8 file under
-            `data_root`. The first two differ between versions of Python.
-        level: "char", or "word": what white space separates; or "ascii": characters by their
-            codes, so that texts share their numbers.
-        vocabulary: tokens at most; the rarest of the training split become one.
+        name: "python-docs", the docstrings of this Python's standard library; "python-source", the
+            source code of some of its packages; or a UTF-8 file under `data_root`. The first two
+            differ between versions of Python.
+        data_root: the folder of the file, see find_data.
+        level: "char" for characters; "word" for what white space separates; "ascii" for characters
+            numbered by their codes, so that all texts share their numbers.
+        vocabulary: the largest number of different tokens; the rarest ones of the training split
+            become one token.
 
     Raises:
         DataError: the file is missing, not UTF-8, or too short.
@@ -54,7 +56,7 @@ def load_corpus(
     ends = [round(len(symbols) * share) for share in (SHARES[0], SHARES[0] + SHARES[1])]
     splits = symbols[: ends[0]], symbols[ends[0] : ends[1]], symbols[ends[1] :]
     check_length(name, splits)
-    # by frequency, then by alphabet: the same text gives the same numbers everywhere
+    # Sorted by frequency and then by alphabet, so the same text has the same numbers everywhere.
     known = sorted(Counter(splits[0]).items(), key=lambda item: (-item[1], item[0]))
     if level == "ascii":
         known = [(symbol, 0) for symbol in ("\n", *map(chr, range(32, 127)))]
@@ -69,7 +71,7 @@ def _file(name: str, data_root: str | Path | None) -> str:
 
 
 def _docs() -> str:
-    """Of the modules outside packages, each string once, in a random order."""
+    """Returns the docstrings of the modules outside packages, each once, in a random order."""
     sources = (path.read_text("utf-8") for path in sorted(_library().glob("*.py")))
     docs = list(dict.fromkeys(doc for source in sources for doc in _docstrings(source)))
     order = torch.randperm(len(docs), generator=generator("docs")).tolist()

@@ -1,4 +1,4 @@
-"""Nets on which optimizers have failed: large recurrent gain, post-norm, SIREN, a moving target."""
+"""Networks on which optimizers fail: a large recurrent gain, post-norm, SIREN, a GAN."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from learned_opt.tasks.workloads.base import SPLITS, Workload, no_draw
 from learned_opt.tasks.workloads.language import one_width
 from learned_opt.tasks.workloads.texts import load_corpus
 
-SIZES = {"train": 4096, "validation": 512, "test": 512}  # of what is made here
-COMMON = 6  # tokens are numbered by how often they occur
-WRONG = 0.05  # share of labels, so that the loss to reach is no vanishing one
-OMEGA = 30.0  # of SIREN, Sitzmann et al. 2020
+SIZES = {"train": 4096, "validation": 512, "test": 512}  # of the splits of generated data
+COMMON = 6  # tokens up to this one are common; tokens are numbered by their frequency
+WRONG = 0.05  # the share of wrong labels, which keeps the lowest loss away from zero
+OMEGA = 30.0  # the frequency ω of SIREN, Sitzmann et al. 2020
 
 
 @dataclass(frozen=True)
 class AddingOptions:
-    """Settings of the adding problem.
+    """The settings of the adding problem.
 
     Attributes:
-        length: numbers of a sequence.
-        marked: how many of them are to be added.
-        gain: the recurrent matrix begins as an orthogonal one times this.
+        length: the length of a sequence of numbers.
+        marked: how many of them are added.
+        gain: the factor of the initial recurrent matrix, which is otherwise orthogonal.
     """
 
     length: int = 30
@@ -46,8 +46,8 @@ class AddingOptions:
         check_finite(self, ConfigError)
         if not (0 < self.marked <= self.length and self.gain > 0):
             raise ConfigError(
-                f"marked={self.marked} must be from 1 to length={self.length}, gain={self.gain} "
-                "positive"
+                f"marked={self.marked} must be from 1 to length={self.length}, and "
+                f"gain={self.gain} must be positive"
             )
 
 
@@ -66,10 +66,10 @@ class LastState(nn.Module):
 
 @register_workload("adding")
 class AddingWorkload(Workload):
-    """Mean squared error of adding the marked ones of a sequence of numbers (Hochreiter &
-    Schmidhuber 1997), by a recurrent net with ReLU whose states can explode.
+    """The adding problem (Hochreiter & Schmidhuber 1997): the sum of the marked numbers.
 
-    Numbers are uniform in [-1, 1]; the sum is divided by its standard deviation.
+    The loss is the mean squared error of a recurrent network with ReLU, whose states can explode.
+    Numbers are uniform in [-1, 1], and the sum is divided by its standard deviation.
     """
 
     Options = AddingOptions
@@ -99,14 +99,14 @@ class AddingWorkload(Workload):
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """Settings of encoders with the norms after the shortcuts.
+    """The settings of post-norm transformer encoders.
 
     Attributes:
-        context: characters of an example.
-        style: "torch", nn.TransformerEncoder as it comes; or "bert": GELU, dropout, a norm after
-            the embedding, a pooler, and N(0, .02²) for all weights (Devlin et al. 2019).
-        heads: of attention.
-        goal: what is told apart: "common" or "order".
+        context: the number of characters of an example.
+        style: "torch" is nn.TransformerEncoder with its defaults; "bert" has GELU, dropout, a norm
+            after the embedding, a pooler, and all weights N(0, .02²) (Devlin et al. 2019).
+        heads: the number of attention heads.
+        goal: what is classified, "common" or "order"; see EncoderWorkload.
     """
 
     context: int = 24
@@ -120,12 +120,12 @@ class EncoderOptions:
         if not known or min(self.context, self.heads) < 1:
             raise ConfigError(
                 f"style={self.style!r} must be 'torch' or 'bert', goal={self.goal!r} 'common' or "
-                f"'order', context={self.context} and heads={self.heads} at least 1"
+                f"'order', and context={self.context} and heads={self.heads} at least 1"
             )
 
 
 class Encoder(nn.Module):
-    """Post-norm transformer that classifies a text by its first position."""
+    """A post-norm transformer that classifies a text from its first position."""
 
     def __init__(self, width: int, layers: int, own: EncoderOptions, vocabulary: int) -> None:
         super().__init__()
@@ -154,8 +154,12 @@ class Encoder(nn.Module):
 
 @register_workload("post_norm")
 class EncoderWorkload(Workload):
-    """Cross-entropy of telling, by `goal`, windows of a text from windows of its characters in any
-    order, or whether a window has more COMMON characters than half of the windows."""
+    """The cross-entropy of classifying windows of a text.
+
+    With the goal "order", the classes are windows of the text and windows whose characters are
+    shuffled. With "common", they are windows with more and with fewer common characters than the
+    median window.
+    """
 
     Options = EncoderOptions
 
@@ -197,12 +201,12 @@ class EncoderWorkload(Workload):
 
 @dataclass(frozen=True)
 class Seq2SeqOptions:
-    """Settings of encoder-decoders.
+    """The settings of encoder-decoders.
 
     Attributes:
-        length: symbols of a sequence.
-        symbols: different ones.
-        rule: what is to be said: the sequence "reversed" or "sorted".
+        length: the length of a sequence.
+        symbols: the number of different symbols.
+        rule: the output, which is the input sequence "reversed" or "sorted".
     """
 
     length: int = 8
@@ -213,17 +217,17 @@ class Seq2SeqOptions:
         check_finite(self, ConfigError)
         if self.rule not in ("reversed", "sorted") or min(self.length, self.symbols) < 2:
             raise ConfigError(
-                f"rule={self.rule!r} must be 'reversed' or 'sorted', length={self.length} and "
+                f"rule={self.rule!r} must be 'reversed' or 'sorted', and length={self.length} and "
                 f"symbols={self.symbols} at least 2"
             )
 
 
 class EncoderDecoder(nn.Module):
-    """nn.Transformer as it comes, with learned positions."""
+    """nn.Transformer with its defaults, but without dropout, and with learned positions."""
 
     def __init__(self, width: int, layers: int, own: Seq2SeqOptions) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(own.symbols + 1, width)  # and a symbol to begin with
+        self.embedding = nn.Embedding(own.symbols + 1, width)  # 1 for the start symbol
         self.positions = nn.Embedding(own.length, width)
         self.transformer = nn.Transformer(
             width, 4, layers, layers, 4 * width, dropout=0.0, batch_first=True
@@ -233,14 +237,14 @@ class EncoderDecoder(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, pair: Tensor) -> Tensor:
-        """(n, 2, length): a sequence, and what has been said so far."""
+        """Returns logits, for (n, 2, length) of input sequences and the preceding outputs."""
         source, said = (self.embedding(x) + self.positions.weight for x in pair.unbind(1))
         return self.head(self.transformer(source, said, tgt_mask=self.mask, tgt_is_causal=True))
 
 
 @register_workload("seq2seq")
 class Seq2SeqWorkload(Workload):
-    """Cross-entropy of each symbol of a sequence that is said backwards, or in order."""
+    """The cross-entropy of each symbol of a sequence that is to be reversed or sorted."""
 
     Options = Seq2SeqOptions
     unused = (*Workload.unused, "data")
@@ -274,10 +278,11 @@ class Sine(nn.Module):
 
 @register_workload("siren")
 class SirenWorkload(Workload):
-    """Mean squared error of a picture's standardised pixels from their coordinates (SIREN).
+    """The mean squared error of predicting an image's standardized pixels from their coordinates.
 
-    `data` is "photo", a square of one of scikit-learn's photographs, or an image set, of which it
-    is the first image. A tenth of the pixels each are to validate and to test on.
+    The network is a SIREN (Sitzmann et al. 2020). `data` is "photo", for a square of one of
+    scikit-learn's photographs, or an image set, for its first image. The validation and the test
+    split have a tenth of the pixels each.
     """
 
     @classmethod
@@ -304,7 +309,10 @@ class SirenWorkload(Workload):
         return cls(config, data, float(data["train"][1].square().mean()), draw.device)
 
     def network(self) -> nn.Module:
-        """U(±1/n) in the first layer, U(±√(6/n)/ω) in the others, n inputs."""
+        """Returns a network with weights U(±1/n) in the first layer and U(±√(6/n)/ω) in the others.
+
+        n is the number of inputs of a layer.
+        """
         hidden, layers = one_width(self.config), []
         inputs, outputs = (self.data["train"][i].shape[1] for i in (0, 1))
         for index, i in enumerate((inputs, *hidden[:-1])):
@@ -321,7 +329,7 @@ class SirenWorkload(Workload):
 
 
 class Game(nn.Module):
-    """A generator of points from noise, and a critic that tells them from the data's."""
+    """A generator, which makes points from noise, and a critic, which tells them from data."""
 
     def __init__(self, noise: int, points: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
@@ -338,19 +346,19 @@ def mlp(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
-    """2 E|X − Y| − E|X − X'| − E|Y − Y'|, which is 0 for equal distributions only (Székely)."""
+    """Returns 2 E|X − Y| − E|X − X'| − E|Y − Y'|, 0 only for equal distributions (Székely)."""
     within = sum(torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)) for a in (x, y))
     return 2 * torch.cdist(x, y).mean() - within
 
 
 @register_workload("gan")
 class GameWorkload(Workload):
-    """A generator against a critic, both trained by one optimizer at once (Goodfellow et al. 2014).
+    """A GAN (Goodfellow et al. 2014) whose two networks one optimizer trains at the same time.
 
-    The loss is the critic's cross-entropy plus the generator's non-saturating one, each with the
-    other net held fixed. What is measured is the energy distance of 512 points that the generator
-    makes to a split's. `data` is "ring", eight Gaussians on a circle, or an image set, of which it
-    is all pixels, averaged over squares of 4.
+    The loss is the sum of the critic's cross-entropy and the generator's non-saturating loss, each
+    with the other network held fixed. The evaluation is the energy distance between a split and as
+    many generated points. `data` is "ring", for eight Gaussians on a circle, or an image set, for
+    its images averaged over squares of 4 pixels a side.
     """
 
     NOISE = 8
