@@ -1,4 +1,4 @@
-"""Optimizers side by side on a model of one's own."""
+"""Compares optimizers on a user's own model."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.trainee import Parameters, Trainee
 
 DEFAULT = ("learned", "AdamW warm-up cosine")
-EVALUATIONS = 20  # of a run, at equal distances
-NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # of a row
+EVALUATIONS = 20  # the number of equally spaced evaluations in a run
+NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # in each row
 Batch = Any
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; printed, it is a table.
+    """The result of `compare`, which prints as a table.
 
     Attributes:
-        rows: a dict for each optimizer, the lowest final validation loss first: `optimizer`,
-            `setting` (what was tuned), `final_loss` and `lowest_loss` on the validation data, ∞ for
-            a run that diverged, `steps_to_match`, the steps in which it came down to the final loss
-            of the last of the optimizers that were asked for, ∞ if it never did, `ms_per_step`.
-        curves: by optimizer: steps and validation loss, (evaluations, 2), of its best run.
-        baseline: the last of the optimizers that were asked for.
+        rows: a dict for each optimizer, sorted by final validation loss. Its keys are `optimizer`;
+            `setting`, the tuned values; `final_loss` and `lowest_loss` on the validation data;
+            `steps_to_match`, the number of steps to the baseline's final loss; and `ms_per_step`.
+            The final loss is ∞ if the run diverged, and `steps_to_match` is ∞ if the run did not
+            reach that loss.
+        curves: for each optimizer, the steps and validation losses, (evaluations, 2), of its best
+            run.
+        baseline: the last of the optimizers that were compared.
     """
 
     rows: list[dict[str, Any]]
@@ -42,7 +44,7 @@ class Comparison:
     baseline: str
 
     def table(self) -> Any:
-        """As `learned_opt.benchmarking` has tables."""
+        """Returns the rows as a table of `learned_opt.benchmarking`."""
         from learned_opt.benchmarking.summary import Entry, Table, number
 
         headings = ["optimizer", "setting", "final validation loss", "lowest",
@@ -65,10 +67,13 @@ class Comparison:
         return markdown(self.table())
 
     def save(self, folder: str | Path) -> Path:
-        """Writes results.csv, curves.csv and report.html into `folder`; returns the report's path.
+        """Writes results.csv, curves.csv and report.html, and returns the report's path.
+
+        Args:
+            folder: the folder for the files; created if it does not exist.
 
         Raises:
-            OutputError: there is a report in `folder` already.
+            OutputError: `folder` has a report already.
         """
         from geodesic.files import write_atomic
         from learned_opt.benchmarking.curves import evaluation_curves
@@ -103,7 +108,7 @@ class Comparison:
         return folder / "report.html"
 
     def sentence(self) -> str:
-        """Which optimizer ended lowest, and by how much."""
+        """Returns a sentence that says which optimizer ended lowest, and how the next one ended."""
         first, *others = self.rows
         if not math.isfinite(first["final_loss"]):
             return "Every run diverged."
@@ -129,23 +134,23 @@ def compare(
 ) -> Comparison:
     """Trains a model with several optimizers and compares their validation losses.
 
-    Every run starts from the same initial weights and sees the same minibatches, if `make_model`
-    and `train_loader` draw from torch's global random numbers, as a DataLoader with shuffle=True
-    does. An optimizer with a learning rate to tune is run `tuning_runs` times, and the rate with
-    the lowest final validation loss is shown. So its figure is slightly flattered; that of an
-    optimizer with nothing to tune is not.
+    All runs start from the same initial weights and see the same minibatches if `make_model` and
+    `train_loader` draw from torch's global random numbers, as a DataLoader with shuffle=True does.
+    An optimizer with a learning rate to tune is run `tuning_runs` times, and the rate with the
+    lowest final validation loss is reported. This selection flatters its result slightly, unlike
+    that of an optimizer with nothing to tune.
 
     Args:
-        make_model: makes the model with fresh weights, on the device that it is to be trained on.
-        loss: of the model and a batch, a scalar to minimise, a mean over the batch.
-        train_loader: batches to train on, gone through again and again.
-        validation_loader: batches to evaluate on, in evaluation mode and without gradients.
-        steps: of each run.
-        optimizers: names that benchmarks know (docs/benchmarks.md), or `Entrant`s. Speed is
-            relative to the last of them.
-        tuning_runs: half decades to try of a learning rate, those in the middle of its range.
-        seed: of initial weights, minibatches and dropout.
-        progress: says first how many steps will be taken, then shows a bar.
+        make_model: returns the model with fresh weights, on the device of training.
+        loss: returns the mean loss, a scalar, of the model and a batch.
+        train_loader: the training batches, which are repeated as often as needed.
+        validation_loader: the batches of evaluations, in evaluation mode and without gradients.
+        steps: the number of steps of each run.
+        optimizers: names of optimizers (docs/benchmarks.md) or `Entrant`s. The last one is the
+            baseline, to which the speed of the others is relative.
+        tuning_runs: the number of learning rates to try, half decades from the middle of the range.
+        seed: the seed of initial weights, minibatches and dropout.
+        progress: prints the number of steps in all, and then shows a progress bar.
 
     Raises:
         ConfigError: an optimizer is unknown, its package is missing, or a number is below 1.
@@ -156,7 +161,7 @@ def compare(
     if steps < 1 or tuning_runs < 1 or not optimizers:
         raise ConfigError(
             f"steps={steps} and tuning_runs={tuning_runs} must be at least 1, and "
-            f"optimizers={list(optimizers)} not be empty"
+            f"optimizers={list(optimizers)} must not be empty"
         )
     entrants = [named(e) if isinstance(e, str) else e for e in optimizers]
     for entrant in entrants:
@@ -167,7 +172,7 @@ def compare(
     task = _Own(make_model, loss, train_loader, validation_loader)
     points = sorted({*np.linspace(0, steps, EVALUATIONS + 1).round().astype(int).tolist()})
     best: dict[str, tuple[float, dict[str, Any], Any]] = {}
-    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had been
+    with torch.random.fork_rng():  # so that the caller's random numbers do not change
         for entrant, chosen in tqdm(plan, desc="runs", disable=None if progress else True):
             run = run_optimizer(
                 task,
@@ -197,7 +202,7 @@ def compare(
 
 
 def _settings(entrant: Any, count: int) -> list[dict[str, Any]]:
-    """The middle of the grid of what is tuned, `count` settings of it."""
+    """Returns `count` settings from the middle of the grid of tuned values."""
     from learned_opt.benchmarking.tune import grid_of
 
     if not entrant.search:
@@ -209,7 +214,7 @@ def _settings(entrant: Any, count: int) -> list[dict[str, Any]]:
 
 
 class _Own:
-    """A user's model and data as a task to run optimizers on."""
+    """A task made of a user's model and data."""
 
     def __init__(
         self, make_model: Callable, loss: Callable, train: Iterable, validation: Iterable
@@ -220,13 +225,15 @@ class _Own:
         torch.manual_seed(seed_of("init", seed))
         model = self._make()
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"make_model gave a {type(model).__name__}; it must give a module")
+            raise ConfigError(
+                f"make_model returned a {type(model).__name__}; make it return a torch.nn.Module"
+            )
         batches = self._batches(seed)
         model.train()
 
         def loss(step: int) -> Tensor:
             batch = next(batches)
-            torch.manual_seed(seed_of("noise", seed, step))  # of dropout
+            torch.manual_seed(seed_of("noise", seed, step))  # for dropout
             return self._loss(model, batch)
 
         @torch.no_grad()
@@ -238,7 +245,10 @@ class _Own:
                 total, count = total + size * float(self._loss(model, batch)), count + size
             model.train()
             if not count:
-                raise ConfigError("validation_loader gave no batch")
+                raise ConfigError(
+                    "validation_loader has no batch; use a list or a DataLoader, not a generator, "
+                    "which can be iterated over only once"
+                )
             return total / count
 
         trainee = Trainee(Parameters.of(model), loss, lambda _: {}, validate)
@@ -253,12 +263,15 @@ class _Own:
                 empty = False
                 yield batch
             if empty:
-                raise ConfigError("train_loader gave no batch; a generator serves one epoch only")
+                raise ConfigError(
+                    "train_loader has no batch; use a list or a DataLoader, not a generator, which "
+                    "can be iterated over only once"
+                )
             epoch += 1
 
 
 def _size(batch: Batch) -> int:
-    """Examples in a batch: the first size of the first tensor in it."""
+    """Returns the number of examples in a batch, which is the first size of its first tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     values = batch.values() if hasattr(batch, "values") else batch

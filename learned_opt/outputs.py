@@ -1,8 +1,10 @@
-"""The `--output` folder of a command: one process at a time, one config, nothing overwritten.
+"""The `--output` folder of a command, which belongs to one process at a time and to one config.
 
-config-<command>.yaml        the resolved config; the same one resumes, another is refused
-provenance-<command>.json    versions, hardware and commit of every run that wrote here
-.lock, .lock-owner.json      who is at work
+The folder has these files besides the results:
+
+config-<command>.yaml        the resolved config; only a run with the same config can resume
+provenance-<command>.json    the versions, hardware and commit of every run that wrote here
+.lock, .lock-owner.json      the process that uses the folder
 """
 
 from __future__ import annotations
@@ -31,27 +33,28 @@ from learned_opt.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_ABSENT = object()  # a key that only one of two configs has
+_ABSENT = object()  # the value of a key that only the other of two configs has
 
 
 @contextlib.contextmanager
 def claim_output(
     folder: str | Path, config: Mapping[str, Any], command: str, free: Collection[str] = ()
 ) -> Iterator[Path]:
-    """Holds `folder` for `command` under `config`, and yields it as an absolute path.
+    """Locks `folder` for `command` with `config`, and yields it as an absolute path.
 
-    The lock is the operating system's, so the death of its holder frees it, by whatever signal.
-    Claims do not nest: claim once, at the outermost level, and in one process of a job only.
+    The operating system holds the lock, so it is released when the process ends, even if it is
+    killed. Claims do not nest: claim once, at the outermost level, in only one process of a job.
 
     Args:
-        folder: made where it does not exist.
-        config: what determines the results.
-        command: names the config's and the provenance's file; commands may share a folder.
-        free: keys that another run may change, as they change no result; dotted where nested.
+        folder: the folder; created if it does not exist.
+        config: the config, which determines the results.
+        command: names the files of the config and of the provenance. Commands may share a folder.
+        free: keys that a later run may change because they do not affect results. The keys of
+            nested settings are dotted.
 
     Raises:
-        OutputError: another process is at work there, the folder holds the results of another
-            config, or it cannot be written to, now or later: the disk is full.
+        OutputError: another process uses the folder, the folder holds results of another config, or
+            it cannot be written to, be it now or later, as when the disk is full.
     """
     folder = user_path(folder, "output", OutputError).absolute()
     owner_file, written = folder / ".lock-owner.json", None
@@ -61,8 +64,8 @@ def claim_output(
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
-            f"output={str(folder)!r} is in use by {_owner(owner_file)}; wait for it, stop it, "
-            "or use another --output"
+            f"output={str(folder)!r} is in use by {_owner(owner_file)}; wait until it ends, stop "
+            "it, or use another --output"
         ) from None
     except OSError as error:
         raise OutputError(
@@ -79,18 +82,18 @@ def claim_output(
         if fix := _fix(error, folder):
             raise OutputError(
                 f"output={str(folder)!r} cannot be written to ({error}); {fix} and run the same "
-                "command again: it goes on from the last thing that was written whole"
+                "command again, which resumes from the last complete file"
             ) from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # of a disk that has become read-only, or a folder gone
-            if owner_file.read_bytes() == written:  # else the folder was replaced, and is another's
+        with contextlib.suppress(OSError):  # the disk is read-only now, or the folder is gone
+            if owner_file.read_bytes() == written:  # else the folder was replaced by another's
                 owner_file.unlink()
         lock.release()
 
 
 def provenance() -> dict[str, Any]:
-    """What a result depends on besides its config: versions, hardware, commit; and when (UTC)."""
+    """Returns the versions, hardware and commit of this process, and the time in UTC."""
     return {"started": _now(), **_environment()}
 
 
@@ -121,7 +124,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit this file is at, "-dirty" if tracked files differ; None if it is not tracked."""
+    """Returns the commit of this file, with "-dirty" if tracked files differ from it.
+
+    Returns None if git does not track the file.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -130,7 +136,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around .venv
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not of a repository around .venv
         dirty = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     return None
@@ -145,11 +151,11 @@ def _owner(path: Path) -> str:
         owner = json.loads(path.read_text())
         return "learned-opt {command}, process {pid} on {host} since {since}".format(**owner)
     except (OSError, ValueError, KeyError):
-        return "another process"  # which has not yet written its name, or is just going
+        return "another process"  # which has not yet written the file, or has just deleted it
 
 
 def _fix(error: OSError, folder: Path) -> str | None:
-    """What to do if `error` says that nothing more can be written to `folder`."""
+    """Returns what to do if `error` says that `folder` cannot be written to, and otherwise None."""
     if error.errno in FULL:
         return "free some space"
     if error.errno in FORBIDDEN and str(error.filename).startswith(str(folder)):
@@ -158,7 +164,7 @@ def _fix(error: OSError, folder: Path) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as what YAML reads back."""
+    """Returns `value` as YAML would read it back, without dataclasses, tuples and paths."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -181,7 +187,7 @@ def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> 
     if difference := describe_difference(before, kept):
         raise OutputError(
             f"output={str(path.parent)!r} holds results of another config: {difference}; use "
-            "another --output, or delete the folder if its results can go"
+            "another --output, or delete the folder if you do not need its results"
         )
 
 
@@ -193,7 +199,7 @@ def _without(config: Any, keys: Collection[str], prefix: str = "") -> Any:
 
 
 def describe_difference(old: Any, new: Any) -> str | None:
-    """The first setting in which two plain configs differ, or None."""
+    """Describes the first setting in which two plain configs differ; None if there is none."""
     if (difference := _first_difference(old, new)) is None:
         return None
     key, *values = difference
@@ -202,7 +208,7 @@ def describe_difference(old: Any, new: Any) -> str | None:
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first (dotted key, old value, new value) in which two configs differ."""
+    """Returns the first (dotted key, old value, new value) in which two configs differ."""
     if isinstance(old, list) and isinstance(new, list):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
@@ -216,11 +222,11 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]
 
 
 def _add_provenance(path: Path) -> None:
-    """Appends this run: a resumed result has more than one."""
+    """Appends this run to the runs in the file; a resumed result has several."""
     runs = []
     if path.exists():
         try:
             runs = json.loads(path.read_text())
-        except ValueError:  # damaged: kept, as all that there is
+        except ValueError:  # the file is damaged, but is kept under another name
             path.replace(path.with_suffix(".damaged.json"))
     write_atomic(path, json.dumps([*runs, provenance()], indent=2).encode())

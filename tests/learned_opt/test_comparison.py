@@ -93,11 +93,11 @@ def test_the_report_is_a_page_and_is_not_overwritten(found, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("wrong, message", [
     ({"steps": 0}, "steps=0"),
-    ({"optimizers": ()}, r"optimizers=\[\] not be empty"),
+    ({"optimizers": ()}, r"optimizers=\[\] must not be empty"),
     ({"optimizers": ("Adamm",)}, "'Adamm' is not known by name"),
-    ({"make_model": lambda: 3}, "make_model gave a int"),
-    ({"train_loader": []}, "train_loader gave no batch"),
-    ({"validation_loader": []}, "validation_loader gave no batch"),
+    ({"make_model": lambda: 3}, "make_model returned a int"),
+    ({"train_loader": []}, "train_loader has no batch"),
+    ({"validation_loader": []}, "validation_loader has no batch"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(wrong: dict, message: str, loaders) -> None:
     given = dict(zip(("train_loader", "validation_loader"), loaders, strict=True))
