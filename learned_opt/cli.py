@@ -1,6 +1,6 @@
 """The command line: `learned-opt geodesics`, `train` and `benchmark`.
 
-What a command needs is imported once it is known which one is meant, so that `--help` is quick.
+The modules of a command are imported only when it runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
 
 class Flag(NamedTuple):
-    """A flag that is no setting of the config: what `--help` says of it, and of which type it is;
-    without a `value` it is a switch."""
+    """A flag that is not a setting of the config.
+
+    Attributes:
+        value: the name of its value in `--help`; empty for a switch.
+        text: its description in `--help`.
+        type: the type of its value.
+    """
 
     value: str
     text: str
@@ -34,8 +39,14 @@ class Flag(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: its config and function by "module:name", and the flags that are arguments of the
-    function."""
+    """A command.
+
+    Attributes:
+        summary: its description in `--help`.
+        config: the class of its config, as "module:name".
+        function: the function that it calls, as "module:name".
+        flags: the flags that are arguments of the function.
+    """
 
     summary: str
     config: str
@@ -49,37 +60,37 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "geodesics": Command(
-        "Make a data set of target paths: SGD runs, and the geodesics that shorten them.",
+        "Make a data set of target paths from SGD runs and the geodesics that shorten them.",
         "learned_opt.config:GeodesicsConfig",
         "learned_opt.geodesics:make_geodesics",
         {
-            "plot": Flag("", "draw pictures of some paths into plots/"),
-            "processes": Flag("N", "processes that share the work here (default: 1)", int),
+            "plot": Flag("", "Plots some paths into the folder plots/"),
+            "processes": Flag("N", "The number of processes on this machine (default: 1)", int),
         },
     ),
     "train": Command(
-        "Meta-train an update rule, after making the target paths that are missing.",
+        "Meta-train an update rule, after making missing target paths.",
         "learned_opt.config:TrainConfig",
         "learned_opt.training.stages:train",
         {},
     ),
     "benchmark": Command(
-        "Compare optimizers, tuned on some seeds and reported on others.",
+        "Compare optimizers, which are tuned on some seeds and reported on others.",
         "learned_opt.benchmarking.config:BenchmarkConfig",
         "learned_opt.benchmarking:benchmark",
         {},
     ),
 }
 FLAGS = {
-    "output": Flag("DIR", "folder of the results; the same command resumes what is there"),
-    "config": Flag("FILE", "YAML file of the settings below; flags win over it"),
-    "smoke": Flag("", "shrink everything to seconds, to see whether it works"),
+    "output": Flag("DIR", "The folder of the results; the same command resumes from them"),
+    "config": Flag("FILE", "A YAML file with the settings below; flags override it"),
+    "smoke": Flag("", "Shrinks everything to seconds, to test whether it works"),
 }
 
 
 def make_parser(command: str) -> ArgumentParser:
-    """Of what comes after the name of a command."""
-    from learned_opt.parsing import make_parser  # here: it imports jsonargparse
+    """Returns the parser of the arguments after the name of a command."""
+    from learned_opt.parsing import make_parser  # local, because it imports jsonargparse
 
     parser = make_parser(COMMANDS[command].config_class)
     parser.add_argument("--config", action="config")
@@ -92,10 +103,10 @@ def make_parser(command: str) -> ArgumentParser:
 
 
 def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
-    """The command, its config and its output folder.
+    """Returns the function of the command in `args`, its config and its output folder.
 
     Raises:
-        ConfigError: an argument is missing, unknown, of another type, or refused by its config.
+        ConfigError: an argument is missing, unknown, of a wrong type or invalid.
     """
     name, *args = _command(sys.argv[1:] if args is None else args)
     command = COMMANDS[name]
@@ -110,12 +121,12 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         config = config_class(**settings)
     except (ArgumentError, ValueError) as error:
         _check_file(args)
-        text = " ".join(str(error).split())  # jsonargparse breaks lines
+        text = " ".join(str(error).split())  # jsonargparse's messages have several lines
         raise ConfigError(f"{text}{_suggestion(text, config_class)}") from error
     if name == "train" and config.first is not None:
         from learned_opt.training.stages import first_stage
 
-        first = first_stage(config)  # for what it complains of, and to shrink it with its own rest
+        first = first_stage(config)  # checks the settings, and completes them for smoke()
         config = replace(config, first=asdict(first.smoke())) if smoke else config
     config = config.smoke() if smoke else config
     given = {flag: value for flag, value in extras.items() if value is not None}
@@ -128,8 +139,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _command(args: list[str]) -> list[str]:
-    """`args`, which begin with the name of a command; prints help or the version and exits where
-    they ask for it."""
+    """Returns `args` if they begin with the name of a command.
+
+    Prints the help or the version and exits if `args` ask for it.
+    """
     if args and args[0] in COMMANDS:
         if {"-h", "--help"} & {*args}:
             print(help_of(args[0]))
@@ -149,7 +162,7 @@ def _command(args: list[str]) -> list[str]:
 
 
 def help_of(name: str) -> str:
-    """What `--help` of a command prints."""
+    """Returns the text that `--help` of a command prints."""
     command = COMMANDS[name]
     flags = FLAGS | command.flags
     options = [Option(f"--{flag}", value, text) for flag, (value, text, _) in flags.items()]
@@ -158,10 +171,10 @@ def help_of(name: str) -> str:
 
 
 def _check_file(args: list[str]) -> None:
-    """That the file after --config, if any, holds settings by name; read when parsing has failed.
+    """Checks that the file after --config, if any, has settings by name; for failed parsing only.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it has not.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?")
@@ -173,33 +186,37 @@ def _check_file(args: list[str]) -> None:
 
     path = user_path(name, "config", ConfigError)
     if not path.is_file():
-        return  # jsonargparse says so
+        return  # jsonargparse's error says so
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config={name!r} is no text ({error}); give a YAML file") from error
+        raise ConfigError(
+            f"config={name!r} is not a text file ({error}); use a YAML file"
+        ) from error
     except yaml.YAMLError as error:
         text = " ".join(str(error).split())
-        raise ConfigError(f"config={name!r} is no YAML: {text}") from error
+        raise ConfigError(
+            f"config={name!r} is not valid YAML; correct the syntax error: {text}"
+        ) from error
     if settings is None:
         raise ConfigError(
-            f"config={name!r} has no settings: it is empty, or all of it are comments; leave "
-            "--config out for the defaults"
+            f"config={name!r} has no settings: it is empty or has only comments; leave --config "
+            "out to use the defaults"
         )
     if not isinstance(settings, dict):
         raise ConfigError(
-            f"config={name!r} is of type {type(settings).__name__}, not settings by name; write "
-            "key: value on each line"
+            f"config={name!r} contains a value of type {type(settings).__name__}, not settings by "
+            "name; write key: value on each line"
         )
 
 
-# What jsonargparse says of keys that there are not.
+# jsonargparse's messages about unknown keys.
 _UNKNOWN = re.compile(r"does not accept option '([^']+)'|Option '([^']+)' is not accepted|"
                       r"unrecognized arguments: --([\w.]+)")  # fmt: skip
 
 
 def _suggestion(text: str, config_class: type) -> str:
-    """What a key that is unknown, as `text` says, was perhaps meant to be."""
+    """Returns a suggestion for the unknown key that the error `text` names, if it names one."""
     found = _UNKNOWN.search(text)
     if found is None:
         return ""
@@ -209,7 +226,7 @@ def _suggestion(text: str, config_class: type) -> str:
 
 
 def _keys(hint: Any) -> set[str]:
-    """Names of fields of the dataclasses in the type `hint`, and of those in them."""
+    """Returns the names of the fields of dataclasses in the type `hint`, nested ones included."""
     if is_dataclass(hint):
         hints = get_type_hints(hint)
         return {*hints}.union(*map(_keys, hints.values()))
@@ -217,7 +234,7 @@ def _keys(hint: Any) -> set[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command of `args`, by default those of the process."""
+    """Runs the command of `args`, by default the arguments of the process."""
     from geodesic.dataset import DatasetError
 
     with interruptible():
@@ -227,9 +244,10 @@ def main(args: list[str] | None = None) -> None:
         except (LearnedOptError, DatasetError) as error:
             print(f"learned-opt: error: {error}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(result, Path) and is_first():  # of `train`
+        if isinstance(result, Path) and is_first():  # the weights file of `train`
             print(
-                f"{result}\nuse them: LearnedOptimizer(model.parameters(), weights={str(result)!r})"
+                f"{result}\n"
+                f"use it with LearnedOptimizer(model.parameters(), weights={str(result)!r})"
             )
 
 

@@ -158,7 +158,7 @@ def step_with(weights: Path) -> None:
 def test_train_says_how_to_use_its_weights(demo, trained):
     weights = demo.absolute() / "weights.safetensors"
     assert trained[1].endswith(
-        f"use them: LearnedOptimizer(model.parameters(), weights={str(weights)!r})\n"
+        f"use it with LearnedOptimizer(model.parameters(), weights={str(weights)!r})\n"
     )
     step_with(weights)
 
@@ -280,11 +280,11 @@ def test_so_do_arguments_and_rules(capsys):
     ("content", "says"),
     [
         (b"", "has no settings: it is empty"),
-        (b"# updates: 60\n", "all of it are comments"),
-        (bytes(range(128, 256)), "is no text"),
-        (b"a: [1,", "is no YAML"),
-        (b"- 1", "is of type list, not settings by name"),
-        (b"5", "is of type int"),
+        (b"# updates: 60\n", "has only comments"),
+        (bytes(range(128, 256)), "is not a text file"),
+        (b"a: [1,", "is not valid YAML"),
+        (b"- 1", "of type list, not settings by name"),
+        (b"5", "of type int"),
     ],
 )
 def test_a_file_without_settings_is_named(content, says, capsys, tmp_path):
@@ -442,8 +442,8 @@ def test_help_has_types_defaults_and_the_docstrings(command, capsys):
     assert not exit.value.code and "<whole number>" in text and "(default: " in text
     assert "Config(" not in text and "configuration file" not in text
     assert {
-        "geodesics": "The least and the largest number of hidden layers.",
-        "train": "The number of meta-updates.",
+        "geodesics": "The least and the largest number of hidden layers",
+        "train": "The number of meta-updates",
         "benchmark": "what is optimised, and for how many steps",
     }[command] in text
 
