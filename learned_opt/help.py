@@ -1,4 +1,4 @@
-"""`--help` of a command: the settings of its config, from the docstrings of the dataclasses."""
+"""The `--help` of a command, with the settings of its config from the dataclasses' docstrings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 
 class Option(NamedTuple):
-    """A flag, what goes after it, and what it does."""
+    """A flag, the name of its value, and its description."""
 
     flag: str
     value: str
@@ -27,10 +27,13 @@ class Option(NamedTuple):
 def command_help(
     usage: str, description: str, options: Sequence[Option], config_class: type
 ) -> str:
-    """What `--help` prints.
+    """Returns the text that `--help` prints.
 
     Args:
-        options: those that are no setting of the config.
+        usage: the command line in short.
+        description: what the command does.
+        options: the flags that are not settings of the config.
+        config_class: the dataclass of the config.
     """
     parts = [f"usage: {usage}", textwrap.fill(description, WIDTH), _listed(options)]
     parts.append("Settings. Each is a flag here and a key of the file after --config:")
@@ -52,7 +55,7 @@ def _listed(options: Sequence[Option]) -> str:
 
 
 def _options(config_class: type, prefix: str = "--") -> Iterator[Option]:
-    """The settings of a dataclass, but for those that are dataclasses themselves."""
+    """Yields the settings of a dataclass, except those that are dataclasses themselves."""
     hints, texts = get_type_hints(config_class), _texts(config_class)
     for field in fields(config_class):
         hint = hints[field.name]
@@ -66,8 +69,10 @@ def _options(config_class: type, prefix: str = "--") -> Iterator[Option]:
 
 
 def _parts(config_class: type) -> Iterator[tuple[str, type, bool]]:
-    """The dataclasses within a dataclass, each class once: dotted name, class, whether there are
-    lists of them, which have no flags."""
+    """Yields each dataclass within a dataclass once, as (dotted name, class, whether in a list).
+
+    Settings of dataclasses in a list have no flags.
+    """
     seen: set[type] = set()
 
     def walk(cls: type, prefix: str, listed: bool) -> Iterator[tuple[str, type, bool]]:
@@ -89,7 +94,7 @@ def _dataclasses(hint: Any) -> list[type]:
 
 
 def _texts(config_class: type) -> dict[str, str]:
-    """What the docstring says of each attribute."""
+    """Returns the description of each attribute in the docstring of a dataclass."""
     texts = {}
     for parameter in parse(inspect.getdoc(config_class) or "").params:
         for name in parameter.arg_name.split(", "):
@@ -102,7 +107,7 @@ def _default(field: Field) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    """A type in words."""
+    """Returns a type in words."""
     if hint in NAMES:
         return NAMES[hint]
     origin, inner = get_origin(hint), get_args(hint)
@@ -120,7 +125,7 @@ def _kind(hint: Any) -> str:
 
 
 def _readable(value: Any) -> str:
-    """A value as YAML would have it; a dataclass by its name."""
+    """Returns a value as YAML writes it, or the name of a dataclass."""
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_readable, value))}]"
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Configs from plain values: YAML, flags, and dicts of settings."""
+"""Makes configs from plain values, which are YAML, flags or dicts of settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ C = TypeVar("C")
 
 
 def make_parser(config_class: type) -> ArgumentParser:
-    """A parser of the settings of a config, which raises ArgumentError."""
+    """Returns a parser of the settings of a config, which raises ArgumentError."""
     # A `class_path` in `rule_config` or `kwargs` is data: a config must not run what it names.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False, add_help=False)
@@ -19,10 +19,10 @@ def make_parser(config_class: type) -> ArgumentParser:
 
 
 def config_from(config_class: type[C], values: dict[str, Any]) -> C:
-    """The config of a dict of settings.
+    """Returns the config of a dict of settings.
 
     Raises:
-        ValueError: a setting is unknown, of another type, or refused.
+        ValueError: a setting is unknown, of a wrong type or invalid.
     """
     parser = make_parser(config_class)
     try:

@@ -1,4 +1,4 @@
-"""How far the work has come: a bar on a terminal, elsewhere a line every half minute."""
+"""Shows progress, as a bar on a terminal and as a line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
-PERIOD = 30.0  # seconds from one line to the next
+PERIOD = 30.0  # the number of seconds between lines
 T = TypeVar("T", covariant=True)
 
 
 class Items(Sized, Iterable[T], Protocol[T]):
-    """A list, or what else has a length."""
+    """A list, or another iterable with a length."""
 
 
 class Progress:
-    """Counts steps of some work, on stderr; a context manager that ends with the work.
+    """Shows the progress of some work on stderr; a context manager that ends with the work.
 
-    On a terminal it is tqdm's bar. Elsewhere, in a log say, it prints a line such as
+    On a terminal it shows tqdm's bar. Elsewhere, as in a log, it prints every half minute, even
+    during a longer step, a line such as
 
         benchmark: 12 of 90 runs done in 02:05, about 13:32 left
 
-    every half minute, also while one step takes longer than that.
-
     Args:
-        what: is worked on.
-        unit: of the steps, a plural.
-        total: steps in all; may be set anew.
-        done: steps that an earlier run has done; the time that is left is not judged by them.
-        shown: whether anything is shown.
+        what: the name of the work.
+        unit: the name of the steps, in the plural.
+        total: the number of steps in all; the attribute may be changed later.
+        done: the number of steps that earlier runs did, on which no estimate of time is based.
+        shown: whether to show anything.
     """
 
     def __init__(self, what: str, unit: str, total: int, done: int = 0, shown: bool = True) -> None:
@@ -55,14 +54,14 @@ class Progress:
         self.close()
 
     def add(self, count: int = 1) -> None:
-        """So many steps more are done."""
+        """Counts `count` more steps as done."""
         self.done += count
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.update(count)
 
     def skip(self, count: int) -> None:
-        """So many steps more were done by an earlier run."""
+        """Counts `count` more steps as done by an earlier run."""
         self._before += count
         self.add(count)
 
@@ -86,7 +85,7 @@ class Progress:
 
 
 def tracked(items: Items[T], what: str, unit: str, shown: bool = True) -> Iterator[T]:
-    """`items`, with the progress of the loop over them shown."""
+    """Yields `items` and shows the progress of the loop over them."""
     with Progress(what, unit, len(items), shown=shown and len(items) > 0) as progress:
         for item in items:
             yield item
