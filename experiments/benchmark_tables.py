@@ -60,7 +60,7 @@ def benchmark(results: Path) -> str:
     ]
     for path in found:
         parts += [heading(path), overview_of([path], OVERVIEW)]
-    return "\n\n".join([*parts, *map(meaning_of, found[:1])])
+    return "\n\n".join([*parts, *(meaning_of(path, OVERVIEW) for path in found[:1])])
 
 
 def held_out(results: Path) -> list[dict]:

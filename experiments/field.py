@@ -70,7 +70,7 @@ def real(name: str) -> str:
 def going_on(name: str) -> str:
     """Who kept what it had, and the table of all tasks."""
     config = suite(name)
-    rows = run_going_on(config, known(name))
+    rows, _ = run_going_on(config, known(name))
     return f"{going_on_sentence(config, rows)}\n\n{markdown(going_on_table(config, rows))}"
 
 

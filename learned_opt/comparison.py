@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,11 @@ from learned_opt.tasks.trainee import Parameters, Trainee
 DEFAULT = ("learned", "AdamW warm-up cosine")
 EVALUATIONS = 20  # the number of equally spaced evaluations in a run
 NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # in each row
+ABOVE_TABLE = (
+    "Each row is an optimizer with the best of the settings that were tried, the lowest final loss "
+    "on the validation data first. The table is from one seed: with another seed, optimizers that "
+    "are close may change places."
+)
 Batch = Any
 
 
@@ -77,8 +81,15 @@ class Comparison:
         """
         from geodesic.files import write_atomic
         from learned_opt.benchmarking.curves import evaluation_curves
-        from learned_opt.benchmarking.html import html_table, legend
+        from learned_opt.benchmarking.html import (
+            Section,
+            curves_section,
+            document,
+            figure,
+            html_table,
+        )
         from learned_opt.benchmarking.tables import to_csv
+        from learned_opt.benchmarking.verdict import counted
         from learned_opt.errors import OutputError
 
         folder = Path(folder).expanduser()
@@ -90,35 +101,47 @@ class Comparison:
             for name, curve in self.curves.items()
             for step, loss in curve
         ]
+        curves = {row["optimizer"]: [self.curves[row["optimizer"]]] for row in self.rows}
         target = next(r["final_loss"] for r in self.rows if r["optimizer"] == self.baseline)
-        curves = {name: [curve] for name, curve in self.curves.items()}
-        page = (
-            '<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width"><title>Comparison</title>'
-            "<style>body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-            "td,th{padding:.3rem .6rem;text-align:left}.wide{overflow-x:auto}"
-            "ul{list-style:none;padding:0}svg{max-width:100%;height:auto}</style>"
-            f"<h1>Optimizers on your model</h1><p>{html.escape(self.sentence())}</p>"
-            f"{html_table(self.table())}{legend(list(curves))}"
-            f"{evaluation_curves(curves, target, 'Validation loss')}</html>"
-        )
+        svg = evaluation_curves(curves, "Validation loss", target=target)
+        more = f"The dotted line is the final loss of {self.baseline}."
+        sections = [
+            Section("summary", "Summary", ABOVE_TABLE, html_table(self.table(), sortable=True)),
+            curves_section("Validation loss", list(curves), [figure(svg, "Your model")], more),
+        ]
+        size = f"{counted(len(self.rows), 'optimizer')}, {counted(self._steps, 'step')}, 1 seed"
+        page = document("Optimizers on your model", self.sentence(), size, sections)
         write_atomic(folder / "results.csv", to_csv(self.rows))
         write_atomic(folder / "curves.csv", to_csv(points))
         write_atomic(folder / "report.html", page.encode())
         return folder / "report.html"
 
     def sentence(self) -> str:
-        """Returns a sentence that says which optimizer ended lowest, and how the next one ended."""
-        first, *others = self.rows
-        if not math.isfinite(first["final_loss"]):
+        """Returns a sentence that says which optimizer ended lowest, by how much, and which ones
+        diverged."""
+        ended = [row for row in self.rows if math.isfinite(row["final_loss"])]
+        if not ended:
             return "Every run diverged."
-        if not others:
-            return f"{first['optimizer']} ended at a validation loss of {first['final_loss']:.4g}."
-        second = others[0]
-        return (
-            f"{first['optimizer']} ended lowest, at a validation loss of "
-            f"{first['final_loss']:.4g}; {second['optimizer']} ended at {second['final_loss']:.4g}."
-        )
+        first, *others = ended
+        text = f"{first['optimizer']} ended at a validation loss of {first['final_loss']:.4g}"
+        if others:
+            text = (
+                f"{first['optimizer']} ended lowest, at a validation loss of "
+                f"{first['final_loss']:.4g}; {others[0]['optimizer']} ended at "
+                f"{others[0]['final_loss']:.4g}"
+            )
+        if first["optimizer"] != self.baseline and math.isfinite(first["steps_to_match"]):
+            text += (
+                f". {first['optimizer']} was down to the final loss of {self.baseline} after "
+                f"{first['steps_to_match']:.0f} of {self._steps} steps"
+            )
+        diverged = [row["optimizer"] for row in self.rows if row not in ended]
+        return f"{text}." + (f" Diverged: {', '.join(diverged)}." if diverged else "")
+
+    @property
+    def _steps(self) -> int:
+        """The steps of the longest run; a run that diverged has fewer."""
+        return int(max(curve[-1, 0] for curve in self.curves.values()))
 
 
 def compare(

@@ -148,8 +148,8 @@ def _validation(config: BenchmarkConfig, facts: Facts, runner: Runner) -> Outcom
 
 
 def _going_on(config: BenchmarkConfig, facts: Facts, runner: Runner) -> Outcome:
-    rows = run_going_on(config, runner.run)
-    return rows, partial(write_going_on_report, config, rows)
+    rows, curves = run_going_on(config, runner.run)
+    return rows, partial(write_going_on_report, config, rows, curves)
 
 
 PROTOCOLS = {"training": _training, "validation": _validation, "going_on": _going_on}

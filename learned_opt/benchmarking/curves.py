@@ -11,20 +11,23 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from learned_opt.benchmarking.stats import TAU_MAX, performance_profile, smooth
 
-# Okabe & Ito 2008, told apart with any colour vision; without their yellow and black, which one
-# of the two backgrounds would hide. More entrants than colours differ by the dashes.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+# The first six are Okabe & Ito's (2008), told apart with any colour vision; without their yellow
+# and black, which one of the two backgrounds would hide. Later ones differ by their dashes as well.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
+           "#999933", "#A0522D", "#BB4488", "#44AA99")  # fmt: skip
 DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # as SVG has them, in points
+PLAIN = 6  # colours that need no dashes
 _TEXT = "#010203"  # stands for the page's text colour while matplotlib draws
 _POINTS = 100  # per curve: a phone shows no more, and the report stays small
 
 
 def style(i: int) -> tuple[str, str]:
     """Colour and dashes of entrant i, the same in every picture."""
-    return COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+    return COLOURS[i % len(COLOURS)], DASHES[i // PLAIN % len(DASHES)]
 
 
 def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
@@ -36,34 +39,46 @@ def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
     return _svg(lambda axes: draw_losses(axes, runs), title)
 
 
-def evaluation_curves(runs: Mapping[str, Sequence[np.ndarray]], target: float, title: str) -> str:
-    """`<svg>` of losses (evaluations, 2), step and loss, of each entrant's runs: mean over seeds.
+def evaluation_curves(
+    runs: Mapping[str, Sequence[np.ndarray]],
+    title: str,
+    target: float | None = None,
+    change: int = 0,
+) -> str:
+    """`<svg>` of losses (evaluations, 2), step and loss, of each entrant's runs.
 
-    A line ends where the first of its runs diverged; the dotted one is the target.
+    The mean over seeds, band from least to most; a line ends where the first of its runs diverged.
+
+    Args:
+        target: a loss to mark.
+        change: a step to mark.
     """
 
     def draw(axes: Axes) -> None:
         axes.set(yscale="log", xlabel="step", ylabel="validation loss")
-        start, least = 0.0, target
+        seen = [] if target is None else [target]
         for i, curves in enumerate(runs.values()):
             length = min(map(len, curves))
             if not length:
                 continue
-            steps, losses = curves[0][:length, 0], np.stack([c[:length, 1] for c in curves])
+            losses = np.stack([curve[:length, 1] for curve in curves])
             finite = np.isfinite(losses).all(0)
-            axes.plot(steps[finite], losses.mean(0)[finite], **_line(i))
-            start = max(start, losses[:, 0].max())
-            least = min(least, losses[:, finite].min(initial=target))
-        axes.axhline(target, color=_TEXT, lw=0.8, ls=":")
-        if 0 < least <= start:
-            axes.set_ylim(least / 1.05, start * 1.05)
+            _draw_runs(axes, curves[0][:length, 0][finite], losses[:, finite], i)
+            seen += [*losses[:, 0], *losses[:, finite].ravel()]
+        if target is not None:
+            axes.axhline(target, color=_TEXT, lw=0.8, ls=":")
+        if change:
+            axes.axvline(change, color=_TEXT, lw=0.8, ls=":")
+        start = max((curve[0, 1] for curves in runs.values() for curve in curves if len(curve)),
+                    default=0.0)  # fmt: skip
+        _limit(axes, min(seen, default=0.0), start, 1.05)
 
     return _svg(draw, title)
 
 
 def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
     """The curves of `loss_curves`, each labelled with its entrant."""
-    axes.set(yscale="log", xlabel="step", ylabel="smoothed minibatch training loss")
+    axes.set(yscale="log", xlabel="step", ylabel="minibatch training loss")
     start, least = 0.0, np.inf
     for i, (name, losses) in enumerate(runs.items()):
         losses = np.stack(losses)
@@ -72,14 +87,28 @@ def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
         if np.isnan(curves[:, 0]).any():
             continue
         index = np.linspace(0, losses.shape[1] - 1, _POINTS).astype(int)
-        line, shown = _line(i), curves[:, index]
-        axes.plot(index + 1, shown.mean(0), label=name, **line)
-        band = {"color": line["color"], "alpha": 0.12, "lw": 0}
-        axes.fill_between(index + 1, shown.min(0), shown.max(0), **band)
+        _draw_runs(axes, index + 1, curves[:, index], i, name)
         start = max(start, losses[:, 0].max())
         least = min(least, np.nanmin(np.where(curves > 0, curves, np.nan)))
-    if 0 < least <= start:  # an explosion must not hide the rest
-        axes.set_ylim(least / 1.5, start * 1.5)
+    _limit(axes, least, start, 1.5)
+
+
+def _draw_runs(axes: Axes, steps: np.ndarray, losses: np.ndarray, i: int, label: str = "") -> None:
+    """Losses (runs, steps) of entrant i: their mean, in a band from least to most."""
+    line = _line(i)
+    axes.plot(steps, losses.mean(0), label=label, **line)
+    band = {"color": line["color"], "alpha": 0.12, "lw": 0}
+    axes.fill_between(steps, losses.min(0), losses.max(0), **band)
+
+
+def _limit(axes: Axes, least: float, start: float, margin: float) -> None:
+    """From the least loss to the highest at the start: an explosion must not hide the rest."""
+    if 0 < least <= start < np.inf:
+        axes.set_ylim(least / margin, start * margin)
+        numbers = (1, 2, 5) if start < 30 * least else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=numbers))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def profiles(costs: np.ndarray, title: str) -> str:
@@ -98,9 +127,9 @@ def profiles(costs: np.ndarray, title: str) -> str:
 
 def _svg(draw: Callable[[Axes], None], title: str) -> str:
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    rc = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}  # ids differ by picture
+    rc = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}  # ids differ by picture
     with rc_context(rc | dict.fromkeys(coloured, _TEXT)):
-        figure = Figure(figsize=(5, 3.3), layout="constrained")
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.grid(alpha=0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,6 +16,8 @@ from learned_opt.benchmarking.validation import Run, ValidationCell
 from learned_opt.tasks.kinds import TaskConfig
 
 Row = dict[str, Any]
+# By (task, entrant): steps and validation loss, (evaluations, 2), of each run.
+Curves = dict[tuple[str, str], list[np.ndarray]]
 Key = tuple[str, str, int]  # task, entrant, seed
 
 
@@ -29,8 +32,8 @@ def undisturbed(task: TaskConfig) -> TaskConfig | None:
     return replace(task, options=options) if options != task.options else None
 
 
-def run_going_on(config: BenchmarkConfig, run: Run) -> list[Row]:
-    """A row for each (task, entrant, reporting seed), see `outcome`.
+def run_going_on(config: BenchmarkConfig, run: Run) -> tuple[list[Row], Curves]:
+    """A row for each (task, entrant, reporting seed), see `outcome`; and the curves of these runs.
 
     `run` gives the records of cells, in their order.
     """
@@ -45,11 +48,13 @@ def run_going_on(config: BenchmarkConfig, run: Run) -> list[Row]:
                 )  # fmt: skip
     records = dict(zip(cells, run(list(cells.values())), strict=True))
     changes = {task.label: change_of(task.task) for task in config.tasks}
-    return [
-        outcome(record, changes[key[0]], records.get((key, False)))
-        for (key, disturbed), record in records.items()
-        if disturbed
-    ]
+    rows, curves = [], defaultdict(list)
+    for (key, disturbed), record in records.items():
+        if disturbed:
+            rows.append(outcome(record, changes[key[0]], records.get((key, False))))
+            curve = np.array(record["validation"], dtype=float).reshape(-1, 2)
+            curves[key[:2]].append(curve)
+    return rows, dict(curves)
 
 
 def outcome(record: Record, change: int, undisturbed: Record | None) -> Row:

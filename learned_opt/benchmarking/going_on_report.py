@@ -1,4 +1,4 @@
-"""The report of the protocol "going_on": results.csv and report.md."""
+"""The report of the protocol "going_on": results.csv, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -11,32 +11,55 @@ import numpy as np
 from geodesic.files import write_atomic
 from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.benchmarking.entrants import LEARNED
-from learned_opt.benchmarking.going_on import Row
-from learned_opt.benchmarking.summary import Entry, Table, markdown, number
+from learned_opt.benchmarking.going_on import Curves, Row
+from learned_opt.benchmarking.summary import Entry, Table, bullets, markdown, mean_entry
 from learned_opt.benchmarking.tables import to_csv
+from learned_opt.benchmarking.verdict import counted
 
 # What a run may do: rise by so much over the loss before the change, end so far above the best of
 # the others, and be so many steps behind the run without a disturbance.
 WORST, END, BEHIND = 1.1, 1.05, 100
 LOSS = "validation_loss"
-MEANING = f"""\
-Mean over seeds. *Before*: validation loss before the first update of the new phase. *Worst* and \
-*end*: the highest and the last validation loss after it, over that before; in bold where it rose \
-by more than {WORST - 1:.0%}, and by more than under the calmest of the optimizers that are not \
-learned. *Final*: the last validation loss; in bold where it is more than {END - 1:.0%} above the \
-best of these. *Behind*: steps by which a disturbed run is behind the same run without the \
-disturbance; in bold where they are more than {BEHIND}."""
+INTRODUCTION = (
+    "Each row is an optimizer on one task, the mean over seeds. The training changes in the "
+    "middle of a run, or begins from a trained network; losses are on validation data, relative "
+    "to the loss before the first update of the new phase. Bold marks trouble."
+)
+MEANING = {
+    "before": "the loss before the first update of the new phase",
+    "worst": f"the highest loss after it, over the one before; trouble is a rise by more than "
+    f"{WORST - 1:.0%}, and by more than under the calmest of the optimizers that are not learned",
+    "end": "the last loss, over the one before",
+    "final": f"the last loss; trouble is more than {END - 1:.0%} above the best of the optimizers "
+    "that are not learned",
+    "behind": "steps by which a disturbed run is behind the same run without the disturbance; "
+    f"trouble is more than {BEHIND}",
+}
+OVERVIEW = (
+    "Each row is an optimizer: on how many tasks it kept the loss that it began with, so that it "
+    f"rose by at most {WORST - 1:.0%} or by no more than under the calmest optimizer that is not "
+    f"learned; on how many it ended within {END - 1:.0%} of the best of these; and how many runs "
+    "diverged."
+)
 
 
 def write_going_on_report(
-    config: BenchmarkConfig, rows: Sequence[Row], folder: Path
+    config: BenchmarkConfig, rows: Sequence[Row], curves: Curves, folder: Path
 ) -> tuple[str, Path]:
-    """Writes the report into `folder`; returns what the terminal shows, and the report's path."""
+    """Writes the report into `folder`; returns what the terminal shows, and the page's path."""
+    from learned_opt.benchmarking.going_on_html import page  # with matplotlib, slow to load
+
     write_atomic(folder / "results.csv", to_csv(rows))
-    text = f"{sentence(config, rows)}\n\n{markdown(table(config, rows))}\n\n{MEANING}\n"
-    title = f"# Benchmark of optimizers: {config.name or 'runs that go on'}"
-    write_atomic(folder / "report.md", f"{title}\n\n{text}".encode())
-    return text, folder / "report.md"
+    text = f"{sentence(config, rows)}\n\n{markdown(table(config, rows))}"
+    parts = [f"# {title(config)}", text, INTRODUCTION, bullets(MEANING)]
+    write_atomic(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+    html = page(config, rows, curves, {"results.csv": (folder / "results.csv").read_bytes()})
+    write_atomic(folder / "report.html", html.encode())
+    return text, folder / "report.html"
+
+
+def title(config: BenchmarkConfig) -> str:
+    return f"Benchmark of optimizers: {config.name or 'runs that go on'}"
 
 
 def fixed(config: BenchmarkConfig) -> list[str]:
@@ -46,42 +69,80 @@ def fixed(config: BenchmarkConfig) -> list[str]:
 
 def sentence(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     """How often each learned entrant kept what it had, and ended as low as the best of others."""
-    others, tasks = fixed(config), [task.label for task in config.tasks]
+    learned = [e.name for e in config.entrants if e.optimizer == LEARNED]
+    if not learned or not fixed(config):
+        return "No learned optimizer was compared with others."
     parts = []
-    for entrant in config.entrants:
-        if entrant.optimizer != LEARNED or not others:
+    for name in learned:
+        kept, low = (set(passed(config, rows, name, what)) for what in ("kept", "low"))
+        if parts:
+            parts.append(f"{name} on {len(kept)}, {len(low)} and {len(kept & low)}")
             continue
-        mine = {t: _runs(rows, t, entrant.name) for t in tasks}
-        kept = [t for t in tasks if _mean(mine[t], "worst") <= allowed(rows, t, others)]
-        low = [t for t in tasks if _mean(mine[t], LOSS) <= END * best(rows, t, others, LOSS)]
-        lost = [t for t in tasks if t not in kept or t not in low]
         parts.append(
-            f"{entrant.name} kept its validation loss on {len(kept)} of {len(tasks)} tasks and "
-            f"ended within {END - 1:.0%} of the best of {', '.join(others)} on {len(low)}"
-            + (f"; it failed one of the two on: {', '.join(lost)}" if lost else "")
+            f"{name} kept its validation loss on {len(kept)} of "
+            f"{counted(len(config.tasks), 'task')}, ended within {END - 1:.0%} of the best "
+            f"optimizer that is not learned on {len(low)}, and did both on {len(kept & low)}"
         )
-    return ". ".join(parts) + "." if parts else "Nobody was compared."
+    return "; ".join(parts) + "."
+
+
+def passed(config: BenchmarkConfig, rows: Sequence[Row], name: str, what: str) -> list[str]:
+    """Tasks on which an entrant `kept` the loss that it began with, or ended as `low` as others."""
+    others, tasks = fixed(config), [task.label for task in config.tasks]
+    mine = {task: _runs(rows, task, name) for task in tasks}
+    if what == "kept":
+        return [t for t in tasks if _mean(mine[t], "worst") <= allowed(rows, t, others)]
+    return [t for t in tasks if _mean(mine[t], LOSS) <= END * best(rows, t, others, LOSS)]
+
+
+def overview(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
+    """Each entrant over all tasks, see OVERVIEW; who failed least comes first."""
+    lines, tasks = [], len(config.tasks)
+    for entrant in config.entrants:
+        kept, low = (len(passed(config, rows, entrant.name, what)) for what in ("kept", "low"))
+        group = [row for row in rows if row["entrant"] == entrant.name]
+        diverged = sum(bool(row["diverged"]) for row in group)
+        lines.append([
+            Entry(entrant.name, entrant.name),
+            Entry(f"{kept} of {tasks}", float(kept)),
+            Entry(f"{low} of {tasks}", float(low)),
+            Entry(f"{diverged} of {len(group)}", float(diverged)),
+        ])  # fmt: skip
+    lines.sort(key=lambda line: -(line[1].key + line[2].key))
+    most = [max(line[i].key for line in lines) for i in (1, 2)]
+    for line in lines:
+        line[1:3] = [e._replace(best=e.key == m) for e, m in zip(line[1:3], most, strict=True)]
+    headings = ["optimizer", "tasks on which it kept its loss", "tasks on which it ended low",
+                "diverged"]  # fmt: skip
+    return Table(headings, lines, {1, 2})
 
 
 def table(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
     """A line for each task and entrant."""
+    entrants, tasks = [e.name for e in config.entrants], [task.label for task in config.tasks]
+    tables = [(task, task_table(config, rows, task, entrants)) for task in tasks]
+    lines = [[Entry(task, task), *line] for task, table in tables for line in table.rows]
+    return Table(["task", *tables[0][1].headings], lines)
+
+
+def task_table(
+    config: BenchmarkConfig, rows: Sequence[Row], task: str, names: Sequence[str]
+) -> Table:
+    """A line for each of the entrants `names` on one task; bold is trouble."""
     others, lines = fixed(config), []
-    for task in config.tasks:
-        lowest = best(rows, task.label, others, LOSS)
-        highest = allowed(rows, task.label, others)
-        for entrant in config.entrants:
-            group = _runs(rows, task.label, entrant.name)
-            keys = ("before", "worst", "end", LOSS)
-            before, worst, end, final = (_mean(group, key) for key in keys)
-            late = [r["behind"] for r in group if r["behind"] is not None]
-            behind = float(np.mean(late)) if late else np.nan
-            lines.append([
-                Entry(task.label, task.label), Entry(entrant.name, entrant.name),
-                _number(before), _number(worst, worst > highest), _number(end),
-                _number(final, final > END * lowest),
-                Entry("", np.nan) if np.isnan(behind) else _number(round(behind), behind > BEHIND),
-            ])  # fmt: skip
-    return Table(["task", "optimizer", "before", "worst", "end", "final", "behind"], lines)
+    lowest, highest = best(rows, task, others, LOSS), allowed(rows, task, others)
+    for name in names:
+        group = _runs(rows, task, name)
+        before, worst, end, final = (_mean(group, k) for k in ("before", "worst", "end", LOSS))
+        late = [r["behind"] for r in group if r["behind"] is not None]
+        behind = float(np.mean(late)) if late else np.nan
+        lines.append([
+            Entry(name, name), _number(before), _number(worst, worst > highest), _number(end),
+            _number(final, final > END * lowest),
+            Entry("", np.nan) if np.isnan(behind)
+            else Entry(f"{behind:.0f}".replace("inf", "∞"), behind, behind > BEHIND),
+        ])  # fmt: skip
+    return Table(["optimizer", *MEANING], lines)
 
 
 def best(rows: Sequence[Row], task: str, others: Sequence[str], key: str) -> float:
@@ -104,4 +165,4 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def _number(value: float, marked: Any = False) -> Entry:
-    return Entry(number(value), float(value), bool(marked))
+    return mean_entry([value])._replace(best=bool(marked))

@@ -8,6 +8,7 @@ from typing import Any
 
 from learned_opt.benchmarking.scores import Row
 from learned_opt.benchmarking.summary import Entry, Table, number
+from learned_opt.benchmarking.verdict import counted
 
 VERSIONS = ("commit", "python", "learned-opt", "torch", "numpy", "lightning")
 Facts = Mapping[str, Any]
@@ -20,30 +21,41 @@ def title(facts: Facts) -> str:
 def size(facts: Facts) -> str:
     """In one line."""
     tasks, entrants, seeds = map(len, (facts["tasks"], facts["entrants"], facts["reporting_seeds"]))
-    return f"{entrants} optimizers, {tasks} tasks, {seeds} seeds"
+    return size_text(entrants, tasks, seeds)
 
 
-def protocol(facts: Facts, tuning: Sequence[Row]) -> str:
-    """One paragraph: what is held equal, what is tuned, and on which seeds."""
+def size_text(entrants: int, tasks: int, seeds: int) -> str:
+    return ", ".join(
+        [counted(entrants, "optimizer"), counted(tasks, "task"), counted(seeds, "seed")]
+    )
+
+
+def protocol(facts: Facts, tuning: Sequence[Row]) -> list[str]:
+    """Sentences: what is held equal, what is tuned, and on which seeds."""
     budget = facts["budget"]
     searches = {(row["task"], row["entrant"]): row for row in tuning}.values()
     grown = sum(row["extensions"] > 0 for row in searches)
     edges = sum(row["at_edge"] for row in searches)
-    return (
-        "Every optimizer starts from the same weights and sees the same minibatches for a seed. "
-        f"Reported are seeds {_list(facts['reporting_seeds'])}. Optimizers that are tuned have the "
-        f"same budget on each task: {budget['settings']} settings, log-uniform, on seeds "
-        f"{_list(facts['tuning_seeds'])}, on which nothing is reported; the setting with the "
-        "lowest final loss on all training data, mean over these seeds, is the one reported. Where "
-        "it was at an end of its range, the range grew by up to "
-        f"{budget['max_extensions']} settings: in {grown} of {len(searches)} searches, {edges} of "
-        "which ended at an edge all the same. A run that diverged or failed counts with an "
-        f"infinite loss, and so does one that took longer than {facts['time_limit']:g} seconds. "
-        f"Seconds are of the training steps alone, on {facts['device']}, with "
-        f"processes={facts['processes'] * facts['ranks']} and threads={facts['threads']}. In all "
-        f"{facts['cells']} runs, of which {facts['failures']} failed, and "
-        f"{facts['training_seconds']:.0f} seconds of training."
-    )
+    searched = [
+        "An optimizer that is tuned has the same budget on each task: "
+        f"{counted(budget['settings'], 'setting')}, spread log-uniformly, on "
+        f"{seeds_text(facts['tuning_seeds'])}, on which nothing is reported. The setting with the "
+        "lowest final loss on all training data, averaged over these seeds, is the one reported.",
+        f"The range grew by up to {counted(budget['max_extensions'], 'setting')} where the best "
+        f"one was at its end, in {grown} of {counted(len(searches), 'search', 'searches')}; in "
+        f"{edges} the setting is at an end all the same.",
+    ]
+    return [
+        "Every optimizer starts from the same weights and sees the same minibatches for a seed.",
+        f"The report is on {seeds_text(facts['reporting_seeds'])}.",
+        *(searched if searches else []),
+        "A run that diverged or failed has an infinite loss, and so has one that took longer than "
+        f"{facts['time_limit']:g} seconds.",
+        f"Seconds are those of the training steps alone, on {facts['device']}, with "
+        f"processes={facts['processes'] * facts['ranks']} and threads={facts['threads']}.",
+        f"In all there were {counted(facts['cells'], 'run')}, of which {facts['failures']} failed, "
+        f"and {facts['training_seconds']:.0f} seconds of training.",
+    ]
 
 
 def task_list(facts: Facts) -> Table:
@@ -122,11 +134,13 @@ def _space(space: Any) -> str:
     return f"{space[0]:g} to {space[1]:g}"
 
 
-def _list(seeds: Sequence[int]) -> str:
+def seeds_text(seeds: Sequence[int]) -> str:
     """A range by its ends."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds))
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def _table(headings: list[str], rows: Sequence[Sequence[Any]]) -> Table:

@@ -22,11 +22,15 @@ from learned_opt.benchmarking.protocol import (
 )
 from learned_opt.benchmarking.scores import Results, Row, read_results, read_scores, score
 from learned_opt.benchmarking.summary import (
+    TABLES,
     Table,
+    bullets,
+    introduction,
     markdown,
     meaning,
     overview,
     overviews,
+    ranked,
     sentence,
     summary_table,
 )
@@ -43,11 +47,12 @@ def write_report(folder: Path) -> Path:
     Raises:
         OutputError: the folder has no results, or those of another version.
     """
-    from learned_opt.benchmarking.html import page  # with matplotlib, which takes its time to load
+    from learned_opt.benchmarking.training_html import page  # with matplotlib, slow to load
 
     results = read_results(folder)
     scores = score(results)
     rows = [row | more for row, more in zip(results.rows, scores, strict=True)]
+    rows = ranked(rows, overview(rows, results.facts["baseline"]))
     provenance = json.loads((folder / "provenance-benchmark.json").read_text())
     write_atomic(folder / "scores.csv", to_csv(scores))
     write_atomic(folder / "report.md", _markdown(results, rows, provenance).encode())
@@ -64,7 +69,7 @@ def terminal_text(folder: Path) -> str:
     rows, scores = read_rows(folder / "results.csv"), read_scores(folder / "scores.csv")
     facts = json.loads((folder / "benchmark.json").read_text())
     together = [more | row for more, row in zip(scores, rows, strict=True)]
-    return "\n\n".join(filter(None, [sentence(facts, together), summary_table(rows)]))
+    return f"{sentence(facts, together)}\n\n{summary_table(rows)}"
 
 
 def overview_of(
@@ -77,7 +82,7 @@ def overview_of(
     from their benchmark.json, results.csv and scores.csv.
 
     Args:
-        columns: the headings to keep, besides the optimizer's.
+        columns: the headings to keep, besides the optimizer's, of those that there are.
         family: tasks whose family begins so.
         baseline: whose runs the chances are relative to; by default the benchmarks'.
     """
@@ -88,33 +93,36 @@ def overview_of(
         files = read_scores(folder / "scores.csv"), read_rows(folder / "results.csv")
         rows += [more | row for more, row in zip(*files, strict=True) if row["task"] in wanted]
     table = overview(rows, baseline or facts["baseline"])
-    kept = [0, *map(table.headings.index, columns)]
+    kept = [0, *(table.headings.index(name) for name in columns if name in table.headings)]
     headings, *lines = ([row[i] for i in kept] for row in (table.headings, *table.rows))
     return _escape(markdown(Table(headings, lines)))
 
 
-def meaning_of(folder: Path) -> str:
-    """Markdown: what the columns of `overview_of` are."""
-    return _escape(meaning(json.loads((folder / "benchmark.json").read_text())))
+def meaning_of(folder: Path, columns: Sequence[str]) -> str:
+    """Markdown: what the table of `overview_of` says, and what its columns are."""
+    baseline = json.loads((folder / "benchmark.json").read_text())["baseline"]
+    return _escape(f"{introduction(baseline)}\n\n{bullets(meaning(baseline, columns))}")
 
 
 def _markdown(results: Results, rows: Sequence[Row], provenance: Sequence[Facts]) -> str:
     facts = results.facts
-    groups = (f"**{name}**\n\n{markdown(t)}" for name, t in overviews(facts, rows).items())
+    tables, baseline = overviews(facts, rows), facts["baseline"]
+    groups = (f"**{name}**\n\n{markdown(table)}" for name, table in tables.items())
     how = (environment(provenance, rows), task_list(facts), entrant_list(facts))
     failed = [f"- {f['cell']}: {f['error'].strip().splitlines()[-1]}" for f in facts["failed"]]
     parts = [
         f"# {title(facts)}",
+        sentence(facts, rows),
         size(facts),
-        *filter(None, [sentence(facts, rows)]),
+        "## Summary",
+        introduction(baseline),
         *groups,
-        meaning(facts),
+        bullets(meaning(baseline, next(iter(tables.values())).headings)),
         "## Tables",
-        "Mean ± standard deviation over seeds, the best mean in bold. A run that diverged or "
-        "failed counts with an infinite loss.",
+        TABLES,
         summary_table(rows),
         "## How this was run",
-        protocol(facts, results.tuning),
+        "\n".join(f"- {line}" for line in protocol(facts, results.tuning)),
         *map(markdown, how),
         "## Runs that failed",
         "\n".join(failed) or "None.",

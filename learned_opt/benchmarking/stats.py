@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 Array = np.ndarray
 TAU_MAX = 4.0  # of AlgoPerf: who is more than four times slower counts as not having arrived
+PROFILE_TASKS = 5  # of fewer tasks a profile has too few steps to tell anything
 
 
 def smooth(losses: ArrayLike) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from learned_opt.benchmarking.scores import Row
 from learned_opt.benchmarking.stats import (
+    PROFILE_TASKS,
     iqm,
     probability_of_improvement,
     profile_score,
@@ -24,13 +25,13 @@ from learned_opt.benchmarking.verdict import verdict
 
 # Of a task's table: column, heading, factor, and +1 where less is better, -1 where more, 0 neither.
 METRICS = (
-    ("final_train_loss", "final train loss", 1, 1),
-    ("mean_loss", "mean loss", 1, 1),
-    ("test_loss", "test loss", 1, 1),
-    ("test_accuracy", "test accuracy %", 100, -1),
-    ("best_smoothed_loss", "best train loss", 1, 1),
     ("steps_speed_up", "speed-up, steps", 1, -1),
     ("seconds_speed_up", "speed-up, seconds", 1, -1),
+    ("final_train_loss", "final train loss", 1, 1),
+    ("mean_loss", "mean loss", 1, 1),
+    ("best_smoothed_loss", "best train loss", 1, 1),
+    ("test_loss", "test loss", 1, 1),
+    ("test_accuracy", "test accuracy %", 100, -1),
     ("seconds", "seconds", 1, 0),
     ("peak_memory", "peak memory, MB", 1e-6, 0),
 )
@@ -48,17 +49,26 @@ CHANCES = {
     "mean_loss": "P(lower mean loss)",
     "test_loss": "P(lower test loss)",
 }
-_MEANING = """\
-Relative to {baseline}: interquartile means over all runs of all tasks, in brackets 95 % intervals \
-from 5000 stratified bootstrap resamples of the seeds. *Speed-up*: the steps, or seconds, in which \
-{baseline} reaches its own final loss, smoothed over a twentieth of the run, over those of the \
-optimizer with the same seed; 0 for a run that misses it. *Envelope*, if shown: steps that Adam \
-with the best learning rate at each step needs for the final loss, per step of the optimizer. \
-*× lower*: \
-the median loss of {baseline} over the optimizer's; 0 for a run that diverged or failed. *P*: \
-probability that the loss of a run is below that of one of {baseline}, ties count half. \
-*Profile*: share of tasks on which the median steps are within τ times the fastest, mean over \
-1 ≤ τ ≤ 4."""
+NO_BASELINE = "There was no Adam with a tuned constant learning rate to compare with."
+TABLES = (
+    "Each row is an optimizer on one task: the mean over seeds ± the standard deviation, the best "
+    "mean in bold. A run that diverged or failed has an infinite loss."
+)
+# Parts of headings, and what they mean.
+MEANING = {
+    "speed-up, steps": "the steps in which {baseline} reaches its own final training loss, over "
+    "those in which the optimizer reaches it with the same seed; 0 for a run that never does. "
+    "Losses are smoothed over a twentieth of the run",
+    "speed-up, seconds": "the same in seconds of training",
+    "speed-up, envelope": "the steps that Adam needs for the optimizer's final loss, with the best "
+    "learning rate at each step, over the steps of the optimizer",
+    "× lower": "the median loss of {baseline} over the loss of the optimizer; 0 for a run that "
+    "diverged or failed",
+    "P(": "the probability that the loss of a run is below that of a run of {baseline}; a tie "
+    "counts as half",
+    "profile": "the share of tasks on which the optimizer takes at most τ times the steps of the "
+    "fastest one, averaged over 1 ≤ τ ≤ 4; steps are the median over seeds",
+}
 
 
 class Entry(NamedTuple):
@@ -95,19 +105,52 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table.headings), *lines[1:]])
 
 
-def meaning(facts: Mapping[str, Any]) -> str:
-    """Markdown: what the columns of an overview are."""
-    if facts["baseline"] is None:
-        return "There was no tuned Adam with a constant learning rate to compare with."
-    return _MEANING.format(baseline=facts["baseline"])
+def introduction(baseline: str | None) -> str:
+    """The sentences above an overview."""
+    if baseline is None:
+        return f"{NO_BASELINE} Each row is an optimizer, over all runs of all tasks."
+    return (
+        f"Each row is an optimizer beside {baseline}, over all runs of all tasks. A speed-up of 2 "
+        "is half the steps; the best of a column is bold. Speed-ups and ratios are interquartile "
+        "means (IQM): the mean of the middle half of the runs. Brackets hold 95 % intervals, from "
+        "5,000 stratified bootstrap resamples of the seeds."
+    )
+
+
+def meaning(baseline: str | None, headings: Collection[str]) -> dict[str, str]:
+    """What the columns of an overview are, by heading; of those that it has."""
+    return column_meanings(MEANING, headings, baseline=baseline)
+
+
+def column_meanings(
+    texts: Mapping[str, str], headings: Collection[str], **values: Any
+) -> dict[str, str]:
+    """Of texts by parts of headings, those for `headings`, with `values` filled in."""
+    return {
+        part.rstrip("("): text.format(**values)
+        for part, text in texts.items()
+        if any(part in heading for heading in headings)
+    }
+
+
+def bullets(meaning: Mapping[str, str]) -> str:
+    """Markdown: a list of terms."""
+    return "\n".join(f"- *{term}*: {text}." for term, text in meaning.items())
 
 
 def sentence(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Who won, by how much, and what was missed; nothing without a baseline."""
+    """Who won, by how much, and what was missed."""
     if facts["baseline"] is None:
-        return ""
+        return NO_BASELINE
     speed_ups = {name: runs(rows, name, "steps_speed_up") for name in _distinct(rows, "entrant")}
     return verdict(speed_ups, facts["baseline"], "final training loss")
+
+
+def ranked(rows: Sequence[Row], overview: Table) -> list[Row]:
+    """The rows of `overview`'s first optimizer, then those of its second, and so on: the order of
+    optimizers in all of a report."""
+    places = {entries[0].text: place for place, entries in enumerate(overview.rows)}
+    return sorted(rows, key=lambda row: places[row["entrant"]])
 
 
 def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]:
@@ -122,7 +165,8 @@ def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]
 
 
 def overview(rows: Sequence[Row], baseline: str | None) -> Table:
-    """Each entrant over all tasks of `rows`, see `meaning`; without a baseline, only its costs."""
+    """Each entrant over all tasks of `rows`, the fastest first, see `MEANING`; without a baseline,
+    only its costs."""
     entrants = _distinct(rows, "entrant")
     headings, columns = ["optimizer"], [[Entry(name, name) for name in entrants]]
 
@@ -139,8 +183,10 @@ def overview(rows: Sequence[Row], baseline: str | None) -> Table:
             base = -runs(rows, baseline, column)
             chances = ((-runs(rows, name, column), base) for name in entrants)
             add_score(heading, [_estimate(probability_of_improvement, *c) for c in chances])
-        profile = profile_score(median_steps(rows, entrants))
-        add_score("profile", [Entry(score_text(share), float(share)) for share in profile])
+        steps = median_steps(rows, entrants)
+        if steps.shape[1] >= PROFILE_TASKS:
+            shares = profile_score(steps)
+            add_score("profile", [Entry(score_text(share), float(share)) for share in shares])
     scored = range(1, len(headings))
     groups = [[row for row in rows if row["entrant"] == name] for name in entrants]
     for column, heading, factor, _ in METRICS[-2:]:
@@ -215,9 +261,12 @@ def _estimate(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> Entr
 def mean_entry(values: Sequence[float], spread: bool = True) -> Entry:
     """A mean, ± the standard deviation where there are several."""
     mean = float(np.mean(values))
-    if not spread or len(values) == 1 or not math.isfinite(mean):
+    if not math.isfinite(mean):
         return Entry(number(mean), mean)
-    return Entry(f"{number(mean)} ± {np.std(values, ddof=1):.2g}", mean)
+    text = f"{mean:#.3g}".rstrip(".")  # with its zeros, so that figures stand in line
+    if not spread or len(values) == 1:
+        return Entry(text, mean)
+    return Entry(f"{text} ± {np.std(values, ddof=1):.2g}", mean)
 
 
 def _failures(rows: Sequence[Row]) -> Entry:

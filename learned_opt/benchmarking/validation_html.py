@@ -1,38 +1,44 @@
-"""The report of the protocol "validation" as one HTML page: report.html, filled in."""
+"""The report of the protocol "validation" as one HTML page."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
-from importlib.resources import files
-from string import Template
 from typing import Any
 
 import numpy as np
-import yaml
 
 from learned_opt.benchmarking.config import BenchmarkConfig
-from learned_opt.benchmarking.curves import evaluation_curves, profiles
+from learned_opt.benchmarking.curves import evaluation_curves
 from learned_opt.benchmarking.html import (
-    details,
-    download,
-    emphasis,
+    Section,
+    curves_section,
+    document,
+    errors_of,
+    escape,
+    failures_section,
     figure,
     heat_table,
     html_table,
-    legend,
-    preformatted,
+    listing,
+    map_section,
+    numbers_section,
+    profiles_section,
+    settings,
+    terms,
 )
 from learned_opt.benchmarking.stats import geometric_mean
 from learned_opt.benchmarking.summary import Entry, Table, runs, score_text
 from learned_opt.benchmarking.validation import Outcome
 from learned_opt.benchmarking.validation_report import (
+    TABLES,
     costs,
+    introduction,
     meaning,
     names,
     overview,
     protocol,
     sentence,
+    size,
     task_list,
     task_tables,
     title,
@@ -43,57 +49,61 @@ from learned_opt.outputs import plain
 def page(
     config: BenchmarkConfig, facts: Mapping[str, Any], outcome: Outcome, raw: Mapping[str, bytes]
 ) -> str:
-    """The whole page; `raw`: name -> content of the files to download."""
+    """The whole page.
+
+    Args:
+        facts: what is known of each task once it is made, by its label.
+        outcome: the best optimizer's rows first.
+        raw: name -> content of the files to download.
+    """
     rows, baseline = outcome.rows, config.validation_baseline
-    entrants = names(rows)
-    size = f"{len(entrants)} optimizers, {len(config.tasks)} tasks, {len(config.reporting)} seeds"
+    entrants, summary = names(rows), overview(rows, baseline)
     curves = [
         figure(
             evaluation_curves(
                 {n: outcome.curves[task.label, n] for n in entrants},
-                outcome.targets[task.label][0].loss,
                 f"Validation loss, {task.label}",
+                target=outcome.targets[task.label][0].loss,
             ),
-            html.escape(task.label),
+            escape(task.label),
         )
         for task in config.tasks
     ]
     tables = [
-        f"<h3>{html.escape(task)}</h3>{html_table(table, sortable=True)}"
+        f"<h3>{escape(task)}</h3>{html_table(table, sortable=True)}"
         for task, table in task_tables(rows).items()
     ]
-    failed = [
-        details(f"{row['task']}, {row['entrant']}, seed {row['seed']}", preformatted(row["error"]))
-        for row in rows
-        if row["error"]
+    how = [
+        listing(protocol(config, outcome.tuning)),
+        "<h3>Tasks</h3>",
+        html_table(task_list(config, facts, outcome.targets)),
+        settings(plain_config(config)),
     ]
-    parts = {
-        "title": html.escape(title(config)),
-        "size": size,
-        "verdict": html.escape(sentence(rows, baseline)),
-        "overview": html_table(overview(rows, baseline), sortable=True),
-        "meaning": emphasis(meaning(baseline)),
-        "relation": "",
-        "reference": html.escape(f"the tuned {baseline}"),
-        "heat_maps": _heat_map(rows, entrants),
-        "legend": legend(entrants),
-        "profiles": profiles(costs(rows), "Performance profiles"),
-        "curve_kind": "Validation loss",
-        "mean": "Geometric mean, a miss counting half,",
-        "curves": "".join(curves),
-        "tables": "".join(tables),
-        "protocol": html.escape(protocol(config, outcome.tuning)),
-        "environment": "",
-        "tasks": html_table(task_list(config, facts, outcome.targets), kind="text"),
-        "entrants": "",
-        "details": details(
-            "configuration", preformatted(yaml.safe_dump(_plain(config), sort_keys=False))
+    sections = [
+        Section(
+            "summary",
+            "Summary",
+            introduction(baseline),
+            html_table(summary, sortable=True) + terms(meaning(baseline, summary.headings)),
         ),
-        "failed": "".join(failed) or "<p>None.</p>",
-        "downloads": "".join(f"<li>{download(name, data)}</li>" for name, data in raw.items()),
-    }
-    template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    return Template(template).substitute(parts)
+        map_section(
+            "The geometric mean over seeds, in which a miss counts as half",
+            f"the target, the loss of the tuned {baseline}",
+            _heat_map(rows, entrants),
+        ),
+        curves_section("Validation loss", entrants, curves, "The dotted line is the target."),
+        *profiles_section(costs(rows), entrants),
+        Section("tables", "Tables", TABLES, "".join(tables)),
+        Section("how", "How this was run", "", "".join(how)),
+        failures_section(errors_of(rows)),
+        numbers_section(raw),
+    ]
+    return document(title(config), sentence(rows, baseline), size(config), sections)
+
+
+def plain_config(config: BenchmarkConfig) -> dict[str, Any]:
+    """What can be published of it: no folders."""
+    return {k: v for k, v in plain(config).items() if k not in ("data_root", "data", "done")}
 
 
 def _heat_map(rows: list[dict[str, Any]], entrants: list[str]) -> str:
@@ -110,7 +120,3 @@ def _heat_map(rows: list[dict[str, Any]], entrants: list[str]) -> str:
 def _score(value: float, best: bool) -> Entry:
     """Of one task; 0 where every run missed."""
     return Entry(score_text(value), float(value), best) if value else Entry("missed", 0.0)
-
-
-def _plain(config: BenchmarkConfig) -> dict[str, Any]:
-    return {k: v for k, v in plain(config).items() if k not in ("data_root", "data", "done")}

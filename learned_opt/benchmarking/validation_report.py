@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from geodesic.files import write_atomic
 from learned_opt.benchmarking.config import BenchmarkConfig
+from learned_opt.benchmarking.protocol import seeds_text, size_text
 from learned_opt.benchmarking.stats import (
+    PROFILE_TASKS,
     geometric_mean,
     iqm,
     probability_of_improvement,
@@ -22,29 +25,47 @@ from learned_opt.benchmarking.stats import (
 from learned_opt.benchmarking.summary import (
     Entry,
     Table,
+    bullets,
+    column_meanings,
     markdown,
     mean_entry,
     number,
+    ranked,
     runs,
     score_text,
 )
 from learned_opt.benchmarking.tables import to_csv
 from learned_opt.benchmarking.validation import HOPELESS, LENGTHS, SMOOTHING, Outcome, Target
-from learned_opt.benchmarking.verdict import verdict
+from learned_opt.benchmarking.verdict import counted, verdict
 
 Row = Mapping[str, Any]
-MEANING = """\
-*Speed-up*: by how many times fewer steps than the budget an optimizer reaches the target of a \
-task, the validation loss of the tuned {baseline}; 0 for a miss. An optimizer that knows the \
-length of a run is run for 1/{lengths} of the budget, and its speed-up is the largest of these \
-whose run ends at or below the target. One that is not told is run once, and its speed-up is the \
-budget over the first of two evaluations in a row that are at or below the target. *Geometric \
-mean* and *IQM*, the interquartile mean, are over all runs of all tasks; a miss counts ½ in the \
-first and 0 in the second. *Profile*: on what share of the tasks the median steps are within τ \
-times the fastest, mean over 1 ≤ τ ≤ 4. *Against the best*: the target is the validation loss of \
-the best entrant of the field on that task. *P*: probability that the final loss of a run of the \
-full budget is below that of one of {baseline}. In brackets are 95 % intervals from 5000 \
-stratified bootstrap resamples of the seeds."""
+INTRODUCTION = (
+    "Each row is an optimizer, over all runs of all tasks. A speed-up of 2 means that it reaches "
+    "the target of a task, the validation loss of the tuned {baseline}, in half of the steps; a "
+    "run that misses the target has a speed-up of 0. The best of a column is bold. Brackets hold "
+    "95 % intervals, from 5,000 stratified bootstrap resamples of the seeds."
+)
+# Parts of headings, and what they mean.
+MEANING = {
+    "speed-up": "the budget over the steps to the target. An optimizer that knows the length of "
+    "its run is also run for 1/{lengths} of the budget, and the shortest run that ends at or "
+    "below the target counts. For others the first of two evaluations in a row at or below it "
+    "counts",
+    "geometric mean": "over all runs; a miss counts as ½",
+    "IQM": "the interquartile mean: the mean of the middle half of the runs; a miss counts as 0",
+    "missed": "runs that never reach the target",
+    "against the best": "the same with another target: the validation loss of whichever optimizer"
+    " is the best on that task",
+    "P(": "the probability that the loss of a run of the full budget is below that of a run of "
+    "{baseline}; a tie counts as half",
+    "profile": "the share of tasks on which the optimizer takes at most τ times the steps of the "
+    "fastest one, averaged over 1 ≤ τ ≤ 4; steps are the median over seeds",
+    "diverged": "runs of the full budget that diverged",
+}
+TABLES = (
+    "Each row is an optimizer on one task: the speed-up of each seed, then losses at the end of "
+    "the full budget, the mean over seeds ± the standard deviation; the best mean is bold."
+)
 
 
 def write_validation_report(
@@ -57,8 +78,9 @@ def write_validation_report(
     """
     from learned_opt.benchmarking.validation_html import page  # with matplotlib, slow to load
 
-    rows = outcome.rows
-    flat = [{**row, "hyperparameters": json.dumps(row["hyperparameters"])} for row in rows]
+    summary = overview(outcome.rows, config.validation_baseline)
+    rows = ranked(outcome.rows, summary)
+    flat = [{**row, "hyperparameters": json.dumps(row["hyperparameters"])} for row in outcome.rows]
     tuning = [{**row, "hyperparameters": json.dumps(row["hyperparameters"])}
               for row in outcome.tuning]  # fmt: skip
     write_atomic(folder / "results.csv", to_csv(flat))
@@ -67,30 +89,38 @@ def write_validation_report(
     parts = [
         f"# {title(config)}",
         sentence(rows, config.validation_baseline),
-        markdown(overview(rows, config.validation_baseline)),
-        meaning(config.validation_baseline),
+        introduction(config.validation_baseline),
+        markdown(summary),
+        bullets(meaning(config.validation_baseline, summary.headings)),
         "## Tasks",
         markdown(task_list(config, facts, outcome.targets)),
+        TABLES,
         *(f"### {t}\n\n{markdown(table)}" for t, table in task_tables(rows).items()),
         "## How this was run",
-        protocol(config, outcome.tuning),
+        "\n".join(f"- {line}" for line in protocol(config, outcome.tuning)),
     ]
     write_atomic(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     raw = {n: (folder / n).read_bytes() for n in ("results.csv", "tuning.csv", "targets.csv")}
     if (folder / "rows.jsonl").exists():  # not where all were known
         raw["rows.jsonl.gz"] = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
-    html = page(config, facts, outcome, raw)
+    html = page(config, facts, replace(outcome, rows=rows), raw)
     write_atomic(folder / "report.html", html.encode())
-    return "\n\n".join(parts[1:3]), folder / "report.html"
+    return f"{parts[1]}\n\n{markdown(summary)}", folder / "report.html"
 
 
 def title(config: BenchmarkConfig) -> str:
     return f"Benchmark of optimizers: {config.name}" if config.name else "Optimizer benchmark"
 
 
-def meaning(baseline: str) -> str:
-    lengths = ", ".join(f"{length:g}" for length in LENGTHS)
-    return MEANING.format(baseline=baseline, lengths=f"{{{lengths}}}")
+def introduction(baseline: str) -> str:
+    """The sentences above the overview."""
+    return INTRODUCTION.format(baseline=baseline)
+
+
+def meaning(baseline: str, headings: Sequence[str]) -> dict[str, str]:
+    """What the columns of the overview are, by heading; of those that it has."""
+    lengths = ", 1/".join(f"{length:g}" for length in LENGTHS[1:])
+    return column_meanings(MEANING, headings, baseline=baseline, lengths=lengths)
 
 
 def sentence(rows: Sequence[Row], baseline: str) -> str:
@@ -112,10 +142,19 @@ def costs(rows: Sequence[Row]) -> np.ndarray:
 
 
 def overview(rows: Sequence[Row], baseline: str) -> Table:
-    """Each entrant over all tasks of `rows`, see MEANING; the best geometric mean comes first."""
-    profiles = profile_score(costs(rows))
-    lines = []
-    for name, profile in zip(names(rows), profiles, strict=True):
+    """Each entrant over all tasks of `rows`, see MEANING; the best geometric mean comes first.
+
+    The profile is left out where there are too few tasks for one.
+    """
+    headings = ["optimizer", "speed-up, geometric mean", "speed-up, IQM", "missed",
+                "against the best, geometric mean", "against the best, IQM", "missed the best",
+                "P(lower validation loss)", "P(lower test loss)"]  # fmt: skip
+    more, steps, lines = {1, 2, 4, 5, 7, 8}, costs(rows), []
+    profiled = steps.shape[1] >= PROFILE_TASKS
+    if profiled:
+        more.add(len(headings))
+        headings.append("profile")
+    for name, share in zip(names(rows), profile_score(steps), strict=True):
         line = [Entry(name, name)]
         for column in ("speed_up", "best_speed_up"):
             scores = runs(rows, name, column)
@@ -125,26 +164,21 @@ def overview(rows: Sequence[Row], baseline: str) -> Table:
         for column in ("validation_loss", "test_loss"):
             mine, theirs = (-runs(rows, n, column) for n in (name, baseline))
             line.append(_estimate(probability_of_improvement, mine, theirs))
-        line.append(Entry(score_text(profile), float(profile)))
+        line += [Entry(score_text(share), float(share))] if profiled else []
         diverged = [row for row in rows if row["entrant"] == name and row["diverged"]]
-        line.append(Entry(str(len(diverged)), float(len(diverged))))
+        line.append(Entry(f"{len(diverged)} of {scores.size}", float(len(diverged))))
         lines.append(line)
     lines.sort(key=lambda line: -line[1].key)
-    headings = ["optimizer", "speed-up, geometric mean", "speed-up, IQM", "missed",
-                "against the best, geometric mean", "against the best, IQM", "missed the best",
-                "P(lower validation loss)", "P(lower test loss)", "profile",
-                "diverged"]  # fmt: skip
-    more = {1, 2, 4, 5, 7, 8, 9}
     best = {i: max(line[i].key for line in lines) for i in more}
     lines = [
         [e._replace(best=i in more and e.key == best[i]) for i, e in enumerate(line)]
         for line in lines
     ]
-    return Table(headings, lines, more)
+    return Table([*headings, "diverged"], lines, more)
 
 
 def task_tables(rows: Sequence[Row]) -> dict[str, Table]:
-    """Task -> a table of its entrants: losses of the full run, and speed-ups by seed."""
+    """Task -> a table of its entrants: speed-ups by seed, and losses of the full run."""
     return {
         task: _task_table([row for row in rows if row["task"] == task])
         for task in dict.fromkeys(row["task"] for row in rows)
@@ -160,6 +194,10 @@ def _task_table(rows: Sequence[Row]) -> Table:
     headings = ["optimizer", "tuned"]
     columns = [[Entry(g[0]["entrant"], g[0]["entrant"]) for g in groups],
                [_setting(g[0]) for g in groups]]  # fmt: skip
+    for column, heading in (("speed_up", "speed-ups"), ("best_speed_up", "against the best")):
+        scores = [[float(row[column]) for row in group] for group in groups]
+        columns.append([Entry(", ".join(map(score_text, v)), float(np.mean(v))) for v in scores])
+        headings.append(heading)
     for metric, heading, factor, sign in metrics:
         offset = 100 if factor < 0 else 0
         values = [[offset + factor * float(row[metric]) for row in group] for group in groups]
@@ -171,14 +209,12 @@ def _task_table(rows: Sequence[Row]) -> Table:
             [e._replace(best=bool(sign and finite and e.key == min(finite))) for e in entries]
         )
         headings.append(heading)
-    for column, heading in (("speed_up", "speed-ups"), ("best_speed_up", "against the best")):
-        scores = [[float(row[column]) for row in group] for group in groups]
-        columns.append([Entry(" ".join(f"{s:.3g}" for s in v), float(np.mean(v))) for v in scores])
-        headings.append(heading)
-    last = len(headings)
-    return Table(
-        headings, [list(line) for line in zip(*columns, strict=True)], {last - 2, last - 1}
-    )
+    return Table(headings, [list(line) for line in zip(*columns, strict=True)], {2, 3})
+
+
+def size(config: BenchmarkConfig) -> str:
+    """In one line."""
+    return size_text(*map(len, (config.entrants, config.tasks, config.reporting)))
 
 
 def task_list(
@@ -212,25 +248,27 @@ def target_rows(targets: Mapping[str, tuple[Target, Target]]) -> list[dict[str, 
     ]
 
 
-def protocol(config: BenchmarkConfig, tuning: Sequence[Row]) -> str:
-    """One paragraph: what is held equal, what is tuned, and on which seeds."""
-    searches = {(row["task"], row["entrant"]) for row in tuning}
+def protocol(config: BenchmarkConfig, tuning: Sequence[Row]) -> list[str]:
+    """Sentences: what is held equal, what is tuned, and on which seeds."""
+    searches = len({(row["task"], row["entrant"]) for row in tuning})
     edges = sum(row["at_edge"] for row in tuning)
-    return (
-        "Every optimizer starts from the same weights and sees the same minibatches, "
-        f"augmentation and dropout for a seed. Reported are seeds {config.reporting}. "
-        f"Optimizers that are tuned try {config.settings} half decades on seed "
-        f"{config.tuning[0]}, and the one with the lowest final validation loss is reported: "
-        f"in {edges} of {len(searches)} searches one at an end of the range. A run that is "
-        "above the loss of a guess after a quarter of its steps is given up in tuning. The "
-        "target of a task is the lowest validation loss of the tuned "
-        f"{config.validation_baseline} in a run of the full budget, smoothed over "
-        f"{SMOOTHING:.0%} of it, mean over seeds {config.tuning}; the best entrant of the "
-        "field has the lowest mean final validation loss there. Who knows its length and was "
-        f"never within {HOPELESS:.0%} of the target in its full run is not run for fewer "
-        "steps. Validation losses are taken fifty times a run, outside the time that is "
-        "measured."
-    )
+    return [
+        "Every optimizer starts from the same weights and sees the same minibatches, augmentation "
+        "and dropout for a seed.",
+        f"The report is on {seeds_text(config.reporting)}.",
+        f"An optimizer that is tuned tries {counted(config.settings, 'setting')}, half a decade "
+        f"apart, on {seeds_text(config.tuning[:1])}, and the one with the lowest final validation "
+        f"loss is reported. In {edges} of {counted(searches, 'search', 'searches')} that one is at "
+        "an end of the range. A tuning run whose loss is above that of a guess after a quarter of "
+        "its steps is given up.",
+        f"The target of a task is the lowest validation loss of {config.validation_baseline}, "
+        f"tuned, in a run of the full budget, smoothed over {SMOOTHING:.0%} of it, averaged over "
+        f"{seeds_text(config.tuning)}. The best optimizer of the field has the lowest mean final "
+        "validation loss there.",
+        "An optimizer that knows how long a run is and was never within "
+        f"{HOPELESS:.0%} of the target in its full run is not run for fewer steps.",
+        "There are fifty validations in a run, outside the time that is measured.",
+    ]
 
 
 def _setting(row: Row) -> Entry:

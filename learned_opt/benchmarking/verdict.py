@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from learned_opt.benchmarking.stats import geometric_mean, iqm
+from learned_opt.benchmarking.stats import geometric_mean
 
 Array = np.ndarray
 
@@ -21,36 +21,38 @@ def verdict(speed_ups: Mapping[str, Array], baseline: str, goal: str) -> str:
     """
     others = {name: scores for name, scores in speed_ups.items() if name != baseline}
     if not others:
-        return f"Nobody was compared with {baseline}."
+        return f"Nothing was compared with {baseline}."
     winner = max(others, key=lambda name: float(geometric_mean(others[name])))
     scores = others[winner]
+    if not scores.any():
+        return f"{baseline} won: {winner} never reached its {goal}, and no other came closer."
     gain = float(geometric_mean(scores))
-    tasks, runs = scores.shape
     if gain <= 1:
         beginning = (
-            f"{baseline} won: no other optimizer reached its {goal} in fewer steps over all "
-            f"tasks; the nearest, {winner}, needed {_times(1 / gain)} the steps"
+            f"{baseline} won: no other optimizer reached its {goal} in fewer steps; the nearest, "
+            f"{winner}, needed {1 / gain:.2f} times the steps"
         )
     else:
         beginning = (
-            f"{winner} won: it reached the {goal} of {baseline} in {_times(gain)} fewer steps"
+            f"{winner} won: it reached the {goal} of {baseline} in {gain:.2f} times fewer steps"
         )
-    missed = _misses(scores)
+    tasks, runs = scores.shape
     return (
-        f"{beginning} (geometric mean over {tasks} tasks and {runs} seeds, a miss counting half; "
-        f"interquartile mean {float(iqm(scores)):.2f}), and it missed {missed}."
+        f"{beginning} and {_misses(scores)} (geometric mean over "
+        f"{counted(tasks, 'task')} and {counted(runs, 'seed')}; a miss counts as half)."
     )
+
+
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """As in "1 task" and "2 tasks"."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _misses(scores: Array) -> str:
     """In how many runs, and on how many tasks every time."""
     missed = int((scores == 0).sum())
     if not missed:
-        return "it in no run"
+        return "never missed it"
     whole = int((scores == 0).all(1).sum())
-    text = f"it in {missed} of {scores.size} runs"
-    return text + (f", on {whole} of {len(scores)} tasks each time" if whole else "")
-
-
-def _times(factor: float) -> str:
-    return f"{factor:.2f} times"
+    text = f"missed it in {missed} of {counted(scores.size, 'run')}"
+    return text + (f", on {whole} of {counted(len(scores), 'task')} every time" if whole else "")
