@@ -41,12 +41,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     outside = r"\[([^\]]+)\]\((\.\./(?!README)[^)\s]+|experiments/[^)\s]+|[A-Z]+\.md)\)"
     markdown = re.sub(outside, _named, markdown).replace("](../README.md", "](index.md")
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("```") else _with_lists(part) for part in parts)
+    return "".join(part if part.startswith("```") else _as_on_github(part) for part in parts)
 
 
-def _with_lists(markdown: str) -> str:
-    """A list right below a paragraph, as GitHub reads it."""
-    return re.sub(r"^(?![-*|#> ])(.+)\n(?=- )", r"\1\n\n", markdown, flags=re.MULTILINE)
+def _as_on_github(markdown: str) -> str:
+    """A list right below a paragraph is one; in tables, intervals stand on a line of their own."""
+    markdown = re.sub(r"^(?![-|#> ]|\* )(.+)\n(?=- )", r"\1\n\n", markdown, flags=re.MULTILINE)
+    interval = r"(?<=\S) \[([^\s\],]+), ([^\s\],]+)\](?=\**\s*\|)"
+    return re.sub(interval, r"<br>[\1,&nbsp;\2]", markdown)
 
 
 def _named(match: re.Match[str]) -> str:
