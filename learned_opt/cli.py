@@ -116,7 +116,7 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
     try:
         parser = make_parser(name)
         settings = vars(parser.instantiate(parser.parse_args(args)))
-        output, smoke, _ = (settings.pop(flag) for flag in FLAGS)
+        output, _, smoke = (settings.pop(flag) for flag in FLAGS)
         extras = {flag: settings.pop(flag) for flag in command.flags}
         config = config_class(**settings)
     except (ArgumentError, ValueError) as error:
