@@ -1,11 +1,11 @@
-"""An optimizer meta-trained on a task of one's own, and then used.
+"""Meta-trains an optimizer on a task of its own, and then uses it.
 
 The task is to predict the lower half of a digit from its upper half, with networks of random sizes.
-The script registers it as a kind of task, trains the shipped weights further on it by evolution
-strategies, and then trains a network that it has not met with the result, with the weights as
-shipped and with AdamW. It prints the training and the validation loss of the three; AdamW has the
-learning rate with the lowest validation loss, of half decades. Most of its minute goes into the
-meta-training, which is far shorter than one in earnest.
+The script registers it as a kind of task and trains the shipped weights further on it by evolution
+strategies. Then it trains another network with the result, with the shipped weights, and with
+AdamW, and prints the training and the validation loss of the three. AdamW has the learning rate of
+half decades with the lowest validation loss. Most of the minute goes into the meta-training, which
+is far shorter than a real one.
 
     python examples/own_task.py
 """
@@ -21,12 +21,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from learned_opt import LearnedOptimizer
-from learned_opt.cli import train
-from learned_opt.config import StepSizeConfig, TrainConfig
+from learned_opt import FamilyConfig, LearnedOptimizer, TaskConfig, TrainConfig, train
+from learned_opt.config import StepSizeConfig
 from learned_opt.tasks.base import choice, log_uniform
-from learned_opt.tasks.families import FamilyConfig
-from learned_opt.tasks.kinds import SINGLE, TaskConfig, register
+from learned_opt.tasks.kinds import SINGLE, register
 from learned_opt.tasks.module import ModuleTask, squared_error
 
 TRAIN = 1200  # digits to train on; the others are for validation
@@ -45,7 +43,7 @@ def network(width: int) -> nn.Module:
 
 @register("halves")
 class Halves(ModuleTask):
-    """The mean squared error of the lower half; that of zeros is about 1."""
+    """The mean squared error of the lower half; a guess of zeros has about 1."""
 
     unused = ("data", "activation", "init")
 
@@ -65,7 +63,7 @@ class Halves(ModuleTask):
 
 
 def meta_train(updates: int, output: Path) -> Path:
-    """Trains the shipped weights further on networks for `halves`; the path of the result."""
+    """Trains the shipped weights further on networks for `halves`; returns the path of the result."""
     config = TrainConfig(
         rule_config={"hidden": 32, "per": "tensor", "basis": 256, "decay_after": 300, "every": 10},
         start_from="shipped",
@@ -81,12 +79,11 @@ def meta_train(updates: int, output: Path) -> Path:
         validation_steps=50,
         select="last",
     )
-    train(config, output)
-    return output / "weights.safetensors"
+    return train(config, output)
 
 
 def use(make_optimizer, steps: int) -> tuple[float, float]:
-    """The loss on all training data and the one on the validation data, after `steps` steps."""
+    """Returns the losses on all training data and on the validation data after `steps` steps."""
     torch.manual_seed(0)
     upper, lower = halves()
     model = network(100)

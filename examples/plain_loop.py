@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 def train(make_optimizer, train_data, validation_data, steps: int) -> tuple[float, float]:
-    """The loss on all training data and the one on the validation data, after `steps` steps."""
+    """Returns the losses on all training data and on the validation data after `steps` steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = make_optimizer(model.parameters())
