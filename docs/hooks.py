@@ -38,9 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Files of the repository that are no pages are named instead of linked."""
-    outside = (
-        r"\[([^\]]+)\]\((\.\./(?!README)[^)\s]+|(?:experiments|examples)/[^)\s]+|[A-Z]+\.md)\)"
-    )
+    outside = r"\[([^\]]+)\]\((\.\./(?!README)[^)\s]+|examples|experiments/[^)\s]+|[A-Z]+\.md)\)"
     markdown = re.sub(outside, _named, markdown).replace("](../README.md", "](index.md")
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else _as_on_github(part) for part in parts)

@@ -63,7 +63,7 @@ class Halves(ModuleTask):
 
 
 def meta_train(updates: int, output: Path) -> Path:
-    """Trains the shipped weights further on networks for `halves`; returns the path of the result."""
+    """Trains the shipped weights further on networks for `halves`; returns their path."""
     config = TrainConfig(
         rule_config={"hidden": 32, "per": "tensor", "basis": 256, "decay_after": 300, "every": 10},
         start_from="shipped",

@@ -188,18 +188,21 @@ class LearnedOptimizer(Optimizer):
         passes over the parameters and is not compiled as a whole. Reading the facts waits for the
         device.
 
-        Returns:
-            a dict for each parameter that took part in the last step. Its key is the parameter's
-            name if the groups have names, else (number of the group, position in it). It has
+        The entries of a parameter are
 
-            - "relative_step": the RMS of the step without decay, divided by the RMS of the
-              parameter before the step;
-            - "gains": a number for each direction d_k. The step is lr · Σ_k gain_k d_k, and the d_k
-              are the gradient and its averages, normalized to about unit size, so that a step
-              downhill has negative gains. It is empty for rules that do not mix whole tensors;
-            - "decay": the share of the parameter that weight decay removed;
-            - "skipped": the number of updates skipped so far because the tensor or its gradient was
-              not finite. If the last step was skipped, the other entries are 0.
+        - "relative_step": the RMS of the step without decay, divided by the RMS of the parameter
+          before the step;
+        - "gains": a number for each direction d_k. The step is lr · Σ_k gain_k d_k, and the d_k are
+          the gradient and its averages, normalized to about unit size, so that a step downhill has
+          negative gains. It is empty for rules that do not mix whole tensors;
+        - "decay": the share of the parameter that weight decay removed;
+        - "skipped": the number of updates skipped so far because the tensor or its gradient was not
+          finite. If the last step was skipped, the other entries are 0.
+
+        Returns:
+            a dict of these entries for each parameter that took part in the last step. Its key is
+            the parameter's name if the groups have names, else (number of the group, position in
+            it).
 
         Raises:
             RuntimeError: `diagnose` is off.
