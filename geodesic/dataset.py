@@ -20,15 +20,19 @@ The store is generic: its writer defines the meaning of the header, the facts an
 
 import hashlib
 import json
+import os
 import shlex
+import struct
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, contiguous_format
 
 from geodesic.files import user_path, write_atomic
@@ -37,6 +41,7 @@ FORMAT = "geodesic-paths"
 VERSION = 1
 ORIGIN = "header"  # the key of the header's digest in the metadata of a shard
 NAMED = 8  # foreign shards that an error names one by one; if there are more, it names the folder
+MAX_HEADER = 1 << 20  # bytes; a damaged length must not allocate memory
 NEWS = 30.0  # seconds after which a process says what it is waiting for
 
 _RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "facts": dict}
@@ -136,16 +141,23 @@ class PathDataset:
         return self._record(index)["facts"]
 
     def shard(self, index: int) -> dict[str, Tensor]:
-        """Returns the tensors of shard `index`, memory-mapped, so that pages are read on access.
+        """Returns the tensors of shard `index`, read into memory.
+
+        If the file is truncated or overwritten later, they do not change.
 
         Raises:
             DatasetError: the shard's file is missing, truncated or altered.
         """
         record = self._record(index)
-        fault, tensors = self._fault(index, record, checksum=self._check), {}
+        try:
+            content = _inside(self.folder, _shard_name(index)).read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            raise self._error(index, "is missing") from None
+        digest = (lambda: hashlib.sha256(content).hexdigest()) if self._check else None
+        fault, tensors = self._fault(index, record, len(content), digest), {}
         if fault is None:
             try:
-                tensors = load_file(self.folder / _shard_name(index))
+                tensors, origin = load(content), _origin_in(BytesIO(content))
             except SafetensorError as error:
                 fault = f"is not a safetensors file ({error})"
             else:
@@ -153,7 +165,7 @@ class PathDataset:
                     fault = "holds other tensors than its record says"
         if fault is not None:
             raise self._error(index, fault)
-        if self._is_foreign(index, record):
+        if self._is_foreign(index, record, origin):
             raise self._foreign_error([index])
         return tensors
 
@@ -165,10 +177,10 @@ class PathDataset:
         """
         self._verified.clear()
         for index in range(len(self)):
-            fault = self._fault(index, self._record(index), checksum=True)
+            fault, origin = self._look(index, self._record(index))
             if fault is not None:
                 raise self._error(index, fault)
-            if self._is_foreign(index, self._record(index)):
+            if self._is_foreign(index, self._record(index), origin):
                 raise self._foreign_error([index])
 
     @property
@@ -300,8 +312,12 @@ class PathDataset:
     def _found(self) -> list[dict[str, Any] | None]:
         """Returns the record of each shard, None if it is missing; raises for foreign shards."""
         self._check_folder()
-        records = [self._written(index) for index in range(len(self))]
-        foreign = [i for i, record in enumerate(records) if record and self._is_foreign(i, record)]
+        records, foreign = [], []
+        for index in range(len(self)):
+            record, origin = self._written(index)
+            records.append(record)
+            if record is not None and self._is_foreign(index, record, origin):
+                foreign.append(index)
         if foreign:
             raise self._foreign_error(foreign)
         return records
@@ -315,13 +331,11 @@ class PathDataset:
                 f"wrote to it: {difference}; run the command again with another folder"
             )
 
-    def _is_foreign(self, index: int, record: dict[str, Any]) -> bool:
+    def _is_foreign(self, index: int, record: dict[str, Any], origin: str | None) -> bool:
         """Whether a complete shard was made with another header.
 
         A shard without a digest of its header is foreign unless this dataset records its checksum.
         """
-        with safe_open(self.folder / _shard_name(index), "pt") as file:
-            origin = (file.metadata() or {}).get(ORIGIN)
         if origin is None and self._records is not None:  # finished by an earlier version
             return self._records[index]["sha256"] != record["sha256"]
         return origin != self._origin
@@ -338,29 +352,47 @@ class PathDataset:
             "writes this folder; it makes only the missing shards"
         )
 
-    def _written(self, index: int) -> dict[str, Any] | None:
-        """Returns the record of a shard that is complete on disk, else None."""
+    def _written(self, index: int) -> tuple[dict[str, Any] | None, str | None]:
+        """Returns the record of a shard that is complete on disk, and the digest in its file.
+
+        Without such a shard both are None.
+        """
         try:
             record = _read_json(self.folder, _record_name(index))
             _check_record(record, index, _record_name(index))
-            fault = self._fault(index, record, checksum=True)
+            fault, origin = self._look(index, record)
         except DatasetError:
-            return None
-        return record if fault is None else None
+            return None, None
+        return (record, origin) if fault is None else (None, None)
 
-    def _fault(self, index: int, record: dict[str, Any], checksum: bool) -> str | None:
-        """Returns what is wrong with a shard's file, or None.
+    def _look(self, index: int, record: dict[str, Any]) -> tuple[str | None, str | None]:
+        """Returns what is wrong with a shard's file, and the header's digest in it."""
+        path = _inside(self.folder, _shard_name(index))
+        try:
+            with path.open("rb") as file:  # the same file to the end, whatever takes its place
+                size = os.fstat(file.fileno()).st_size
+                fault = self._fault(index, record, size, partial(_sha256, file))
+                return fault, _origin_in(file) if fault is None else None
+        except (FileNotFoundError, IsADirectoryError):
+            return "is missing", None
+        except ValueError:  # altered since its checksum was right
+            return "is not a safetensors file", None
+
+    def _fault(
+        self,
+        index: int,
+        record: dict[str, Any],
+        size: int,
+        digest: Callable[[], str] | None,
+    ) -> str | None:
+        """Returns what is wrong with a shard of `size` bytes, or None.
 
         A checksum that matched before is not computed again.
         """
-        path = _inside(self.folder, _shard_name(index))
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
         if size != record["bytes"]:
             return f"has {size} bytes instead of {record['bytes']}"
-        if checksum and self._verified.get(index) != record["sha256"]:
-            if _sha256(path) != record["sha256"]:
+        if digest is not None and self._verified.get(index) != record["sha256"]:
+            if digest() != record["sha256"]:
                 return "does not have the sha256 of its record"
             self._verified[index] = record["sha256"]
         return None
@@ -387,12 +419,20 @@ def _describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _sha256(path: Path) -> str:
+def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def _origin_in(file: BinaryIO) -> str | None:
+    """The digest in the metadata of a safetensors file that is whole: 8 bytes, the length of the
+    JSON after them."""
+    file.seek(0)
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(min(length, MAX_HEADER)))
+    return header.get("__metadata__", {}).get(ORIGIN)
 
 
 def _to_json(value: Any, what: str) -> bytes:

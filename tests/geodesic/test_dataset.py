@@ -99,7 +99,7 @@ def test_views_and_shared_memory_are_stored_and_a_read_shard_can_be_written_to(t
     assert torch.equal(read["column"], whole.detach()[:, 1])
     read["same"].zero_()
     assert torch.equal(read["whole"], whole.detach())
-    dataset.verify()  # the mapping is private: the file is as it was
+    dataset.verify()  # the file is as it was
 
 
 def test_resume_writes_only_what_is_missing(tmp_path):
@@ -219,6 +219,49 @@ def test_the_checksum_is_compared_once_and_only_if_asked_for(tmp_path):
     truncate(folder / "shard-00002.safetensors")
     with pytest.raises(DatasetError, match="bytes instead of"):
         PathDataset.open(folder, check=False).shard(2)
+
+
+READ_LATE = """
+import sys, torch
+from geodesic.dataset import PathDataset
+tensors = PathDataset.open(sys.argv[1], check=sys.argv[2] == "check").shard(0)
+print("read", flush=True)
+sys.stdin.readline()
+print({name: float(tensor.double().sum()) for name, tensor in sorted(tensors.items())})
+"""
+
+
+def overwrite(file: Path) -> None:
+    """In place, as a copy over the file does."""
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(b"\xff" * (file.stat().st_size // 2))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 100)
+
+
+@pytest.mark.parametrize("check", ["check", "no check"])
+@pytest.mark.parametrize("damage", [cut, overwrite, Path.unlink])
+def test_what_was_read_stays_whatever_becomes_of_the_file(tmp_path, damage, check):
+    """By a process of its own: to read on in a mapping of a file that was cut ends it."""
+    dataset = PathDataset.create(tmp_path, {}, 1)
+    shard = {"beads": torch.arange(2.0**18), "run": torch.arange(3)}
+    dataset.write_shard(0, shard, {})
+    dataset.finish()
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READ_LATE, str(tmp_path), check],
+        cwd=Path(geodesic.dataset.__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert reader.stdout.readline() == "read\n"
+    damage(tmp_path / "shard-00000.safetensors")
+    output, _ = reader.communicate("\n", timeout=60)
+    sums = {name: float(tensor.double().sum()) for name, tensor in shard.items()}
+    assert reader.returncode == 0 and output == f"{sums}\n"
 
 
 OTHER = HEADER | {"seeds": [2, 3]}
