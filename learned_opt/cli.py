@@ -113,6 +113,7 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
     config_class = command.config_class
     from jsonargparse import ArgumentError
 
+    _check_file(args)
     try:
         parser = make_parser(name)
         settings = vars(parser.instantiate(parser.parse_args(args)))
@@ -120,7 +121,6 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
         extras = {flag: settings.pop(flag) for flag in command.flags}
         config = config_class(**settings)
     except (ArgumentError, ValueError) as error:
-        _check_file(args)
         text = " ".join(str(error).split())  # jsonargparse's messages have several lines
         raise ConfigError(f"{text}{_suggestion(text, config_class)}") from error
     if name == "train" and config.first is not None:
@@ -171,7 +171,7 @@ def help_of(name: str) -> str:
 
 
 def _check_file(args: list[str]) -> None:
-    """Checks that the file after --config, if any, has settings by name; for failed parsing only.
+    """Checks that the file after --config, if any, has settings by name.
 
     Raises:
         ConfigError: it has not.
@@ -183,12 +183,14 @@ def _check_file(args: list[str]) -> None:
     import yaml
 
     from geodesic.files import user_path
+    from learned_opt.yaml_size import check_size
 
     path = user_path(name, "config", ConfigError)
     if not path.is_file():
         return  # jsonargparse's error says so
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_size(text := path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"config={name!r} is not a text file ({error}); use a YAML file"
@@ -196,7 +198,7 @@ def _check_file(args: list[str]) -> None:
     except yaml.YAMLError as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            f"config={name!r} is not valid YAML; correct the syntax error: {text}"
+            f"config={name!r} is not usable YAML; correct the file: {text}"
         ) from error
     if settings is None:
         raise ConfigError(

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from geodesic.files import user_path, write_atomic
 from learned_opt.errors import OutputError
+from learned_opt.yaml_size import check_size
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -180,7 +181,8 @@ def _check_config(path: Path, config: dict[str, Any], free: Collection[str]) -> 
         write_atomic(path, text.encode())
         return
     try:
-        before = yaml.safe_load(path.read_text())
+        check_size(written := path.read_text())
+        before = yaml.safe_load(written)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OutputError(f"{path} is not readable YAML ({error}); use another --output") from error
     before, kept = (_without(c, free) for c in (before, yaml.safe_load(text)))

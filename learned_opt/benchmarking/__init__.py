@@ -32,6 +32,7 @@ from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputEr
 from learned_opt.outputs import claim_output
 from learned_opt.tasks.download import download
 from learned_opt.tasks.kinds import make_task
+from learned_opt.yaml_size import check_size
 
 __all__ = [
     "NAMED",
@@ -176,7 +177,8 @@ def _check_format(folder: Path) -> None:
     """That what is in `folder` was left by this version of the benchmark, if anything."""
     path = folder / "config-benchmark.yaml"
     try:
-        found = yaml.safe_load(path.read_text()).get("format", 1)
+        check_size(text := path.read_text())
+        found = yaml.safe_load(text).get("format", 1)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         return  # absent, or for claim_output to complain about
     if found != FORMAT:

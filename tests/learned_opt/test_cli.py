@@ -276,15 +276,26 @@ def test_so_do_arguments_and_rules(capsys):
     assert "did you mean" not in refusal(capsys, *train, "--nothing_like_it", "3")
 
 
+def laughs(first, more="[{0}, {0}]"):
+    """YAML of some hundred bytes with 2^60 times what is in its first line."""
+    lines = (f"a{i}: &a{i} {more.format(f'*a{i - 1}')}" for i in range(1, 61))
+    return "\n".join((first, *lines)).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"", "has no settings: it is empty"),
         (b"# updates: 60\n", "has only comments"),
         (bytes(range(128, 256)), "is not a text file"),
-        (b"a: [1,", "is not valid YAML"),
+        (b"a: [1,", "is not usable YAML"),
         (b"- 1", "of type list, not settings by name"),
         (b"5", "of type int"),
+        (laughs("family: &a0 [0, 0]"), "once its aliases (*) are followed"),
+        (laughs("family: &a0 {kinds: {mlp: 1}}"), "once its aliases (*) are followed"),
+        (laughs("family: &a0 {num_tasks: 1}", "{{<<: [{0}, {0}]}}"), "aliases (*) are followed"),
+        (b"family: &a {family: *a}", "has infinitely many values"),
+        (b"family: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
     ],
 )
 def test_a_file_without_settings_is_named(content, says, capsys, tmp_path):

@@ -131,6 +131,13 @@ def test_a_free_key_may_change(tmp_path: Path) -> None:
         pass
 
 
+def test_a_config_whose_aliases_explode_is_refused(tmp_path: Path) -> None:
+    lines = [f"a{i}: &a{i} [{f'*a{i - 1}, ' * 2 * (i > 0)}0]" for i in range(60)]
+    (tmp_path / "config-train.yaml").write_text("\n".join(lines))
+    with pytest.raises(OutputError, match="its aliases"), claim_output(tmp_path, CONFIG, "train"):
+        pass
+
+
 def test_a_damaged_provenance_is_kept_and_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "provenance-x.json").write_text('[{"started"')
     with claim_output(tmp_path, CONFIG, "x"):
