@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import platform
+import reprlib
 import socket
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
@@ -35,6 +36,10 @@ from learned_opt.yaml_size import check_size
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _ABSENT = object()  # the value of a key that only the other of two configs has
+# A damaged file may have a value of any size in place of a setting.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 4, 200, 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 @contextlib.contextmanager
@@ -205,7 +210,7 @@ def describe_difference(old: Any, new: Any) -> str | None:
     if (difference := _first_difference(old, new)) is None:
         return None
     key, *values = difference
-    old, new = ("absent" if value is _ABSENT else repr(value) for value in values)
+    old, new = ("absent" if value is _ABSENT else _SHORT.repr(value) for value in values)
     return f"{key} was {old}, now it is {new}"
 
 

@@ -27,7 +27,10 @@ def check_size(text: str) -> None:
 
 
 def _count(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Returns the number of values in `node` with aliases expanded; infinite if it contains itself."""
+    """Returns the number of values in `node` with aliases expanded.
+
+    It is infinite if `node` contains itself.
+    """
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import zipfile
 from dataclasses import asdict
 from functools import cached_property
@@ -80,17 +81,40 @@ def check_checkpoint(path: Path, config: TrainConfig) -> None:
 
     A checkpoint of an earlier version, which does not record its config, is accepted.
     """
-    if not zipfile.is_zipfile(path):
+    damaged = OutputError(
+        f"{path} is damaged; replace it by a whole copy, or delete it to train from the beginning"
+    )
+    if not _is_whole(path):
+        raise damaged
+    try:
+        found = torch.load(path, "cpu", weights_only=True).get("config")
+    except pickle.UnpicklingError as error:  # torch's own advice would run its code
         raise OutputError(
-            f"{path} is damaged; replace it by a complete copy, or delete it to train from the "
-            "beginning"
-        )
-    found = torch.load(path, "cpu", weights_only=True, mmap=True).get("config")
+            f"{path} contains objects that no checkpoint of training has, perhaps code, and is not "
+            "loaded; put the run's own checkpoint there, or delete it to train from the beginning"
+        ) from error
+    except RuntimeError as error:
+        raise damaged from error
     if found is not None and (difference := describe_difference(found, identity(config))):
         raise OutputError(
             f"{path} is of another config: {difference}; delete it to train from the beginning, or "
             "put the checkpoint of this config there"
         )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is an archive of torch.save, and each member has its checksum.
+
+    torch does not compare checksums: it loads a flipped bit as another number.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+            return stored and archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # of any kind: bits of the format's own flags and versions may flip too
+        return False
 
 
 def check(config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from learned_opt.errors import ConfigError, OutputError
 from learned_opt.geodesics import write_geodesics
 from learned_opt.rules import make_rule
 from learned_opt.training.data import Updates
-from learned_opt.training.fit import fit
+from learned_opt.training.fit import check_checkpoint, fit
 from learned_opt.weights import load_rule
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +144,73 @@ def test_a_checkpoint_of_another_config_is_refused(
     del left["config"]  # as earlier versions wrote it
     torch.save(left, checkpoint)
     assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
+
+
+def saved(content: object) -> bytes:
+    torch.save(content, file := io.BytesIO())
+    return file.getvalue()
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_taken(trained: Path, tmp_path: Path) -> None:
+    """Wherever it is: refused, or in a byte that says nothing. torch would load most of them."""
+    whole = (trained.parent / "checkpoints" / "last.ckpt").read_bytes()
+    path, rng, loaded, refused = tmp_path / "last.ckpt", random.Random(0), 0, 0
+    expected = torch.load(io.BytesIO(whole), weights_only=True)
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        with suppress(Exception):
+            torch.load(path, weights_only=True)
+            loaded += 1
+        try:
+            check_checkpoint(path, CONFIG)
+        except OutputError as error:
+            assert "is damaged; put a whole copy there, or delete it" in str(error)
+            refused += 1
+        else:
+            assert saved(torch.load(path, weights_only=True)) == saved(expected)
+    assert refused > 50 < loaded
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+def laughs() -> list:
+    """In memory some sixty lists, written out 2^60 items."""
+    inner: list = [0]
+    for _ in range(60):
+        inner = [inner, inner]
+    return inner
+
+
+@pytest.mark.parametrize("kind", ["code", "code of old", "laughs", "cut", "compressed", "empty"])
+def test_a_checkpoint_that_is_a_trap_is_refused(
+    kind: str, trained: Path, dataset: PathDataset, tmp_path: Path
+) -> None:
+    whole, marker = trained.parent / "checkpoints" / "last.ckpt", tmp_path / "marker"
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    left = torch.load(whole, weights_only=True)
+    if kind.startswith("code"):
+        bomb = left | {"bomb": Bomb(marker)}
+        torch.save(bomb, path, _use_new_zipfile_serialization=kind == "code")
+    elif kind == "laughs":
+        torch.save(left | {"config": left["config"] | {"seed": laughs()}}, path)
+    elif kind == "compressed":
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+    else:
+        path.write_bytes(whole.read_bytes()[: 5000 * (kind == "cut")])
+    with pytest.raises(OutputError, match=r"last\.ckpt .* delete it to train from the beginning"):
+        fit(CONFIG, tmp_path, dataset)
+    assert not marker.exists()
 
 
 def test_training_moves_the_rule_and_logs_its_losses(trained: Path) -> None:
