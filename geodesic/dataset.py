@@ -249,11 +249,11 @@ class PathDataset:
         """
         if self.finished and not self.missing():
             return
-        mine = [index for index in self.missing() if index % world_size == rank]
-        for index in progress(mine):
-            self.write_shard(index, *make(index))
         missing, last, told = self.missing(), time.monotonic(), False
         while missing and (waited := time.monotonic() - last) < patience:
+            mine = [index for index in missing if index % world_size == rank]
+            for index in progress(mine) if mine else ():
+                self.write_shard(index, *make(index))
             if waited > NEWS and not told:
                 told = True
                 warnings.warn(
@@ -261,8 +261,9 @@ class PathDataset:
                     f"to make; this is process {rank} of {world_size}",
                     stacklevel=2,
                 )
-            time.sleep(0.2)
-            left = self.missing()
+            if not mine:
+                time.sleep(0.2)
+            left = self.missing()  # this process's own again, where they were deleted meanwhile
             missing, last = left, last if left == missing else time.monotonic()
         if missing:
             raise DatasetError(

@@ -166,6 +166,8 @@ def _fix(error: OSError, folder: Path) -> str | None:
         return "free some space"
     if error.errno in FORBIDDEN and str(error.filename).startswith(str(folder)):
         return "make it writable"
+    if error.errno == errno.ENOENT and not folder.exists():
+        return "leave it there while a command is at work,"
     return None
 
 

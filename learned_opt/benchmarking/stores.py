@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from geodesic.files import user_path
+from geodesic.files import user_path, write_atomic
 from learned_opt.benchmarking.cells import Cell, Job, Record, load, save, whole
 from learned_opt.errors import ConfigError
 
@@ -48,7 +48,7 @@ class Rows:
     """A line of JSON for each cell, appended to one file of each rank as cells end.
 
     A line that was cut off by an interruption, or is no record of its cell, is passed over, and the
-    cell is run again.
+    cell is run again. A file that was deleted meanwhile is written again, with all its lines.
 
     Args:
         path: of rank 0; others have their number before the suffix. All are read.
@@ -59,6 +59,7 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path.with_stem(f"{path.stem}-{rank}") if rank else path
         self._rows: dict[str, Record] = {}
+        self._lines: list[bytes] = []  # of the file that is written to
         for file in (user_path(path, "done", ConfigError) for path in known):
             if not file.is_file():
                 raise ConfigError(
@@ -68,6 +69,8 @@ class Rows:
             self._read(file)
         for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
             self._read(file)
+        if self._path.exists():
+            self._lines = self._path.read_bytes().splitlines(keepends=True)
 
     def load(self, cell: Cell) -> Record | None:
         record = self._rows.get(cell.name)
@@ -77,13 +80,16 @@ class Rows:
         return Job(cell, None)
 
     def keep(self, cell: Cell, record: Record, saved: bool) -> None:
-        line = json.dumps({"cell": cell.name} | record, default=repr) + "\n"
+        line = (json.dumps({"cell": cell.name} | record, default=repr) + "\n").encode()
+        if self._lines and not self._path.exists():
+            write_atomic(self._path, b"".join(self._lines))
         with open(self._path, "ab+") as file:
             if file.tell() and not _ends_line(file):
-                line = "\n" + line
-            file.write(line.encode())
+                line = b"\n" + line
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._lines.append(line)
         if record["error"] is None:
             self._rows[cell.name] = record
 

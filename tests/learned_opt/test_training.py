@@ -146,6 +146,15 @@ def test_a_checkpoint_of_another_config_is_refused(
     assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
 
 
+def test_a_checkpoint_that_vanishes_meanwhile_costs_nothing(
+    trained: Path, dataset: PathDataset, tmp_path: Path
+) -> None:
+    process = start(tmp_path, dataset)
+    wait_for_checkpoint(process, tmp_path).unlink()
+    finish(process)
+    assert (tmp_path / "weights.safetensors").read_bytes() == trained.read_bytes()
+
+
 def saved(content: object) -> bytes:
     torch.save(content, file := io.BytesIO())
     return file.getvalue()

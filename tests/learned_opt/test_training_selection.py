@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.image
 import pytest
@@ -25,6 +22,7 @@ from learned_opt.training.callbacks import ADAM_GRID, tuned_adam
 from learned_opt.training.fit import fit
 from learned_opt.training.module import MetaTraining
 from learned_opt.weights import load_rule
+from tests.learned_opt.disks import Disk, disk, mount  # noqa: F401
 
 CONFIG = replace(
     TrainConfig(rule_config={"hidden": 3}).smoke(),
@@ -123,51 +121,10 @@ def test_bfloat16_trains_weights_in_float32(tmp_path: Path, basis: int) -> None:
     assert not rule.head.weight.equal(exact.head.weight)
 
 
-class Disk(NamedTuple):
-    folder: Path
-    fail: Callable[[], None]
-    mend: Callable[[], None]
-
-
-@pytest.fixture(params=["full", "limit"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    """A disk that fails when it is told to: a real one, or a limit on the size of files."""
-    if request.param == "limit":
-        free = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, free[1]))  # less than a checkpoint
-
-        mend = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, free)  # noqa: E731
-        try:
-            yield Disk(tmp_path, limit, mend)
-        finally:
-            mend()
-        return
-    try:
-        mount("size=4m", tmp_path)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a disk here")
-    filler = tmp_path / "filler"
-
-    def fill() -> None:
-        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-
-    try:
-        yield Disk(tmp_path, fill, filler.unlink)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
-
-
-def mount(options: str, folder: Path) -> None:
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
-
-
 def test_a_disk_that_fails_leaves_the_last_checkpoint_and_training_goes_on(
-    disk: Disk, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    disk: Disk,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Failing(MetaTraining):
         def on_train_epoch_start(self) -> None:
