@@ -175,7 +175,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_taken(trained: Path, tmp_path: Path) 
         try:
             check_checkpoint(path, CONFIG)
         except OutputError as error:
-            assert "is damaged; put a whole copy there, or delete it" in str(error)
+            assert "is damaged; replace it by a whole copy, or delete it" in str(error)
             refused += 1
         else:
             assert saved(torch.load(path, weights_only=True)) == saved(expected)
