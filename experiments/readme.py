@@ -17,6 +17,7 @@ import numpy as np
 from ablation import paths_table
 from ablation import table as ablation_table
 from benchmark_tables import benchmark, headline, speed_ups, task_by_task
+from certificates import table as certificates_table
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
@@ -25,6 +26,7 @@ from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import pairs_table, scaling_table
 from l2l import section as l2l_section
+from odd_nets import table as odd_nets_table
 from paired_seconds import table as seconds_table
 from predictability import width_table
 from rows import markdown_table, read
@@ -302,10 +304,13 @@ def main() -> None:
         "training_memory": memory_table(RESULTS),
         "training_growth": growth_table(RESULTS),
         "weak_scaling": weak_table(RESULTS),
+        "odd_nets": odd_nets_table(),
+        "certificates": certificates_table(),
     }
     docs = ROOT / "docs"
     pages = ("geodesic_studies.md", "contract.md", "recipes.md", "l2l.md", "training_speed.md",
-             "model_card.md", "ablation.md", "results.md", "performance.md")  # fmt: skip
+             "model_card.md", "ablation.md", "results.md", "performance.md",
+             "robustness.md")  # fmt: skip
     for page in (ROOT / "README.md", *(docs / name for name in pages)):
         before = page.read_text()
         text = re.sub(

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,16 @@ def test_the_tests_that_the_contract_names_exist() -> None:
     there = set(re.findall(r"def (test_\w+)", "".join(f.read_text() for f in files)))
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "contract.md").read_text())
     assert set(named) <= there and len(named) >= 22
+
+
+def test_the_page_on_robustness_counts_the_cases_that_there_are() -> None:
+    page = (ROOT / "docs" / "robustness.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \| [^|]+ \| (`test_.*) \|$", page, re.MULTILINE)
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"]
+    listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+    there = Counter(re.findall(r"^[\w/]+\.py::(test_\w+)", listed, re.MULTILINE))
+    counted = [sum(there[name] for name in re.findall(r"`(test_\w+)`", tests)) for _, tests in rows]
+    assert counted == [int(cases) for cases, _ in rows] and len(rows) >= 19
 
 
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
