@@ -1,5 +1,5 @@
-# Needs python 3.11 or later (PYTHON=/path/to/python selects another), make and git.
-# torch from PyPI brings CUDA on Linux; for the smaller build without it:
+# This file needs Python 3.11 or later (PYTHON=/path/to/python selects one), make and git.
+# On Linux, torch from PyPI includes CUDA. For the smaller build without CUDA:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,11 +24,11 @@ lint: .venv/.installed-lint
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# A stamp per environment: nothing is reinstalled until a requirement changes. The constraints pin
-# torch for the whole resolution, so no dependency can pull another version of it first.
+# Each environment has a stamp file, so nothing is reinstalled until a requirement changes. The
+# constraints pin torch for the whole resolution, so no dependency can install another version first.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
-	    "constraints.txt is for Python 3.11 or later, this is " + sys.version.split()[0] + \
+	    "constraints.txt needs Python 3.11 or later, but this is " + sys.version.split()[0] + \
 	    "; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -e .

@@ -1,5 +1,8 @@
-"""What MkDocs does besides: README as the first page, links out of docs/ as plain text, and no
-public name without a docstring."""
+"""Hooks of MkDocs.
+
+README.md becomes the first page, links out of docs/ become plain text, and the build fails at a
+public name without a docstring.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             if callable(value) and not inspect.getdoc(value):
                 bare.append(f"{package.__name__}.{name}")
     if bare:
-        raise Abort(f"public names without a docstring: {', '.join(bare)}")
+        raise Abort(f"These public names have no docstring; write one for each: {', '.join(bare)}")
     return config
 
 
@@ -37,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Files of the repository that are no pages are named instead of linked."""
+    """Replaces links to files that are not pages by their names, and adapts the text to MkDocs."""
     outside = r"\[([^\]]+)\]\((\.\./(?!README)[^)\s]+|examples|experiments/[^)\s]+|[A-Z]+\.md)\)"
     markdown = re.sub(outside, _named, markdown).replace("](../README.md", "](index.md")
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
@@ -45,7 +48,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _as_on_github(markdown: str) -> str:
-    """A list right below a paragraph is one; in tables, intervals stand on a line of their own."""
+    """Adds a blank line before a list that follows a paragraph, and puts intervals in tables on a
+    line of their own."""
     markdown = re.sub(r"^(?![-|#> ]|\* )(.+)\n(?=- )", r"\1\n\n", markdown, flags=re.MULTILINE)
     interval = r"(?<=\S) \[([^\s\],]+), ([^\s\],]+)\](?=\**\s*\|)"
     return re.sub(interval, r"<br>[\1,&nbsp;\2]", markdown)

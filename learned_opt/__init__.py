@@ -52,8 +52,8 @@ __all__ = [
     "save_rule",
     "train",
 ]
-# The module of each public name that is imported on first use: the command handles Ctrl-C before it
-# imports torch, and the rest is slow to import.
+# The modules of the public names that are imported on first use. They are slow to import, and the
+# command must handle Ctrl-C before it imports torch.
 _MODULES = {
     "geodesic.dataset": ("DatasetError", "PathDataset"),
     "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),

@@ -1,4 +1,4 @@
-"""The `learned-opt` command. What it needs takes seconds to import: Ctrl-C is handled before."""
+"""The `learned-opt` command, which handles Ctrl-C before the imports, which take seconds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from learned_opt.interrupts import interruptible
 
 
 def main() -> None:
-    """Runs the command of the process's arguments."""
+    """Runs the command that the arguments of the process name."""
     with interruptible():
-        from learned_opt import cli  # here: it imports torch
+        from learned_opt import cli  # local, because it imports torch
 
         cli.main()
 

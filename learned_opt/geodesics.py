@@ -25,7 +25,7 @@ from learned_opt.run import one_thread
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 
-GRACE = 10.0  # seconds that a process has to end when it is told to
+GRACE = 10.0  # the number of seconds that a terminated process has before it is killed
 # Settings of families that older data sets do not record; these had the default values.
 NEWER = (
     "kinds",
@@ -42,7 +42,7 @@ NEWER = (
 def make_geodesics(
     config: GeodesicsConfig, output: str | Path, plot: bool = False, processes: int = 1
 ) -> PathDataset:
-    """Makes a data set of target paths: SGD runs, and the geodesics that shorten them.
+    """Makes a data set of target paths from SGD runs and the geodesics that shorten them.
 
         from learned_opt import FamilyConfig, GeodesicsConfig, make_geodesics
 
@@ -50,28 +50,29 @@ def make_geodesics(
         paths = make_geodesics(config, "runs/paths")
         paths.shard(0)["beads"]
 
-    This is the command `learned-opt geodesics`. `output` gets the data set in `geodesics/`, the
-    config, versions and hardware, and a summary, which is printed too. Called again with the same
-    config, it makes only the shards that are missing. Of a torchrun job all processes call it.
+    This is the command `learned-opt geodesics`. It writes the data set into `geodesics/` in
+    `output`, and the config, the versions, the hardware and a summary beside it. It also prints the
+    summary. Another call with the same config makes only the missing shards. In a torchrun job, all
+    processes call this function.
 
     Args:
-        config: the tasks, and how paths are made of their runs.
-        output: folder of the results; made if it does not exist.
-        plot: draws pictures of some paths into `plots/`.
+        config: the tasks, and how paths are made from their runs.
+        output: the folder of the results; created if it does not exist.
+        plot: plots some paths into `plots/`.
         processes: the number of processes that share the work on this machine. With more than one,
             a script must call this under `if __name__ == "__main__":`.
 
     Returns:
-        the finished data set.
+        The finished data set.
 
     Raises:
         ConfigError: a setting cannot be used.
         DataError: the family's data are missing or damaged.
-        OutputError: `output` is in use, holds results of another config, or cannot be written.
+        OutputError: `output` is in use, holds results of another config, or cannot be written to.
         DatasetError: `geodesics/` in `output` holds shards of another data set.
     """
     if processes < 1:
-        raise ConfigError(f"processes is {processes}; use at least 1, at most the cores you have")
+        raise ConfigError(f"processes is {processes}; use at least 1 and at most your CPU cores")
     rank, world_size = process_rank()
     output = user_path(output, "output", OutputError).absolute()
     claim = partial(claim_output, output, asdict(config), "geodesics", ("data_root",))
@@ -154,17 +155,19 @@ def describe(dataset: PathDataset) -> str:
     pairs = max(total["pairs"], 1)
     chords = total["chord"] / pairs
     lines = [
-        f"{total['runs']} SGD runs: {total['diverged']} diverged and {total['stuck']} stuck were "
-        f"dropped; {total['pairs']} pairs, level {dataset.header['targets']['level']}",
-        f"chord feasible {chords:.1%}, certified in all {total['certified'] / pairs:.1%}",
+        f"{total['runs']} SGD runs, of which {total['diverged']} diverged and {total['stuck']} got "
+        f"stuck and were dropped; {total['pairs']} pairs at level "
+        f"{dataset.header['targets']['level']}",
+        f"The chord is feasible in {chords:.1%} of the pairs, and a path is certified in "
+        f"{total['certified'] / pairs:.1%}.",
     ]
     if chords >= 0.95:
-        lines.append("the target paths are chords: nothing here speaks for or against geodesics")
+        lines.append("The target paths are chords, so these data do not test geodesics.")
     return "\n".join(lines)
 
 
 def _spawn(config: GeodesicsConfig, folder: Path, processes: int) -> None:
-    """Runs `_make_share` in each of `processes` processes, none of which outlives this call."""
+    """Runs `_make_share` in `processes` processes, and ends all of them before it returns."""
     with children_spared():
         context = torch.multiprocessing.spawn(
             _make_share, (config, folder, processes), processes, join=False, daemon=True
@@ -182,16 +185,16 @@ def _spawn(config: GeodesicsConfig, folder: Path, processes: int) -> None:
 
 
 def _make_share(local_rank: int, config: GeodesicsConfig, folder: Path, processes: int) -> None:
-    """The shards of one of `processes` processes here, of all that torchrun or SLURM started."""
-    with raised(last_of_process=True), one_thread():  # torch passes over signals in what it spawns
+    """Makes the share of one of `processes` local processes, in a torchrun or SLURM job also."""
+    with raised(last_of_process=True), one_thread():  # torch hides interrupts of spawned ones
         accept_interrupts()
         rank, world_size = process_rank()
         write_geodesics(config, folder, rank * processes + local_rank, world_size * processes)
 
 
 def _plot(config: GeodesicsConfig, dataset: PathDataset, folder: Path) -> None:
-    """Pictures that only the config determines, so that a resumed run may write them again."""
-    from geodesic.plot import plot_dataset  # here: it imports matplotlib
+    """Plots some paths. The config determines the plots, so a resumed run may overwrite them."""
+    from geodesic.plot import plot_dataset  # local, because it imports matplotlib
 
     folder.mkdir(exist_ok=True)
     for name, figure in plot_dataset(dataset, partial(make_problem, config)):

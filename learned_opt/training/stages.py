@@ -1,4 +1,4 @@
-"""Training as a whole: the first stage, the target paths, the meta-training, in one folder."""
+"""The stages of training: the first stage, the target paths and the meta-training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from learned_opt.training.start import part_like
 
 @one_thread()
 def train(config: TrainConfig, output: str | Path) -> Path:
-    """Meta-trains an update rule, after making the target paths that are missing.
+    """Meta-trains an update rule, after making missing target paths.
 
         import learned_opt
 
@@ -28,37 +28,38 @@ def train(config: TrainConfig, output: str | Path) -> Path:
         weights = learned_opt.train(config, "runs/mine")
         optimizer = learned_opt.LearnedOptimizer(model.parameters(), weights=weights)
 
-    This is the command `learned-opt train`. `output` gets `weights.safetensors`, checkpoints, logs,
-    pictures, and the config, versions and hardware. Called again with the same config, it goes on
-    from the last checkpoint, to the same weights. Of a torchrun job all processes call it.
+    This is the command `learned-opt train`. It writes `weights.safetensors`, checkpoints, logs,
+    plots, the config, the versions and the hardware into `output`. Another call with the same
+    config resumes from the last checkpoint and gives the same weights. In a torchrun job, all
+    processes call this function.
 
     Args:
-        config: what is trained, on what, and how. `config.smoke()` is the same, shrunk to seconds.
-        output: folder of the results; made if it does not exist.
+        config: the rule, the tasks and the training. `config.smoke()` shrinks it to seconds.
+        output: the folder of the results; created if it does not exist.
 
     Returns:
-        the path of the weights file.
+        The path of the weights file.
 
     Raises:
-        ConfigError: a setting cannot be used here; nothing has been done then.
+        ConfigError: a setting cannot be used here. This is raised before any work is done.
         DataError: a data set is missing or damaged, or no target path is certified.
-        WeightsError: the weights that training is to start from cannot be read.
-        OutputError: `output` is in use, holds results of another config, or cannot be written.
+        WeightsError: the initial weights cannot be read.
+        OutputError: `output` is in use, holds results of another config, or cannot be written to.
         DatasetError: the target paths are those of other tasks.
     """
-    from learned_opt.training.fit import WEIGHTS, check, fit  # here: Lightning is slow to import
+    from learned_opt.training.fit import WEIGHTS, check, fit  # local: Lightning is slow to import
 
-    check(config)  # what cannot work is said now, not after the data
+    check(config)  # now, because making the target paths takes long
     output = user_path(output, "output", OutputError).absolute()
     first = is_first()
-    if first:  # the others might see its half-made folder
+    if first:  # only here, because the other processes might see its incomplete folder
         _check_dataset(config)
     settings, free = asdict(config), ("accelerator", "logger", "geodesics.data_root")
     if config.first is not None:
         if process_rank()[1] > 1:
             raise ConfigError(
-                f"first={config.first} is a stage for one process, {process_rank()[1]} were "
-                "launched; train it by itself, and name its weights as start_from"
+                f"first={config.first} is a stage for one process, but {process_rank()[1]} were "
+                "launched; train it by itself in one process, and set start_from to its weights"
             )
         if first:
             train(first_stage(config), output / "first")
@@ -74,12 +75,12 @@ def train(config: TrainConfig, output: str | Path) -> Path:
 
 
 def first_stage(config: TrainConfig) -> TrainConfig:
-    """The config that `first` makes of the rest.
+    """Returns the config of the first stage: `config` with the settings in `first`.
 
     Raises:
-        ConfigError: it has a setting that is unknown, of another type, or refused.
+        ConfigError: `first` has a setting that is unknown, of a wrong type or invalid.
     """
-    from learned_opt.parsing import config_from  # here: jsonargparse takes its time to import
+    from learned_opt.parsing import config_from  # local: jsonargparse is slow to import
 
     one = {"first": None, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     try:
@@ -96,7 +97,7 @@ def first_stage(config: TrainConfig) -> TrainConfig:
 
 
 def _check_dataset(config: TrainConfig) -> None:
-    """That a folder with other things in it is not taken for that of the target paths."""
+    """Raises ConfigError if the data set's folder has other files than target paths."""
     folder = user_path(config.dataset or "", "dataset", ConfigError)
     if config.dataset is None or not folder.exists() or (folder / "manifest.json").exists():
         return
@@ -104,5 +105,5 @@ def _check_dataset(config: TrainConfig) -> None:
         inner = folder / "geodesics"
         hint = f"{str(inner)!r}" if (inner / "manifest.json").exists() else "an empty or new one"
         raise ConfigError(
-            f"dataset={config.dataset!r} is no folder of target paths, and not empty; use {hint}"
+            f"dataset={config.dataset!r} is not a folder of target paths, and not empty; use {hint}"
         )

@@ -110,7 +110,7 @@ def test_every_config_runs(path, demo, tmp_path, monkeypatch):
     main([command, "--config", str(path), "--output", str(tmp_path), "--smoke", *arguments])
     assert (tmp_path / f"config-{command}.yaml").is_file()
     if command == "geodesics":
-        assert "chord feasible" in (tmp_path / "geodesics.txt").read_text()
+        assert "chord is feasible" in (tmp_path / "geodesics.txt").read_text()
         PathDataset.open(tmp_path / "geodesics").verify()
     elif command == "train":
         step_with(tmp_path / "weights.safetensors")

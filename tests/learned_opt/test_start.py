@@ -123,5 +123,5 @@ def test_a_bad_first_stage_is_refused_by_name(
     assert "magic" in capsys.readouterr().err and not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="2 were launched; train it by itself"):
+    with pytest.raises(ConfigError, match="but 2 were launched; train it by itself"):
         train(replace(STAGES, devices=2, strategy="ddp"), tmp_path / "out")
