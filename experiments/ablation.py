@@ -1,23 +1,23 @@
-"""What do geodesics contribute? Every part of the recipe by itself, on equal terms.
+"""What do geodesics contribute? Compares the parts of the recipe on equal terms.
 
-All arms have the rule, its initialization, the SGD runs and the families of tasks in common, and
-each is given about ten minutes of one core, from three training seeds; the step sizes of the
-outer loop are those of configs/train/mlps.yaml, for none tuned. Paths are of pairs that are T =
-320 SGD steps apart, K = 20 updates long, under `sgd_profile`, where most chords of the early pairs
-are infeasible. Rules run untuned on the validation tasks, beside Adam with the learning rate that
-was tuned for each (results/validation).
+All arms share the rule, its initialization, the SGD runs and the families of tasks. Each arm has
+about ten minutes of one core and three training seeds. The step sizes of the outer loop are those
+of configs/train/mlps.yaml and are tuned for no arm. Paths join pairs T = 320 SGD steps apart with
+K = 20 updates, under `sgd_profile`, where most chords of early pairs are infeasible. Rules run
+untuned on the validation tasks and are compared with Adam, whose learning rate is tuned for each
+task (results/validation).
 
-    python experiments/ablation.py adam                        # the yardstick
+    python experiments/ablation.py adam                        # the baseline
     python experiments/ablation.py paths --arm geodesic        # an arm's data set, for all seeds
     python experiments/ablation.py run --arm geodesic --seed 0 # trains and evaluates
     python experiments/ablation.py run --arm initial
     python experiments/ablation.py held_out --arm geodesic --seed 0 \
         --data '{"cifar10": "cifar10_jpeg"}'                   # once, with the suites' data
-    python experiments/ablation.py table                       # of all that was run
+    python experiments/ablation.py table                       # prints the table of all runs
 
-`run` writes results/ablation/<arm>-<seed>.csv, a row per task and run, and `held_out` the same for
-the held-out tasks of the benchmark's suites, beside the tuned Adam of results/benchmark, to
-results/ablation/held_out; weights and data sets stay under --work.
+`run` writes results/ablation/<arm>-<seed>.csv, with a row for each task and run. `held_out` writes
+the same for the held-out tasks of the benchmark's suites into results/ablation/held_out, and
+compares with the tuned Adam of results/benchmark. Weights and data sets are stored under --work.
 """
 
 from __future__ import annotations
@@ -64,24 +64,27 @@ from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
-SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile cost minutes
-LOOKS = {"every": 1}  # of all arms the network looks at each step, not at every tenth
-# Coordinate-wise LSTMs cost some ten times more a step: fewer tasks, and short runs of the small
-# nets. As in generalization.py.
+SHARDS = 24  # of 8 SGD runs each; geodesics under sgd_profile take minutes
+LOOKS = {"every": 1}  # in all arms the network runs at each step, not at every tenth
+# A step of coordinate-wise LSTMs costs about ten times more, so they have fewer tasks and only
+# short runs of the small networks, as in generalization.py.
 LSTM = {"rule": "coordinatewise_lstm", "rule_config": {}}
 LARGE = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
 RESAMPLES = 2000
 WEIGHTS = "weights.safetensors"
-HELD_OUT_RUNS = 2  # of each held-out task
+HELD_OUT_RUNS = 2  # the number of runs of each held-out task
 PATHS = ("run", "time", "chord_feasible", "certified", "normalized_length")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm trains, and for how many updates: about ten minutes of one core (EPYC).
+    """An arm of the comparison.
 
-    path: of the targets; None of arms without imitation of paths.
-    change: settings of TrainConfig.
+    Attributes:
+        text: its name in tables.
+        updates: the number of updates, which take about ten minutes of one core (EPYC).
+        path: the kind of target paths; None for arms that do not imitate paths.
+        change: changed settings of TrainConfig.
     """
 
     text: str
@@ -132,7 +135,7 @@ def config_of(name: str, seed: int, work: Path) -> TrainConfig:
 
 
 def adam() -> None:
-    """Tuned Adam, from the same inits and with the same minibatches as the rules."""
+    """Runs tuned Adam with the same initial points and minibatches as the rules."""
     tuned, rows = tuned_rates(), []
     for label, (task, marks) in validation_tasks().items():
         for mark in marks:
@@ -148,7 +151,7 @@ def adam() -> None:
 
 
 def paths(data: PathDataset, path: str) -> None:
-    """What the targets are: a row for each pair."""
+    """Writes a row for each pair of a data set, with facts of its target path."""
     rows = []
     for index in range(len(data)):
         shard = data.shard(index)
@@ -158,7 +161,7 @@ def paths(data: PathDataset, path: str) -> None:
 
 
 def measure(rule: UpdateRule, skip: set = frozenset()) -> list[dict]:
-    """Rows of all validation tasks, with the steps and the speed-up to tuned Adam's loss."""
+    """Returns the rows of all validation tasks, with the steps and speed-up to Adam's loss."""
     base = defaultdict(list)
     for row in read(RESULTS / "ablation" / "adam.csv"):
         base[row["task"], int(row["steps"])].append(row)
@@ -203,7 +206,7 @@ def run(name: str, seed: int, work: Path) -> None:
 
 
 def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
-    """The speed-up on the held-out tasks of the suites, to the final loss of the tuned Adam."""
+    """Writes the speed-ups to tuned Adam's final loss on the held-out tasks of the suites."""
     rule = untrained(**LOOKS) if name == INITIAL else load_rule(work / f"{name}-{seed}" / WEIGHTS)
     rows = []
     wanted = [
@@ -236,7 +239,7 @@ def held_out(name: str, seed: int, work: Path, data: dict[str, str]) -> None:
 def held_out_tasks(
     folder: Path, data: dict[str, str]
 ) -> list[tuple[BenchmarkTask, list[dict[str, str]]]]:
-    """The held-out entries of a suite, and the rows of its tuned Adam for each."""
+    """Returns the held-out entries of a suite, and the rows of its tuned Adam for each."""
     adams = [row for row in read(folder / "scores.csv") if row["entrant"] == "Adam"]
     config = parse(BenchmarkConfig, f"configs/benchmark/{folder.name}.yaml")
     named = {entry.task.data for entry in config.tasks}
@@ -244,13 +247,15 @@ def held_out_tasks(
     entries = [entry for entry in config.tasks if entry.family.startswith("held-out")]
     found = [(e, [row for row in adams if row["task"] == e.label]) for e in entries]
     if missing := [entry.label for entry, rows in found if not rows]:
-        raise SystemExit(f"{folder} has no {missing}; give --data as it was there")
+        raise SystemExit(f"{folder} has no {missing}; use the --data with which it was made")
     return found
 
 
 def interval(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> str:
-    """statistic(scores), and its 95 % bootstrap interval: training seeds are drawn anew, then the
-    runs of each; scores (seeds, tasks, runs)."""
+    """Returns statistic(scores) and its 95 % bootstrap interval, for scores (seeds, tasks, runs).
+
+    The bootstrap resamples training seeds, and then the runs of each.
+    """
     rng, drawn = np.random.default_rng(0), []
     for values in scores:
         seeds, tasks, runs = values.shape
@@ -269,18 +274,18 @@ def geometric_mean(x: np.ndarray) -> np.ndarray:
 
 
 def load(folder: Path) -> dict[str, list[list[dict[str, str]]]]:
-    """Arm -> rows of each training seed."""
+    """Returns a dict from the arm to the rows of each training seed."""
     names = {name: sorted(folder.glob(f"{name}-[0-9].csv")) for name in (INITIAL, *ARMS)}
     return {name: [read(path) for path in paths] for name, paths in names.items() if paths}
 
 
 def column(seeds: list[list[dict[str, str]]], name: str, tasks: list[tuple]) -> np.ndarray:
-    """(training seeds, tasks, runs)."""
+    """Returns a column as (training seeds, tasks, runs)."""
     values = np.array([
         [[float(r[name]) for r in rows if (r["task"], r["steps"]) == task] for task in tasks]
         for rows in seeds
     ])  # fmt: skip
-    return np.where(np.isnan(values), np.inf, values)  # of runs that diverged
+    return np.where(np.isnan(values), np.inf, values)  # for runs that diverged
 
 
 def tasks_of(seeds: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
@@ -292,7 +297,7 @@ def speed_up(seeds: list[list[dict[str, str]]]) -> str:
 
 
 def table() -> str:
-    """A row for each arm that was run; LSTMs on the tasks that they can afford."""
+    """Returns a table with a row for each arm; LSTMs have only the tasks that they ran on."""
     folder = RESULTS / "ablation"
     base, away, lines = read(folder / "adam.csv"), load(folder / "held_out"), []
     for name, seeds in load(folder).items():
@@ -329,7 +334,7 @@ def table() -> str:
 
 
 def paths_table() -> str:
-    """How far the targets of the geodesic arms are from chords, by where in a run pairs begin."""
+    """Returns a table of the geodesic targets beside chords, by the step at which pairs begin."""
     groups = defaultdict(list)
     for row in read(RESULTS / "ablation" / "paths-geodesic.csv"):
         groups[int(row["time"])].append(row)
@@ -351,7 +356,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=[*ARMS, INITIAL], default="geodesic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--data", type=json.loads, default={}, help="as of learned-opt benchmark")
+    parser.add_argument("--data", type=json.loads, default={}, help="as in learned-opt benchmark")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "adam":

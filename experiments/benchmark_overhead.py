@@ -1,13 +1,14 @@
-"""What a benchmark costs: its suites, its harness, and what a second process saves.
+"""Measures what a benchmark costs: the suites, the harness, and the gain from a second process.
 
-    python experiments/benchmark_overhead.py cost       # core-hours of each suite, estimated
-    python experiments/benchmark_overhead.py harness    # wall clock against training time
+    python experiments/benchmark_overhead.py cost       # estimated core-hours of each suite
+    python experiments/benchmark_overhead.py harness    # wall-clock time against training time
 
 `cost` times a few steps and one evaluation of each task and default entrant in every suite under
-configs/benchmark, and multiplies by steps and cells: results/benchmark_cost.csv, CPU seconds. No
-grid grows in it, so a suite may take a little more. `harness` runs the digits suite twice, with
-one process and with two: results/benchmark_overhead.csv. Overhead is all that is not steps of an
-optimizer: evaluations, files, start-up, processes that wait, and the report.
+configs/benchmark, multiplies them by the numbers of steps and cells, and writes CPU seconds to
+results/benchmark_cost.csv. It does not extend tuning grids, so a suite may take a little longer.
+`harness` runs the digits suite with one process and with two, and writes
+results/benchmark_overhead.csv. The overhead is everything except an optimizer's steps: evaluations,
+files, start-up, waiting processes and the report.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from learned_opt.tasks.kinds import make_task
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 SUITES = ("digits", "mnist", "cifar", "text", "mixed")
-STEPS = 20  # timed: a second or so of the slowest task
-LEARNING_RATE = 1e-3  # small enough that nothing diverges, which would be cheap
+STEPS = 20  # the number of timed steps, which take about a second on the slowest task
+LEARNING_RATE = 1e-3  # small enough that no run diverges, which would make it cheaper
 
 
 def load(suite: str, **settings) -> BenchmarkConfig:
@@ -96,7 +97,7 @@ def harness() -> Iterator[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["cost", "harness"])
-    parser.add_argument("--data", type=yaml.safe_load, default={}, help="as a benchmark's config")
+    parser.add_argument("--data", type=yaml.safe_load, default={}, help="as in a benchmark config")
     parser.add_argument("--suites", nargs="+", default=list(SUITES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Tables and a picture of README.md and docs/, from the suites of `learned-opt benchmark`."""
+"""Makes tables and a figure of README.md and docs/ from the suites of `learned-opt benchmark`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = {
     "matrix_factorization": "matrix factorization",
     "quadratic": "least squares",
 }
-# Entrants of the picture: colour (Okabe & Ito's) and what it calls them.
+# The entrants in the figure, with a color (of Okabe & Ito) and the name in the legend.
 SHOWN = {
     "Adam cosine": ("#E69F00", "Adam, cosine (tuned)"),
     "SGD momentum": ("#999999", "SGD with momentum (tuned)"),
@@ -49,7 +49,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def benchmark(results: Path) -> str:
-    """All held-out tasks, then each suite whose results are there, over all its tasks."""
+    """Returns tables of all held-out tasks, and of all tasks of each suite with results."""
     found = folders(results)
     held_out, chances = "held-out", [name for name in OVERVIEW if name.startswith("P(")]
     parts = [
@@ -64,7 +64,7 @@ def benchmark(results: Path) -> str:
 
 
 def held_out(results: Path) -> list[dict]:
-    """Runs of all suites on tasks that are held out, with their scores."""
+    """Returns the runs of all suites on held-out tasks, with their scores."""
     rows = []
     for path in folders(results):
         tasks = json.loads((path / "benchmark.json").read_text())["tasks"]
@@ -76,7 +76,7 @@ def held_out(results: Path) -> list[dict]:
 
 
 def headline(results: Path) -> str:
-    """The main figures of the shipped weights, with what they are compared with."""
+    """Returns a table of the main results of the shipped weights."""
     rows = held_out(results)
     steps = runs(rows, "learned", "steps_speed_up")
     turns = read(results / "paired_seconds.csv")
@@ -109,7 +109,7 @@ def headline(results: Path) -> str:
 
 
 def missed(results: Path) -> list[str]:
-    """Kinds of task that were trained on, where the median run misses Adam's loss."""
+    """Returns the kinds of training tasks whose median run does not reach Adam's loss."""
     found = []
     for path in folders(results):
         scores = [row for row in read(path / "scores.csv") if row["entrant"] == "learned"]
@@ -120,7 +120,7 @@ def missed(results: Path) -> list[str]:
 
 
 def speed_ups(results: Path, picture: Path) -> None:
-    """Each run's speed-up in steps on the held-out tasks, and the median of each task."""
+    """Plots the speed-up in steps of each run on held-out tasks, and the median of each task."""
     rows = held_out(results)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -142,7 +142,7 @@ def speed_ups(results: Path, picture: Path) -> None:
 
 
 def plain_name(task: str) -> str:
-    """A task's label for readers: data, network."""
+    """Returns a task's label for readers, which has the data and the network."""
     for old, new in PLAIN.items():
         task = task.replace(old, new)
     return task
@@ -165,7 +165,7 @@ def heading(path: Path) -> str:
 
 
 def task_by_task(results: Path) -> str:
-    """The shipped optimizer, without tuning, beside tuned Adam: the median run of each task."""
+    """Returns a table of each task's median run, for the untuned optimizer beside tuned Adam."""
     lines = []
     for path in folders(results):
         facts = json.loads((path / "benchmark.json").read_text())

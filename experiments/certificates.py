@@ -1,19 +1,19 @@
-"""Do certificates hold between the samples they rest on? 200 random problems, looked at closer.
+"""Do certificates hold between their samples? Tests them densely on 200 random problems.
 
     python experiments/certificates.py --output experiments/results/certificates
 
-Problems are of five kinds, twenty of each in float32 and in float64:
+There are twenty problems in float32 and twenty in float64 of each of five kinds:
 
 smooth          a bowl with Gaussian bumps and dents
-disconnected    two wells behind a wall that no path can pass: a certificate there would be wrong
-kinks           the same bumps as cones: F has a crest, and no gradient, at the top of each
+disconnected    two wells behind a wall that no path can pass, so any certificate is wrong
+kinks           cones instead of the bumps; F has a crest without a gradient at the top of each
 network         F of a random ReLU network, whose level sets have corners
-jumps           F rises by a step inside each of some balls: it is not continuous
+jumps           F rises by a step inside each of several balls, so it is not continuous
 
-Every third level falls along the path. Each path that is found is then evaluated on 160 samples of
-each segment, ten times as many as the certificate takes. rows.csv has a row per problem: the
-largest excess F - λ there, the tolerance that the certificate states, and whether it is violated.
-A minute.
+Every third level falls along the path. Each path is then evaluated on 160 samples of each segment,
+ten times as many as the certificate uses. rows.csv has a row for each problem, with the largest
+excess F - λ, the tolerance that the certificate states, and whether it is violated. This takes a
+minute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from geodesic.solve import CERTIFICATE_SAMPLES
 RESULTS = Path(__file__).resolve().parent / "results" / "certificates"
 PER_KIND, CLOSER, BUMPS, DIMENSIONS = 20, 10, 8, (2, 5, 20)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Loss = Callable[..., Tensor]  # of theta (d,), centres (BUMPS, d), heights and widths (BUMPS,)
+Loss = Callable[..., Tensor]  # of theta (d,), centers (BUMPS, d), heights and widths (BUMPS,)
 
 
 def bowl(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def smooth(x: Tensor, centres: Tensor, heights: Tensor, widths: Tensor) -> Tenso
 
 
 def disconnected(x: Tensor, centres: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
-    """The wall is at x₀ = 0 and 12 high, everything else is below 8."""
+    """Returns F with a wall of height 12 at x₀ = 0; everything else is below 8."""
     return smooth(x, centres, heights.clamp(-1, 1), widths) + 12 * (-((x[0] / 0.1) ** 2)).exp()
 
 
@@ -70,7 +70,7 @@ KINDS: dict[str, Loss] = {f.__name__: f for f in (smooth, disconnected, kinks, n
 
 
 def solve(kind: str, dtype: str, dimension: int, seed: int, count: int, falls: bool) -> list[dict]:
-    """A row per problem, all in one search."""
+    """Solves all problems in one search, and returns a row for each."""
     loss_fn, generator = KINDS[kind], torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -127,7 +127,7 @@ def run(per_kind: int = PER_KIND) -> list[dict]:
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Problems, certificates and violations of each kind and dtype."""
+    """Returns a table of the problems, certificates and violations of each kind and dtype."""
     rows, lines = read(folder / "rows.csv"), []
     for kind, dtype in dict.fromkeys((row["kind"], row["dtype"]) for row in rows):
         cell = [row for row in rows if (row["kind"], row["dtype"]) == (kind, dtype)]
@@ -147,7 +147,7 @@ def table(folder: Path = RESULTS) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--per-kind", type=int, default=PER_KIND, help="and dtype")
+    parser.add_argument("--per-kind", type=int, default=PER_KIND, help="of each kind and dtype")
     args = parser.parse_args()
     torch.set_num_threads(1)
     save(args.output, "rows", run(args.per_kind), closer=CLOSER)

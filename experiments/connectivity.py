@@ -1,8 +1,8 @@
-"""Does width join the level sets of small networks? See predictability.py.
+"""Are level sets of wider networks more connected? See predictability.py.
 
-Networks with one hidden layer of relu units on a fixed regression of two inputs. Pairs of
-independently trained ones, raw and with hidden units aligned, are joined inside F ≤ λ. "Not
-certified" means that a bounded search found no path, never that there is none.
+The networks have one hidden layer of ReLU units and a fixed regression task with two inputs. Pairs
+of independently trained networks, raw and with aligned hidden units, are joined inside F ≤ λ. "Not
+certified" means that a bounded search found no path, not that there is none.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from geodesic.solve import find_geodesics
 from learned_opt.tasks.base import generator
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Levels: of every width alike, with networks as they first got there (the best constant has loss
-# 1), and a multiple of what the worse of two networks ends at.
+# The levels. COMMON are the same for every width, and the networks are those at the first step that
+# reaches the level (the best constant has loss 1). The other level is a multiple of the larger of
+# the two networks' final losses.
 COMMON, SLACK = (0.5, 0.1), 2.0
 WIDTHS = (2, 4, 8, 16, 32)
 
 
 def relu_loss(width: int, points: int = 128) -> Callable[[Tensor], Tensor]:
-    """F(θ) = mean (w₂·relu(W₁x + b₁) + b₂ − y)² on all of x in [-1, 1]² and y, a standardized
-    product of waves."""
+    """Returns F(θ) = mean (w₂·relu(W₁x + b₁) + b₂ − y)².
+
+    The mean is over points x in [-1, 1]², and y is a standardized product of waves.
+    """
     x = 2 * torch.rand(points, 2, generator=generator("regression"), dtype=torch.float64) - 1
     y = (torch.pi * x[:, 0]).sin() * (torch.pi * x[:, 1] / 2).cos()
     y = (y - y.mean()) / y.std(correction=0)
@@ -43,7 +46,11 @@ def relu_loss(width: int, points: int = 128) -> Callable[[Tensor], Tensor]:
 
 
 def train_nets(width: int, nets: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Where Adam ends, (nets, d), and where F first was at most each of COMMON, else NaN."""
+    """Trains networks with Adam.
+
+    Returns the final parameters, (nets, d), and those of the first step at which F was at most each
+    of COMMON, which are NaN if F never was.
+    """
     rng = generator("nets", width)
     layers = ((2 * width, 2), (width, 2), (width, width), (1, width))  # sizes and fan-ins
     parts = [
@@ -65,12 +72,12 @@ def train_nets(width: int, nets: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def join(width: int, pairs: int, steps: int) -> list[dict]:
-    """A row per pair, level and alignment; all of them in one search."""
+    """Joins the pairs in one search, and returns a row for each pair, level and alignment."""
     spec, loss = mlp_spec(((width, 2), (width,), (1, width), (1,))), vmap(relu_loss(width))
-    # spares, since few narrow networks get down to COMMON
+    # More networks than needed, because few narrow ones reach COMMON.
     final, first = train_nets(width, max(2 * pairs, 16 * pairs // width), steps)
     final = final[: 2 * pairs]
-    # neighbours in rank: a level set by the worse of two unequal networks is slack for the better
+    # Pairs are neighbors in rank, because the level of a worse network is loose for a better one.
     cases = [(f"{SLACK:g} × own", final[loss(final).argsort()], None)]
     for level, nets in zip(COMMON, first, strict=True):
         there = nets[~nets[:, 0].isnan()][: 2 * pairs]
@@ -102,7 +109,7 @@ def width(output: Path, pairs: int, steps: int) -> None:
 
 
 def cells(folder: Path) -> dict[tuple[str, int, int], list[dict[str, str]]]:
-    """Rows by level, width and alignment."""
+    """Returns the rows by level, width and alignment."""
     groups: dict = {}
     for row in read(folder / "width.csv"):
         key = (row["level"], int(row["width"]), int(row["aligned"]))
@@ -111,7 +118,10 @@ def cells(folder: Path) -> dict[tuple[str, int, int], list[dict[str, str]]]:
 
 
 def outcome(rows: list[dict[str, str]]) -> tuple[int, int, float]:
-    """Chords feasible, certified, and the mean normalized length of the certified."""
+    """Returns the numbers of feasible chords and of certified paths, and the latter's mean length.
+
+    The length is normalized.
+    """
     found = [float(row["normalized_length"]) for row in rows if row["certified"] == "1"]
     chords = sum(row["chord_feasible"] == "1" for row in rows)
     return chords, len(found), float(np.mean(found or [np.nan]))

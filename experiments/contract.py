@@ -1,9 +1,9 @@
-"""How LearnedOptimizer does in PyTorch's generated tests for optimizers, and how fast it is made.
+"""Runs PyTorch's generated tests for optimizers on LearnedOptimizer, and times its construction.
 
     python experiments/contract.py --output experiments/results
 
-writes contract.csv, how many tests of each rule passed, failed and were skipped, and why, and
-contract.json, with the milliseconds that an optimizer takes to construct. A few minutes.
+This writes contract.csv, with the numbers of passed, failed and skipped tests of each rule and the
+reasons, and contract.json, with the milliseconds to construct an optimizer. It takes a few minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from learned_opt import LearnedOptimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "tests/learned_opt/test_optimizer_suite.py"
-RULES = {  # classes of the suite: what they are
+RULES = {  # the classes of the suite and their descriptions
     "Shipped": "geodesic_rnn, shipped weights",
     "Coordinate": "geodesic_rnn per coordinate",
     "Published": "coordinatewise_lstm",
@@ -35,7 +35,7 @@ RULES = {  # classes of the suite: what they are
 
 
 def run_suite() -> list[dict[str, str | int]]:
-    """A row for each rule, outcome and reason."""
+    """Runs the suite and returns a row for each rule, outcome and reason."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", SUITE, f"--junitxml={report}"]
@@ -49,7 +49,7 @@ def run_suite() -> list[dict[str, str | int]]:
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, str, str]:
-    """Rule, outcome and, of a test that was skipped or failed, the reason."""
+    """Returns the rule and outcome of a test, and the reason if it was skipped or failed."""
     found = re.search(r"_([A-Z][A-Za-z]+)_(?:cpu|cuda)_", case.get("name"))
     rule = RULES.get(found[1], found[1]) if found else ""
     for tag, result in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
@@ -59,14 +59,14 @@ def outcome(case: ElementTree.Element) -> tuple[str, str, str]:
 
 
 def construction_ms() -> float:
-    """The median time to make an optimizer of a small network, shipped weights read anew."""
+    """Returns the median time to construct an optimizer, which includes reading the weights."""
     params = list(torch.nn.Linear(64, 32).parameters())
     seconds = timeit.repeat(lambda: LearnedOptimizer(params), number=1, repeat=21)
     return 1e3 * sorted(seconds)[10]
 
 
 def table(path: Path) -> str:
-    """Counts of each rule, in Markdown, and why tests were skipped or failed."""
+    """Returns the counts of each rule in Markdown, and why tests were skipped or failed."""
     rows = read(path)
     outcomes = ("passed", "failed", "skipped")
     lines = ["| rule | " + " | ".join(outcomes) + " |", "| --- " * 4 + "|"]

@@ -1,12 +1,12 @@
-"""How good is a rule on tasks like those of the reporting suites, but of other data?
+"""How good is a rule on tasks like those of the reporting suites, but with other data?
 
     python experiments/development.py shipped runs/mine/weights.safetensors
 
-Language models on the docstrings of Python's standard library, conv nets and a small ResNet on
-digits with fresh noise on every minibatch, which no net can learn by heart: three tasks of each,
-that choices may be made on. Prints the loss of Adam, with the learning rate of five that ends
-lowest, over the rule's: the mean over the last tenth of the run, and over all of it. Above 1 the
-rule is better.
+There are three tasks of each kind: language models on the docstrings of Python's standard library,
+and convolutional networks and a small ResNet on digits with new noise on every minibatch, which no
+network can memorize. They may be used to make choices. The script prints Adam's loss divided by the
+rule's, as a mean over the last tenth of the run and over the whole run. Above 1, the rule is
+better. Adam has the learning rate of five that ends lowest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from learned_opt.weights import load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARACTERS = 400_000
-NOISE = 2.5  # standard deviation; that of the pixels is 1
+NOISE = 2.5  # the standard deviation of the noise; that of the pixels is 1
 RATES = (1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1)
 TASKS, LOST = 3, 1e3
 
@@ -48,7 +48,7 @@ class Noisy:
 
 
 def docstrings() -> str:
-    """The first CHARACTERS of them, in lower case."""
+    """Returns the first CHARACTERS of the docstrings, in lower case."""
     found, size = [], 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def docstrings() -> str:
 
 
 def development_tasks(work: Path) -> dict[str, tuple[Task, int]]:
-    """Name -> TASKS of a kind, and the steps of a run."""
+    """Returns a dict from a name to TASKS tasks of a kind and the number of steps of a run."""
     text = work / "docstrings.txt"
     work.mkdir(parents=True, exist_ok=True)
     text.write_text(docstrings(), encoding="utf-8")
@@ -84,7 +84,7 @@ def development_tasks(work: Path) -> dict[str, tuple[Task, int]]:
 
 
 def score(rule, task: Task, steps: int) -> Tensor:
-    """The mean loss at the end and over all, (2,)."""
+    """Returns the mean losses at the end and over the whole run, (2,)."""
     losses, _ = run_rule(task, rule, 0, steps)
     parts = torch.stack([losses[-steps // 10 :].mean(0), losses.mean(0)])
     return parts.nan_to_num(LOST).clamp(max=LOST).mean(1)
@@ -92,7 +92,7 @@ def score(rule, task: Task, steps: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", nargs="+", help="files, or 'shipped'")
+    parser.add_argument("weights", nargs="+", help="weights files, or 'shipped'")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "development")
     args = parser.parse_args()
     torch.set_num_threads(1)
