@@ -1,15 +1,16 @@
 """How much does a geodesic differ from its chord along the SGD runs that rules learn from?
 
-Pairs (θ_a, θ_b) = (θ_t, θ_{t+T}) of SGD runs on the default family of tasks, by T and by the third
-of the run that t is in. Unlike a data set, whose joined-up pairs end where the loss first rises,
-this takes every pair with F(θ_b) ≤ F(θ_a), so that late and short ones count. The level is
+The pairs (θ_a, θ_b) = (θ_t, θ_{t+T}) are of SGD runs on the default family of tasks, grouped by T
+and by the third of the run that contains t. A data set has only consecutive pairs up to the first
+rise of the loss. This script uses every pair with F(θ_b) ≤ F(θ_a), so late and short pairs count.
+The level is
 
-    λ_α(s) = max(F(θ_b), (1 − α) F(θ_a) + α P(s)),    P = sgd_profile,
+    λ_α(s) = max(F(θ_b), (1 − α) F(θ_a) + α P(s)),    P = sgd_profile.
 
-from the constant of Bruna 2016 (α = 0) to SGD's own falling loss (α = 1) and beyond it, where SGD's
-path is no longer feasible.
+It is the constant of Bruna 2016 at α = 0 and SGD's own falling loss at α = 1. Beyond that, SGD's
+path is not feasible.
 
-    python experiments/feasibility.py run     # feasibility.csv, a row per pair and level
+    python experiments/feasibility.py run     # feasibility.csv, with a row for each pair and level
     python experiments/feasibility.py plot    # docs/feasibility.png, and prints the tables
 """
 
@@ -41,15 +42,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / "experiments" / "results", ROOT / "docs" / "feasibility.png"
 STAGES = ("early", "middle", "late")  # thirds of a run
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-TABULATED = (0.0, 0.5, 1.0, 1.25)  # the figure has them all
-STRIDE, NUM_SEGMENTS = 10, 32  # as TargetConfig has them
+TABULATED = (0.0, 0.5, 1.0, 1.25)  # the values of α in tables; the figure has all
+STRIDE, NUM_SEGMENTS = 10, 32  # as in TargetConfig
 RESAMPLES, EXPONENTS = 1000, np.linspace(0, 10, 501)
 
 
 def choose_pairs(
     trajectory: Trajectory, horizon: int, limit: int, seed: int
 ) -> tuple[Pairs, list[str]]:
-    """At random `limit` of the admissible pairs of each stage, and their stages."""
+    """Returns at most `limit` random admissible pairs of each stage, and their stages."""
     span, records = horizon // STRIDE, len(trajectory.points)
     starts = torch.arange(0, records - span, span)
     admissible = trajectory.losses[starts + span] <= trajectory.losses[starts]
@@ -70,16 +71,17 @@ def choose_pairs(
 
 
 def mixed_level(profile: LevelProfile, losses: Tensor, alpha: Tensor) -> LevelProfile:
-    """λ_α of pairs with SGD's profile and losses ``(pairs, n)``, α ``(pairs,)``."""
+    """Returns λ_α of pairs, from SGD's profile and losses ``(pairs, n)`` and α ``(pairs,)``."""
     start, end = losses[:, :1], losses[:, -1:]
     values = torch.lerp(start, profile.values, alpha[:, None]).maximum(end)
     return LevelProfile(values, profile.fractions)
 
 
 def critical_alpha(problem: Problem, pairs: Pairs, profile: LevelProfile) -> Tensor:
-    """Up to which α the chord is feasible, ``(pairs,)``, infinite if at all of them.
+    """Returns the largest α at which the chord is feasible, ``(pairs,)``; infinite if it always is.
 
-    min over s of (F(θ_a) − F(s)) / (F(θ_a) − P(s)) where F on the chord is above F(θ_b)
+    It is the minimum over s of (F(θ_a) − F(s)) / (F(θ_a) − P(s)) where F on the chord is above
+    F(θ_b).
     """
     ends, rows = pairs.points[:, [0, -1]], torch.arange(len(pairs.run))
     args = tuple(arg[pairs.run] for arg in problem.loss_args)
@@ -92,7 +94,7 @@ def critical_alpha(problem: Problem, pairs: Pairs, profile: LevelProfile) -> Ten
 
 
 def solve(problem: Problem, pairs: Pairs, stages: list[str]) -> list[dict]:
-    """A row per pair and level, all in one search."""
+    """Solves all pairs and levels in one search, and returns a row for each."""
     args = tuple(arg[pairs.run] for arg in problem.loss_args)
     profile = sgd_profile(problem.loss_fn, pairs.points, args)
     critical = critical_alpha(problem, pairs, profile).tolist()
@@ -148,11 +150,11 @@ def run(
 
 
 def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """Cells by T and stage: columns (pairs, levels), and "excess", the normalized length less 1,
-    NaN where no path was certified.
+    """Returns the cells by T and stage, with their columns as (pairs, levels).
 
-    A path below λ_α is below every higher level of its pair, so of a pair's paths the shortest at
-    the level or below it counts. Levels are so nested where SGD itself does not climb above F(θ_a).
+    The column "excess" is the normalized length minus 1, and NaN if no path was certified. A path
+    below λ_α is also below every higher level of its pair. Therefore the shortest path at a level
+    or below it counts. Levels are nested like this unless SGD itself climbs above F(θ_a).
     """
     rows = read(folder / "feasibility.csv")
     cells = {}
@@ -166,7 +168,7 @@ def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]
         }
         excess = np.where(data["certified"] == 1, data["normalized_length"] - 1, np.inf)
         nested = np.minimum.accumulate(excess[:, ::-1], axis=1)[:, ::-1]
-        climbs = data["profile_start"] > data["loss_a"] * (1 + 1e-5)  # not by rounding
+        climbs = data["profile_start"] > data["loss_a"] * (1 + 1e-5)  # more than by rounding
         excess = np.where(climbs, excess, nested)
         cells[horizon, stage] = data | {"excess": np.where(np.isinf(excess), np.nan, excess)}
     return cells
@@ -175,21 +177,21 @@ def load(folder: Path = RESULTS) -> dict[tuple[int, str], dict[str, np.ndarray]]
 def exponent(
     critical: np.ndarray, excess: np.ndarray, draw: np.ndarray
 ) -> tuple[float, float, float]:
-    """q of excess = C_i (α − α_i)^q, each pair i with its own C_i, above its critical α_i.
+    """Fits q of excess = C_i (α − α_i)^q, where each pair i has its own C_i and critical α_i.
 
-    Each level's share of a pair's total excess is fitted by the multinomial quasi-likelihood (Papke
-    & Wooldridge 1996). An excess of zero or next to it counts as it is, where least squares on
-    logarithms would drop or overrate it; pairs count alike, where otherwise a few long paths that
-    were hardly shortened would decide; levels without a certified path are left out of both.
+    The multinomial quasi-likelihood (Papke & Wooldridge 1996) fits each level's share of a pair's
+    total excess. An excess of zero or nearly zero has its proper weight, while least squares on
+    logarithms would drop or overweight it. All pairs have equal weight, since otherwise a few long
+    paths that were hardly shortened would decide. Levels without a certified path are left out.
 
     Args:
         critical: α_i, ``(pairs,)``.
-        excess: at each of ALPHAS, ``(pairs, levels)``, NaN if unknown.
-        draw: of the family, ``(pairs,)``.
+        excess: the excess at each of ALPHAS, ``(pairs, levels)``; NaN if it is unknown.
+        draw: the draw of the family, ``(pairs,)``.
 
     Returns:
-        q and the ends of its 95 % interval, by a bootstrap over draws: pairs of one draw share an
-        architecture. NaN if no pair tells.
+        q and the ends of its 95 % interval from a bootstrap over draws, because the pairs of a draw
+        share an architecture. NaN if no pair determines q.
     """
     beyond = np.array(ALPHAS) - critical[:, None]
     known = np.isfinite(excess) & (beyond > 0)
@@ -210,14 +212,20 @@ def exponent(
 
 
 def quartiles(excess: np.ndarray) -> np.ndarray:
-    """Of all pairs, one without a certified path counting as longer than any: NaN if that is so."""
+    """Returns the quartiles of the excess over pairs.
+
+    A pair without a certified path counts as longer than any other. A quartile is NaN if it falls
+    on such a pair.
+    """
     found = np.quantile(np.nan_to_num(excess, nan=np.inf), (0.25, 0.5, 0.75), method="inverted_cdf")
     return np.where(np.isfinite(found), found, np.nan)
 
 
 def outcome(data: dict[str, np.ndarray], alpha: float) -> tuple[str, str, str]:
-    """Shares of pairs whose chord is feasible and that have a certified path, and the median
-    normalized length of the others than chords."""
+    """Returns the shares of feasible chords and of certified paths, and the median length.
+
+    The median is over the normalized lengths of paths other than chords.
+    """
     level = ALPHAS.index(alpha)
     chord, excess = data["chord_feasible"][:, level] == 1, data["excess"][:, level]
     median = np.nan if chord.all() else quartiles(excess[~chord])[1]
@@ -236,7 +244,7 @@ def readme_table(folder: Path = RESULTS) -> str:
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Cells, and the fit by T, by stage and over all."""
+    """Returns the tables of the cells and of the fits by T, by stage and over all pairs."""
     lines, groups = [], defaultdict(list)
     for (horizon, stage), data in load(folder).items():
         critical, excess, draw = data["critical_alpha"], data["excess"], data["draw"][:, :1]
@@ -263,7 +271,7 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def plot(cells: dict[tuple[int, str], dict[str, np.ndarray]], picture: Path) -> None:
-    """Above shares of pairs, below the excess length, against α; a column for each T."""
+    """Plots shares of pairs (top) and the excess length (bottom) against α, in a column per T."""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     horizons = sorted({horizon for horizon, _ in cells})
     panels = figure.subplots(2, len(horizons), sharex=True, sharey="row", squeeze=False)
@@ -298,10 +306,10 @@ def plot(cells: dict[tuple[int, str], dict[str, np.ndarray]], picture: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "plot"))
-    parser.add_argument("--draws", type=int, default=12, help="from the family, 8 runs each")
-    parser.add_argument("--steps", type=int, default=1600, help="of SGD")
+    parser.add_argument("--draws", type=int, default=12, help="draws from the family, 8 runs each")
+    parser.add_argument("--steps", type=int, default=1600, help="SGD steps")
     parser.add_argument("--horizons", type=int, nargs="+", default=[20, 80, 320], help="T")
-    parser.add_argument("--pairs", type=int, default=2, help="at most, per draw, T and stage")
+    parser.add_argument("--pairs", type=int, default=2, help="most pairs per draw, T and stage")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Tables of docs/results.md: suites of real training and of runs that go on, from committed rows.
+"""Makes tables of docs/results.md, of the suites of real training and of continued runs.
 
-The rows are those that `learned-opt benchmark` appends to rows.jsonl; to take them over:
+The tables are made of committed rows, which `learned-opt benchmark` appends to rows.jsonl. This
+command copies new rows into results/<suite>/rows.jsonl:
 
     python experiments/field.py keep runs/real_dev/rows.jsonl real_dev
 
-adds those that results/<suite>/rows.jsonl lacks, without runs that failed and without runs of tasks
-or optimizers that have changed since.
+It leaves out failed runs, and runs of tasks or optimizers that have changed since.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 class Lacking(Exception):
-    """Some runs of a suite are not there yet."""
+    """Raised if some runs of a suite are missing."""
 
 
 def suite(name: str) -> BenchmarkConfig:
@@ -47,7 +47,7 @@ def suite(name: str) -> BenchmarkConfig:
 
 
 def known(name: str):
-    """What gives the records of cells that have run, and raises Lacking for others."""
+    """Returns a function that gives records of finished cells, and raises Lacking for others."""
     store = Rows(RESULTS / name / "rows.jsonl")
 
     def run(cells: Iterable) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def known(name: str):
 
 
 def real(name: str) -> str:
-    """Who won, and the table over all tasks."""
+    """Returns the sentence about the winner and the table of all tasks of a suite."""
     config = suite(name)
     rows = run_validation(config, known(name)).rows
     baseline = config.validation_baseline
@@ -68,14 +68,14 @@ def real(name: str) -> str:
 
 
 def going_on(name: str) -> str:
-    """Who kept what it had, and the table of all tasks."""
+    """Returns the sentence and the table about continued runs of a suite."""
     config = suite(name)
     rows, _ = run_going_on(config, known(name))
     return f"{going_on_sentence(config, rows)}\n\n{markdown(going_on_table(config, rows))}"
 
 
 def keep(path: Path, name: str) -> int:
-    """Adds new rows to the committed ones, in the order of their names; how many."""
+    """Adds new rows to the committed ones, sorted by name, and returns their number."""
     target, config, rows = RESULTS / name / "rows.jsonl", suite(name), {}
     for file in (target, path):
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -89,7 +89,7 @@ def keep(path: Path, name: str) -> int:
 
 
 def asked_for(config: BenchmarkConfig, row: dict[str, Any]) -> bool:
-    """Whether a cell of the suite as it is now has this row; of any weights, if it is learned."""
+    """Returns whether the current suite has the cell of this row, with any learned weights."""
     tasks = [task for task in config.tasks if task.label == row["task"]]
     entrants = [entrant for entrant in config.entrants if entrant.name == row["entrant"]]
     if not tasks or not entrants or row["weights"]:
@@ -112,7 +112,7 @@ def asked_for(config: BenchmarkConfig, row: dict[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("keep", "show"))
-    parser.add_argument("path", type=Path, nargs="?", help="rows to keep")
+    parser.add_argument("path", type=Path, nargs="?", help="file of the rows to keep")
     parser.add_argument("suite")
     args = parser.parse_args()
     if args.what == "keep":

@@ -1,14 +1,14 @@
-"""Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540): normalized length and beads against level.
+"""Reproduces Figure 1 of Freeman & Bruna 2017 (arXiv 1611.01540): length and beads against level.
 
-Pairs of networks of different inits, each trained until F ≤ L0, are joined by Dynamic String
-Sampling as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
-inside the set that DSS allows it, F ≤ slack · L0: two lengths of the same pair at the same level.
-A classification error has no gradient: there the set is the least one of the cross-entropy that
-holds the string.
+Pairs of networks from different initial weights are trained until F ≤ L0. Dynamic String Sampling
+joins them as published (`geodesic.dss.PRESETS`). `geodesic.find_geodesics` then shortens the string
+inside the set that DSS allows, F ≤ slack · L0. This gives two lengths for the same pair at the same
+level. A classification error has no gradient. There, the set is the smallest sublevel set of the
+cross-entropy that contains the string.
 
     python experiments/figure1.py run --setting cubic quadratic
     LEARNED_OPT_DATA=folder python experiments/figure1.py run --setting mnist cifar ptb
-    python experiments/figure1.py plot    # docs/figure1.png; the README has that of --setting cubic
+    python experiments/figure1.py plot    # docs/figure1.png; the README's is of --setting cubic
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from geodesic.plot import plot_length_against_level
 from geodesic.solve import find_geodesics
 
 METHODS = ("DSS", "shortened")
-COLUMNS = {  # published lengths count weights only; shortening counts all
+COLUMNS = {  # published lengths are of the weights only, and shortening counts all parameters
     "normalized_length_weights": "normalized length, weights only",
     "normalized_length": "normalized length, all parameters",
     "beads": "beads, both ends counted",
@@ -49,16 +49,16 @@ class Setting:
     """A row of the figure.
 
     Attributes:
-        problem: makes it.
-        unit: of the level.
-        lengths, bands, beads: published, by level: the mean normalized length and, where read off,
-            its band to either side and the mean number of beads.
-        sampling: of strings; nets are trained by the same optimizer.
-        pairs: a level.
-        steps: most steps to train a net to a level; the script has no limit.
-        check_every: steps between looks at whether a net has reached a level.
-        segments, iterations: of shortening.
-        chunk_size: networks evaluated at once.
+        problem: returns the problem.
+        unit: the unit of the level.
+        lengths, bands, beads: the published values by level: the mean normalized length and, if
+            they can be read off the figure, its band to either side and the mean number of beads.
+        sampling: the settings of DSS, whose optimizer also trains the networks.
+        pairs: the number of pairs at each level.
+        steps: the largest number of steps to a level; the published script has no limit.
+        check_every: the number of steps between checks whether a network has reached a level.
+        segments, iterations: the settings of shortening.
+        chunk_size: the number of networks that are evaluated at once.
     """
 
     problem: Callable[[], Problem]
@@ -75,8 +75,9 @@ class Setting:
     chunk_size: int = 64
 
 
-# A bead of the scripts may take for ever; here a pair fails if one takes max_steps. Polynomials are
-# looked at every 5 steps, as there. Published values: the vector figures of arXiv 1611.01540.
+# A bead of the published scripts may take forever. Here a pair fails if one takes max_steps.
+# Polynomials are checked every 5 steps, as in the scripts. Published values are read off the vector
+# figures of arXiv 1611.01540.
 # fmt: off
 SETTINGS = {
     "cubic": Setting(
@@ -101,7 +102,7 @@ SETTINGS = {
         sampling=replace(PRESETS["quadratic"], max_steps=20_000),
         pairs=20, steps=30_000, check_every=5,
     ),
-    "mnist": Setting(  # ten times the learning rate, so a tenth of the steps, also between looks
+    "mnist": Setting(  # ten times the learning rate, and a tenth of the steps, also between checks
         lambda: images("mnist", (8, 16), std=0.1, dropout=0.5, batch=100),
         unit="test error, %",
         lengths={1.5: 1.0077, 2: 1.0053, 4: 1.0033},
@@ -134,9 +135,10 @@ SETTINGS = {
 
 @torch.no_grad()
 def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor]:
-    """Each net where F first is at most each level, ``(levels, nets, d)``, and whether it ever is.
+    """Trains networks, and returns them where F is first at most each level, ``(levels, nets, d)``.
 
-    Levels rise. One run gives the nets of all. Seed i gives net i, whatever the number of nets.
+    Also returns whether F ever is. Levels are sorted in ascending order, and one run serves all of
+    them. Seed i gives network i for any number of networks.
     """
     start = []
     for seed in range(nets):
@@ -144,7 +146,7 @@ def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor
         start.append(problem.loss.flatten(problem.module()))
     theta, sampling = torch.stack(start), setting.sampling
     optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[sampling.optimizer]
-    optimizer = optimizer([theta], sampling.learning_rate)  # elementwise: no net sees another
+    optimizer = optimizer([theta], sampling.learning_rate)  # elementwise, as if for each net
     loss = vmap(problem.loss, chunk_size=setting.chunk_size)
     objective = problem.train_fn or (lambda theta, step: problem.loss(theta))
     gradient = vmap(grad(objective), (0, None), chunk_size=setting.chunk_size, randomness="same")
@@ -153,7 +155,7 @@ def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor
     reached = torch.zeros(len(bounds), nets, dtype=torch.bool)
     left = torch.arange(nets)
     for step in tqdm(range(1, setting.steps + 1), "training", mininterval=10):
-        torch.manual_seed(step)  # of dropout
+        torch.manual_seed(step)  # for dropout
         theta.grad = gradient(theta, step)
         if sampling.max_gradient_norm is not None:
             norms = theta.grad.norm(dim=1, keepdim=True)
@@ -164,7 +166,7 @@ def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor
             which, net = first.nonzero(as_tuple=True)
             snapshots[which, left[net]] = theta[net]
             reached[which, left[net]] = True
-            if first[0].any():  # such a net is done
+            if first[0].any():  # networks at the lowest level are done
                 stay, theta.grad = ~reached[0, left], None
                 left, theta.data = left[stay], theta[stay]
                 for name, value in optimizer.state[theta].items():
@@ -176,7 +178,7 @@ def train(problem: Problem, setting: Setting, nets: int) -> tuple[Tensor, Tensor
 
 
 def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> list[dict]:
-    """Two rows a pair, one of each method; nets ``(2 · pairs, d)``."""
+    """Returns two rows for each pair, one for each method; nets are ``(2 · pairs, d)``."""
     sampling, smooth, chunk = setting.sampling, problem.smooth, setting.chunk_size
     strings = sample_strings(
         problem.loss, nets[::2], nets[1::2], level, sampling, (), problem.train_fn, chunk
@@ -185,7 +187,7 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
     if problem.bound is not None:
         bound = problem.bound(sampling.slack * level)
         bounds = torch.full((len(paths),), bound, dtype=smooth.dtype)
-    else:  # the least sublevel set of another loss that holds the string; without one, the chord
+    else:  # the smallest sublevel set of another loss that contains the string or else the chord
         losses, each = vmap(smooth, chunk_size=chunk), zip(paths, strings.connected, strict=True)
         held = [path if connected else path[[0, -1]] for path, connected in each]
         bounds = torch.stack([losses(subdivide(path, sampling.grid)).max() for path in held])
@@ -205,9 +207,9 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
     for i, string in enumerate(paths):
         connected, certified = bool(strings.connected[i]), bool(found.certified[i])
         if problem.bound is None:
-            certified &= connected  # no string, no set: the chord in its own would be no find
+            certified &= connected  # without a string there is no set, and a chord would be trivial
         shorter = found.path[i]
-        # A resampled string that could not be pushed back into the set: DSS's own is ours.
+        # If the resampled string could not be moved back into the set, the result is DSS's own.
         fallback = connected and not (certified and found.length[i] <= length(string))
         if fallback:
             shorter = string
@@ -238,13 +240,13 @@ def solve(problem: Problem, setting: Setting, nets: Tensor, level: float) -> lis
 
 
 def run(name: str, setting: Setting, levels: list[float], output: Path, cache: Path) -> None:
-    """Adds the levels that output/name.csv lacks, one after the other."""
+    """Solves the levels that are missing in output/name.csv, and adds them one by one."""
     facts = asdict(setting) | {"problem": name, "published": sorted(setting.lengths)}
     facts = {k: v for k, v in facts.items() if k not in ("unit", "lengths", "bands", "beads")}
     table, rows = output / f"{name}.csv", []
     if table.exists():
         if json.loads(table.with_suffix(".json").read_text())["arguments"] != facts:
-            raise SystemExit(f"{table} was made with other settings; use another --output")
+            raise SystemExit(f"{table} was made with other settings; use another --results")
         rows = read(table)
     levels = [level for level in levels if level not in {float(row["level"]) for row in rows}]
     if not levels:
@@ -252,7 +254,7 @@ def run(name: str, setting: Setting, levels: list[float], output: Path, cache: P
     problem, file = setting.problem(), cache / f"{name}.pt"
     trained = torch.load(file, weights_only=True) if file.exists() else {}
     if trained.get("arguments") != facts:
-        snapshots, reached = train(problem, setting, setting.pairs * 7 // 3)  # some never get there
+        snapshots, reached = train(problem, setting, setting.pairs * 7 // 3)  # some never reach it
         trained = {"arguments": facts, "snapshots": snapshots, "reached": reached}
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(trained, file)
@@ -266,9 +268,9 @@ def run(name: str, setting: Setting, levels: list[float], output: Path, cache: P
 
 
 def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
-    """One quantity of one setting as an image.
+    """Plots a quantity of a setting, and returns the image.
 
-    Shortened paths stand beside the strings only in the length that shortening is about.
+    Shortened paths are plotted only for the length that shortening minimizes.
     """
     levels = sorted({float(row["level"]) for row in rows})
     pairs, log_x = 1 + max(int(row["pair"]) for row in rows), levels[-1] > 100 * levels[0]
@@ -308,7 +310,7 @@ def panel(name: str, rows: list[dict[str, str]], column: str) -> np.ndarray:
 
 
 def plot(results: Path, picture: Path, settings: list[str]) -> None:
-    """A row of panels for each of the settings that was run."""
+    """Plots a row of panels for each setting with results."""
     tables = {name: results / f"{name}.csv" for name in settings}
     tables = {name: read(table) for name, table in tables.items() if table.exists()}
     strips = [[panel(name, rows, column) for column in COLUMNS] for name, rows in tables.items()]
@@ -320,12 +322,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "plot"))
     parser.add_argument("--setting", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--levels", type=float, nargs="+", help="of those published; all")
-    parser.add_argument("--pairs", type=int, help="a level; that of the setting")
-    parser.add_argument("--steps", type=int, help="to train a net at most; those of the setting")
+    parser.add_argument("--levels", type=float, nargs="+", help="published levels; by default all")
+    parser.add_argument("--pairs", type=int, help="pairs at each level; by default the setting's")
+    parser.add_argument("--steps", type=int, help="most training steps; by default the setting's")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/figure1")
     parser.add_argument("--picture", type=Path, default=Path("docs/figure1.png"))
-    parser.add_argument("--cache", type=Path, default=Path("runs/figure1"), help="trained nets")
+    parser.add_argument("--cache", type=Path, default=Path("runs/figure1"), help="trained networks")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.command == "plot":

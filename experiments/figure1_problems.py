@@ -1,4 +1,4 @@
-"""What figure1.py trains: networks, their F and what they descend."""
+"""The problems of figure1.py: networks, their F, and the losses that training minimizes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from learned_opt.tasks.data import find_data, load_images
 
 @dataclass(frozen=True)
 class Problem:
-    """F on flat parameters, and what stands in for it where it has no gradient.
+    """F on flat parameters, and a smooth loss in its place if F has no gradient.
 
     Attributes:
-        module: a network from a fresh init.
-        loss: F, in units of the level.
-        smooth: what is shortened under: F in float64, or the cross-entropy where F is an error or
-            a perplexity.
-        bound: the level of ``smooth`` that says F ≤ λ; None where none does.
-        train_fn: what beads and nets descend, as for `sample_strings`; None is F.
+        module: returns a network with fresh initial weights.
+        loss: F, in the unit of the level.
+        smooth: the loss for shortening: F in float64, or the cross-entropy if F is an error or a
+            perplexity.
+        bound: returns the level of ``smooth`` that is equivalent to F ≤ λ; None if there is none.
+        train_fn: the loss that training and DSS minimize, as in `sample_strings`; None for F.
     """
 
     module: Callable[[], nn.Module]
@@ -37,7 +37,10 @@ class Problem:
 
 
 def polynomial(target: Callable[[Tensor], Tensor], bias: bool) -> Problem:
-    """MAE of a 1-4-4-1 sigmoid network on 500 even points of [0, 1]; published: 10,000 random."""
+    """Returns the problem of a 1-4-4-1 sigmoid network, with the mean absolute error as F.
+
+    F is on 500 equally spaced points of [0, 1]; the paper has 10,000 random ones.
+    """
     x = (torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500
 
     def module() -> nn.Module:
@@ -46,7 +49,7 @@ def polynomial(target: Callable[[Tensor], Tensor], bias: bool) -> Problem:
             *(nn.Linear(4, 4, bias), nn.Sigmoid()),
             *(nn.Linear(4, 1, bias), nn.Identity() if bias else nn.Sigmoid()),
         )
-        for p in network.parameters():  # as in the scripts, not torch's
+        for p in network.parameters():  # as in the published scripts, unlike torch
             nn.init.uniform_(p, -1, 1) if p.ndim > 1 else nn.init.normal_(p)
         return network
 
@@ -57,7 +60,7 @@ def polynomial(target: Callable[[Tensor], Tensor], bias: bool) -> Problem:
 
 
 class Pixels(nn.Module):
-    """Flat images, channels last, to means of 2 × 2 pixels, channels first."""
+    """Maps flat images with channels last to means of 2 × 2 pixels with channels first."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -70,7 +73,7 @@ class Pixels(nn.Module):
 def minibatch_loss(
     module: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``(theta, x, y)`` to the loss of a minibatch, with the module's dropout, which F has not."""
+    """Returns a function of ``(theta, x, y)``, the loss of a minibatch with dropout, unlike F."""
     module = module.train()
     shapes = {name: p.shape for name, p in module.named_parameters()}
 
@@ -90,9 +93,10 @@ def images(
     batch: int = 128,
     count: int = 1000,
 ) -> Problem:
-    """Test error in % of ``count`` images; 500 of them give the cross-entropy to shorten under.
+    """Returns the problem of an image classifier, with the test error in % as F.
 
-    Two 5 × 5 convolutions, each with a ReLU and a 2 × 2 pool, then 128 hidden units and dropout.
+    F is on ``count`` images, and the cross-entropy for shortening on 500 of them. The network has
+    two 5 × 5 convolutions, each with a ReLU and 2 × 2 pooling, then 128 hidden units and dropout.
     """
     data, (a, b) = load_images(name), channels
     height, width, colours = (*data.image_shape, 1)[:3]
@@ -105,7 +109,7 @@ def images(
             *(nn.Flatten(), nn.Linear((height // 8) * (width // 8) * b, 128), nn.ReLU()),
             *(nn.Dropout(dropout), nn.Linear(128, 10)),
         )
-        for p in network.parameters():  # as in the scripts
+        for p in network.parameters():  # as in the published scripts
             nn.init.constant_(p, 0.1)
             if p.ndim > 1:
                 nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
@@ -127,9 +131,10 @@ def images(
 
 
 class LanguageModel(nn.Module):
-    """Logits ``(n, steps, vocabulary)`` of the next words of windows ``(n, steps)``; one LSTM.
+    """An LSTM that maps windows ``(n, steps)`` to next-word logits ``(n, steps, vocabulary)``.
 
-    The state is zero before each window. `nn.LSTM` has no vmap rule, matrix products have.
+    The state is zero before each window. It is written with matrix products because `nn.LSTM` has
+    no vmap rule.
     """
 
     def __init__(self, vocabulary: int, width: int):
@@ -138,7 +143,7 @@ class LanguageModel(nn.Module):
         self.gates = nn.Linear(2 * width, 4 * width)
         self.output = nn.Linear(width, vocabulary)
         for p in self.parameters():
-            nn.init.uniform_(p, -0.1, 0.1)  # as in the scripts
+            nn.init.uniform_(p, -0.1, 0.1)  # as in the published scripts
 
     def forward(self, words: Tensor) -> Tensor:
         x = self.embedding(words)
@@ -153,20 +158,21 @@ class LanguageModel(nn.Module):
 
 
 def read_words(split: str) -> list[str]:
-    """A split of the Penn Treebank as Mikolov left it, ``<eos>`` after each sentence."""
+    """Returns a split of Mikolov's Penn Treebank, with ``<eos>`` after each sentence."""
     return find_data(f"ptb/ptb.{split}.txt").read_text().replace("\n", "<eos>").split()
 
 
 def language(vocabulary: int, width: int, steps: int = 20, batch: int = 20) -> Problem:
-    """Perplexity of 1,000 words of the test split, in even windows; trained on the validation one.
+    """Returns the problem of a language model, with the perplexity as F.
 
-    Words beyond the ``vocabulary`` most frequent ones of the validation split are ``<unk>``.
+    F is on 1,000 words of the test split, in equally spaced windows. Training uses the validation
+    split. Words other than its ``vocabulary`` most frequent ones are ``<unk>``.
     """
     train = read_words("valid")
     kept = {word: i for i, (word, _) in enumerate(Counter(train).most_common(vocabulary))}
 
     def windows(words: list[str]) -> tuple[Tensor, Tensor]:
-        """Windows ``(n, steps)`` in order of the text, and the word after each of theirs."""
+        """Returns windows ``(n, steps)`` in the order of the text, and the word after each word."""
         index = torch.tensor([kept.get(word, kept["<unk>"]) for word in words])
         end = (len(index) - 1) // steps * steps
         return index[:end].view(-1, steps), index[1 : end + 1].view(-1, steps)
@@ -186,7 +192,7 @@ def language(vocabulary: int, width: int, steps: int = 20, batch: int = 20) -> P
     def loss(function: Callable) -> ModelLoss:
         return ModelLoss(module(), function, test_x[even], test_y[even])
 
-    # As in the scripts: a mean over streams of the text, read side by side, but a sum over steps.
+    # As in the published scripts, a mean over parallel streams of the text, but a sum over steps.
     descended = minibatch_loss(module(), lambda outputs, y: steps * entropy(outputs, y))
     stride = len(x) // batch
 
