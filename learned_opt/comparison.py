@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from learned_opt.errors import ConfigError
+from learned_opt.progress import tracked
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.trainee import Parameters, Trainee
 
@@ -196,7 +196,7 @@ def compare(
     points = sorted({*np.linspace(0, steps, EVALUATIONS + 1).round().astype(int).tolist()})
     best: dict[str, tuple[float, dict[str, Any], Any]] = {}
     with torch.random.fork_rng():  # so that the caller's random numbers do not change
-        for entrant, chosen in tqdm(plan, desc="runs", disable=None if progress else True):
+        for entrant, chosen in tracked(plan, "compare", "runs", shown=progress):
             run = run_optimizer(
                 task,
                 lambda p, e=entrant, c=chosen: e.make_optimizer(p, c, steps),

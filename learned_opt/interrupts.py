@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -100,10 +99,3 @@ def accept_interrupts() -> None:
 def is_first() -> bool:
     """Whether this process is the first of its job, or the only one."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
-
-
-def quiet_lightning() -> None:
-    """Suppresses the line in which Lightning announces Ctrl-C."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "KeyboardInterrupt" not in record.getMessage()
-    )

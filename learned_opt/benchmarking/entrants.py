@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -166,7 +167,9 @@ class Entrant:
             # another optimizer's groups know no argument of this one, but for what is tuned
             kwargs = shared if path == self.optimizer else chosen
             if path == LEARNED:
-                optimizer = LearnedOptimizer(groups, weights=self.weights, **kwargs)
+                with warnings.catch_warnings():  # a small lr is tried on purpose
+                    warnings.simplefilter("ignore", UserWarning)
+                    optimizer = LearnedOptimizer(groups, weights=self.weights, **kwargs)
             else:
                 with redirect_stdout(StringIO()):  # some say how they are set up, each time
                     optimizer = optimizer_class(path)(groups, **kwargs)

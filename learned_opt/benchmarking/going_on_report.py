@@ -12,7 +12,7 @@ from geodesic.files import write_atomic
 from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.benchmarking.entrants import LEARNED
 from learned_opt.benchmarking.going_on import Curves, Row
-from learned_opt.benchmarking.summary import Entry, Table, bullets, markdown, mean_entry
+from learned_opt.benchmarking.summary import Entry, Table, aligned, bullets, markdown, mean_entry
 from learned_opt.benchmarking.tables import to_csv
 from learned_opt.benchmarking.verdict import counted
 
@@ -50,12 +50,12 @@ def write_going_on_report(
     from learned_opt.benchmarking.going_on_html import page  # with matplotlib, slow to load
 
     write_atomic(folder / "results.csv", to_csv(rows))
-    text = f"{sentence(config, rows)}\n\n{markdown(table(config, rows))}"
-    parts = [f"# {title(config)}", text, INTRODUCTION, bullets(MEANING)]
+    found, who = table(config, rows), sentence(config, rows)
+    parts = [f"# {title(config)}", who, markdown(found), INTRODUCTION, bullets(MEANING)]
     write_atomic(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     html = page(config, rows, curves, {"results.csv": (folder / "results.csv").read_bytes()})
     write_atomic(folder / "report.html", html.encode())
-    return text, folder / "report.html"
+    return f"{aligned(found)}\n\n* too much, see the report\n\n{who}", folder / "report.html"
 
 
 def title(config: BenchmarkConfig) -> str:

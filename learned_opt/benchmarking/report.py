@@ -24,6 +24,7 @@ from learned_opt.benchmarking.scores import Results, Row, read_results, read_sco
 from learned_opt.benchmarking.summary import (
     TABLES,
     Table,
+    aligned,
     bullets,
     introduction,
     markdown,
@@ -33,6 +34,7 @@ from learned_opt.benchmarking.summary import (
     ranked,
     sentence,
     summary_table,
+    task_tables,
 )
 from learned_opt.benchmarking.tables import read_rows, to_csv
 
@@ -64,12 +66,20 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+# Of what the terminal shows; the report has all columns.
+TERMINAL = ("learning rate", "final train loss", "test loss", "test accuracy %", "speed-up, steps",
+            "× lower final loss", "P(lower test loss)", "seconds", "diverged")  # fmt: skip
+
+
 def terminal_text(folder: Path) -> str:
-    """What the terminal shows of a report: who won, and the tables."""
+    """What the terminal shows of a report: each task, all tasks, and who won."""
     rows, scores = read_rows(folder / "results.csv"), read_scores(folder / "scores.csv")
     facts = json.loads((folder / "benchmark.json").read_text())
     together = [more | row for more, row in zip(scores, rows, strict=True)]
-    return f"{sentence(facts, together)}\n\n{summary_table(rows)}"
+    tables = task_tables(rows) | {"all tasks": overview(together, facts["baseline"])}
+    parts = [f"{name}\n{aligned(table, TERMINAL)}" for name, table in tables.items()]
+    parts.append("* the best of its column")
+    return "\n\n".join(filter(None, [*parts, sentence(facts, together)]))
 
 
 def overview_of(

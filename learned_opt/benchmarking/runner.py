@@ -8,13 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from geodesic.sharded import process_rank
 from learned_opt.benchmarking.cells import Cell, Record, without_folders
 from learned_opt.benchmarking.stores import Store
 from learned_opt.benchmarking.workers import Lost, Workers
 from learned_opt.errors import ConfigError
+from learned_opt.progress import Progress
 
 FOREVER = timedelta(days=365)  # ranks wait for each other's cells; torchrun ends them if one dies
 
@@ -29,7 +29,7 @@ class Runner:
         store: of the cells' records.
         processes: of this rank, that run cells at the same time.
         time_limit: seconds that a cell may take.
-        total: cells to expect, for the progress bar.
+        total: cells to expect, for those who wait.
         on_record: told of each cell that has been run, on rank 0.
     """
 
@@ -45,7 +45,7 @@ class Runner:
         self._store, self._on_record = store, on_record
         self._workers = Workers(processes, time_limit)
         self.records: dict[str, Record] = {}
-        self._bar = tqdm(total=total, desc="benchmark", disable=True if self.rank else None)
+        self._total = total
 
     def __enter__(self) -> Runner:
         self._joined = self.ranks > 1 and not dist.is_initialized()
@@ -57,11 +57,12 @@ class Runner:
                 )
             dist.init_process_group("gloo", timeout=FOREVER)
         self._workers.__enter__()
+        self._progress = Progress("benchmark", "runs", self._total, shown=self.rank == 0)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._workers.__exit__(*error)
-        self._bar.close()
+        self._progress.close()
         if self._joined and error[0] is None:
             dist.destroy_process_group()
 
@@ -80,8 +81,8 @@ class Runner:
         (found,) = self._from_first([found])
         missing = [cell for name, cell in wanted.items() if name not in found]
         self.records |= found
-        self._bar.total = max(self._bar.total, self._bar.n + len(wanted))
-        self._bar.update(len(found))
+        self._progress.total = max(self._progress.total, self._progress.done + len(wanted))
+        self._progress.skip(len(found))
         mine = self._run_share(missing[self.rank :: self.ranks])
         if self.ranks > 1:
             shares: list[Any] = [None] * self.ranks
@@ -110,7 +111,7 @@ class Runner:
         return records
 
     def _done(self, cell: Cell, record: Record) -> None:
-        self._bar.update()
+        self._progress.add()
         if self._on_record and self.rank == 0:
             self._on_record(cell, record)
 

@@ -138,6 +138,23 @@ def bullets(meaning: Mapping[str, str]) -> str:
     return "\n".join(f"- *{term}*: {text}." for term, text in meaning.items())
 
 
+def aligned(table: Table, columns: Collection[str] = ()) -> str:
+    """For a terminal; a star where Markdown is bold.
+
+    Args:
+        columns: the headings to keep, besides the first; by default all.
+    """
+    kept = [i for i, h in enumerate(table.headings) if not i or not columns or h in columns]
+    rows = [[e.text + "*" * bool(e.best) for e in row] for row in table.rows]
+    lines = [[line[i] for i in kept] for line in (table.headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
 def sentence(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Who won, by how much, and what was missed."""
     if facts["baseline"] is None:

@@ -25,6 +25,7 @@ from learned_opt.benchmarking.stats import (
 from learned_opt.benchmarking.summary import (
     Entry,
     Table,
+    aligned,
     bullets,
     column_meanings,
     markdown,
@@ -66,6 +67,9 @@ TABLES = (
     "Each row is an optimizer on one task: the speed-up of each seed, then losses at the end of "
     "the full budget, the mean over seeds ± the standard deviation; the best mean is bold."
 )
+# The columns that the terminal shows; the report has all of them.
+TERMINAL = ("speed-up, geometric mean", "speed-up, IQM", "missed", "P(lower validation loss)",
+            "P(lower test loss)", "diverged")  # fmt: skip
 
 
 def write_validation_report(
@@ -105,7 +109,9 @@ def write_validation_report(
         raw["rows.jsonl.gz"] = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
     html = page(config, facts, replace(outcome, rows=rows), raw)
     write_atomic(folder / "report.html", html.encode())
-    return f"{parts[1]}\n\n{markdown(summary)}", folder / "report.html"
+    return f"{aligned(summary, TERMINAL)}\n\n* the best of its column\n\n{parts[1]}", (
+        folder / "report.html"
+    )
 
 
 def title(config: BenchmarkConfig) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geodesic.files import write_atomic
 from learned_opt.config import TeacherConfig, TrainConfig
+from learned_opt.progress import Progress
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of
 from learned_opt.training.torch_imitation import Teacher
@@ -45,6 +46,29 @@ class Speed(L.Callback):
             sync_dist=True,
             reduce_fx="sum",
         )
+
+
+class Waiting(L.Callback):
+    """Shows how many updates are done where Lightning's bar cannot be shown."""
+
+    def on_train_start(self, trainer: L.Trainer, module: MetaTraining) -> None:
+        self.progress = Progress(
+            "train",
+            "updates",
+            module.config.updates,
+            done=trainer.global_step,
+            shown=trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.progress.add()
+
+    def on_train_end(self, *_: object) -> None:
+        self.progress.close()
+
+    def on_exception(self, *_: object) -> None:
+        if hasattr(self, "progress"):
+            self.progress.close()
 
 
 class Selection(L.Callback):

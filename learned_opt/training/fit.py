@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from io import BytesIO
@@ -24,9 +28,8 @@ from geodesic.dataset import PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.interrupts import quiet_lightning
 from learned_opt.outputs import describe_difference, plain
-from learned_opt.training.callbacks import Pictures, Selection, Speed
+from learned_opt.training.callbacks import Pictures, Selection, Speed, Waiting
 from learned_opt.training.data import UpdatesModule
 from learned_opt.training.module import MetaTraining
 from learned_opt.training.start import origin
@@ -143,10 +146,7 @@ def check(config: TrainConfig) -> None:
             f"accelerator={kind!r} and devices={wanted} need a CPU core for each device, but there "
             f"are {cores} cores here; use fewer devices, or more machines with --num_nodes"
         )
-    talk = logging.getLogger("lightning.pytorch")
-    level = talk.level
-    talk.setLevel(logging.WARNING)  # Lightning will describe the machine when work begins
-    try:
+    with quiet_lightning():
         trainer = make_trainer(
             config,
             logger=False,
@@ -154,8 +154,6 @@ def check(config: TrainConfig) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    finally:
-        talk.setLevel(level)
     launched, wanted = process_rank()[1], trainer.num_devices * trainer.num_nodes
     if launched not in (1, wanted):
         raise ConfigError(
@@ -163,6 +161,23 @@ def check(config: TrainConfig) -> None:
             f"but {launched} were launched; set --devices to the processes of each node, and "
             "--num_nodes to the nodes"
         )
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's news of the machine, its advice on other products, and warnings of what
+    is meant to be so or is a matter between Lightning and torch."""
+    talk = logging.getLogger("lightning.pytorch")
+    level = talk.level
+    talk.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers")  # data are in memory
+            warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            yield
+    finally:
+        talk.setLevel(level)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -208,6 +223,7 @@ def make_trainer(config: TrainConfig, **settings: Any) -> L.Trainer:
         raise ConfigError(f"{said} cannot work here: {error}") from error
 
 
+@quiet_lightning()
 def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     """Trains the rule, writes weights.safetensors into `folder`, and returns its path.
 
@@ -224,6 +240,9 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
     selection = Selection(config) if config.select == "best" else None
     watching = [Speed()] + ([selection, Pictures(selection)] if selection else [])
     averaging = None if config.average is None else EMAWeightAveraging(decay=config.average)
+    terminal = sys.stdout.isatty()
+    if not terminal:
+        watching.append(Waiting())
     if averaging:  # last, because it takes the averaged weights back, which selection tests
         watching.append(averaging)
     trainer = make_trainer(
@@ -243,10 +262,10 @@ def fit(config: TrainConfig, folder: Path, paths: PathDataset | None) -> Path:
         log_every_n_steps=min(10, config.epoch_length),
         inference_mode=False,
         enable_model_summary=False,
+        enable_progress_bar=terminal,
     )
     if last.exists():
         check_checkpoint(last, config)
-    quiet_lightning()
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     if averaging:  # Lightning does not call this if a resumed run has no updates left
         averaging.on_train_end(trainer, module)

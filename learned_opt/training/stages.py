@@ -62,7 +62,9 @@ def train(config: TrainConfig, output: str | Path) -> Path:
                 "launched; train it by itself in one process, and set start_from to its weights"
             )
         if first:
+            print(f"the first of two stages, in {output / 'first'}")
             train(first_stage(config), output / "first")
+            print(f"the second stage, in {output}")
         config = replace(config, start_from=str(output / "first" / WEIGHTS))
     with claim_output(output, settings, "train", free) if first else nullcontext():
         paths = None

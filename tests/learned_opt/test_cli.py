@@ -58,6 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     cwd = tmp_path_factory.mktemp("cli")
     process = run(*TRAIN, cwd=cwd)
     assert process.returncode == 0, process.stderr
+    noise = [ln for ln in process.stderr.splitlines() if not ln.startswith(("geodesics", "train"))]
+    assert not noise  # no adverts, and no warnings that a user can do nothing about
     return cwd, process.stdout
 
 
@@ -425,10 +427,11 @@ def group_lives(group):
         {"rule_config": {"hidden": 3, "every": 3}, "objectives": ["meta_loss"], "window": 18},
     ],
 )
-def test_a_first_stage_is_shrunk_with_its_own_rest(first, tmp_path):
+def test_a_first_stage_is_shrunk_with_its_own_rest(first, tmp_path, capsys):
     args = ["train", "--output", str(tmp_path), "--objectives", '["step_size"]', "--smoke"]
     args += ["--rule_config", json.dumps(first.get("rule_config", {"hidden": 3}))]
     main([*args, "--window", "21", "--horizon", "[21,63]", "--first", json.dumps(first)])
+    assert capsys.readouterr().out.count("use them") == 1
     step_with(tmp_path / "weights.safetensors")
 
 

@@ -25,7 +25,7 @@ from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, be
 from learned_opt.benchmarking import scores as scoring
 from learned_opt.benchmarking.curves import COLOURS, style
 from learned_opt.benchmarking.html import profiles_section
-from learned_opt.benchmarking.report import overview_of, write_report
+from learned_opt.benchmarking.report import overview_of, terminal_text, write_report
 from learned_opt.benchmarking.summary import CHANCES, overview, summary_table
 from learned_opt.benchmarking.tables import read_rows
 from learned_opt.errors import OutputError
@@ -487,3 +487,13 @@ def test_profiles_are_for_five_tasks_and_after_the_curves(page: str) -> None:
     ]  # fmt: skip
     assert "profile" in overview(rows, "A").headings
     assert "profile" not in overview([row for row in rows if row["task"] < 4], "A").headings
+
+
+def test_the_terminal_ends_with_the_summary_and_who_won(folder: Path) -> None:
+    text = terminal_text(folder)
+    *_, title, stars, sentence = text.split("\n\n")
+    assert title.startswith("all tasks\n") and stars.startswith("* ") and " won: " in sentence
+    _, headings, rule, *rows = title.splitlines()
+    starts = [m.start() for m in re.finditer(r"-+", rule)]
+    assert len(rows) > 1 and all(headings[i - 1 : i] in ("", " ") for i in starts)
+    assert all(row[i] != " " and row[i - 1 : i] in ("", " ") for row in rows for i in starts)
