@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from learned_opt.tasks.base import Task
     from learned_opt.tasks.families import FamilyConfig
     from learned_opt.tasks.kinds import TaskConfig
+    from learned_opt.tasks.own import OwnTask
     from learned_opt.training.stages import train
     from learned_opt.weights import load_rule, save_rule
 
@@ -36,6 +37,7 @@ __all__ = [
     "LearnedOptError",
     "LearnedOptimizer",
     "OutputError",
+    "OwnTask",
     "PathDataset",
     "Task",
     "TaskConfig",
@@ -65,6 +67,7 @@ _MODULES = {
     "learned_opt.tasks.base": ("Task",),
     "learned_opt.tasks.families": ("FamilyConfig",),
     "learned_opt.tasks.kinds": ("TaskConfig",),
+    "learned_opt.tasks.own": ("OwnTask",),
     "learned_opt.training.stages": ("train",),
     "learned_opt.weights": ("load_rule", "save_rule"),
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from learned_opt import __version__
@@ -46,12 +47,14 @@ class Command(NamedTuple):
         config: the class of its config, as "module:name".
         function: the function that it calls, as "module:name".
         flags: the flags that are arguments of the function.
+        task_flags: the flags that are arguments of the config's method `on`, besides the task.
     """
 
     summary: str
     config: str
     function: str
-    flags: dict[str, Flag]
+    flags: Mapping[str, Flag] = MappingProxyType({})
+    task_flags: Mapping[str, Flag] = MappingProxyType({})
 
     @property
     def config_class(self) -> type:
@@ -72,19 +75,23 @@ COMMANDS = {
         "Meta-train an update rule, after making missing target paths.",
         "learned_opt.config:TrainConfig",
         "learned_opt.training.stages:train",
-        {},
     ),
     "benchmark": Command(
         "Compare optimizers, which are tuned on some seeds and reported on others.",
         "learned_opt.benchmarking.config:BenchmarkConfig",
         "learned_opt.benchmarking:benchmark",
-        {},
+        task_flags={"steps": Flag("N", "steps of the runs on --task (default: 1000)", int)},
     ),
 }
 FLAGS = {
     "output": Flag("DIR", "The folder of the results; the same command resumes from them"),
     "config": Flag("FILE", "A YAML file with the settings below; flags override it"),
     "smoke": Flag("", "Shrinks everything to seconds, to test whether it works"),
+    "task": Flag(
+        "MODULE:FUNCTION",
+        "A task of your own in place of the config's: the task that FUNCTION in MODULE.py of the "
+        "current folder returns",
+    ),
 }
 
 
@@ -95,7 +102,7 @@ def make_parser(command: str) -> ArgumentParser:
     parser = make_parser(COMMANDS[command].config_class)
     parser.add_argument("--config", action="config")
     parser.add_argument("--output", type=str, required=True)
-    for name, flag in (FLAGS | COMMANDS[command].flags).items():
+    for name, flag in _flags(command).items():
         if name not in ("config", "output"):
             how = {"type": flag.type | None} if flag.value else {"action": "store_true"}
             parser.add_argument(f"--{name}", **how)
@@ -117,20 +124,38 @@ def parse(args: list[str] | None) -> tuple[Callable, Any, Path]:
     try:
         parser = make_parser(name)
         settings = vars(parser.instantiate(parser.parse_args(args)))
-        output, _, smoke = (settings.pop(flag) for flag in FLAGS)
-        extras = {flag: settings.pop(flag) for flag in command.flags}
+        output, _, smoke, task = (settings.pop(flag) for flag in FLAGS)
+        extras, of_task = (
+            {flag: x for flag in flags if (x := settings.pop(flag)) is not None}
+            for flags in (command.flags, command.task_flags)
+        )
         config = config_class(**settings)
     except (ArgumentError, ValueError) as error:
         text = " ".join(str(error).split())  # jsonargparse's messages have several lines
         raise ConfigError(f"{text}{_suggestion(text, config_class)}") from error
+    if of_task and task is None:
+        raise ConfigError(
+            f"--{min(of_task)} goes with --task; set that of other tasks in the file after --config"
+        )
+
+    def changed(config: Any) -> Any:
+        if task is not None:
+            from learned_opt.tasks.own import own_task
+
+            config = config.on(own_task(task), **of_task)
+        return config.smoke() if smoke else config
+
     if name == "train" and config.first is not None:
         from learned_opt.training.stages import first_stage
 
-        first = first_stage(config)  # checks the settings, and completes them for smoke()
-        config = replace(config, first=asdict(first.smoke())) if smoke else config
-    config = config.smoke() if smoke else config
-    given = {flag: value for flag, value in extras.items() if value is not None}
-    return partial(resolve_name(command.function), **given), config, Path(output)
+        first = first_stage(config)  # checks the settings, and completes them for `changed`
+        config = replace(config, first=asdict(changed(first))) if smoke or task else config
+    return partial(resolve_name(command.function), **extras), changed(config), Path(output)
+
+
+def _flags(command: str) -> dict[str, Flag]:
+    """Returns all flags of a command that are not settings of its config."""
+    return {**FLAGS, **COMMANDS[command].flags, **COMMANDS[command].task_flags}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,8 +189,7 @@ def _command(args: list[str]) -> list[str]:
 def help_of(name: str) -> str:
     """Returns the text that `--help` of a command prints."""
     command = COMMANDS[name]
-    flags = FLAGS | command.flags
-    options = [Option(f"--{flag}", value, text) for flag, (value, text, _) in flags.items()]
+    options = [Option(f"--{flag}", value, text) for flag, (value, text, _) in _flags(name).items()]
     usage = f"learned-opt {name} --output DIR [--config FILE] [--SETTING VALUE ...]"
     return command_help(usage, command.summary, options, command.config_class)
 

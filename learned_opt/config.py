@@ -16,6 +16,7 @@ from geodesic.finite import check_finite
 from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
+from learned_opt.tasks.kinds import TaskConfig
 
 # Objectives that train on windows of the rule's own runs.
 RUN_OBJECTIVES = ("meta_loss", "backprop", "pes", "step_size")
@@ -54,6 +55,10 @@ class GeodesicsConfig:
                 f"num_shards={self.num_shards} and evaluation_size={self.evaluation_size} "
                 "must both be at least 1"
             )
+
+    def on(self, task: TaskConfig) -> GeodesicsConfig:
+        """The same on one task, in place of the family's."""
+        return replace(self, family=replace(self.family, task=task))
 
     def smoke(self) -> GeodesicsConfig:
         """Returns a config of the same kind that runs in seconds."""
@@ -389,6 +394,11 @@ class TrainConfig:
         """Returns the factor of an objective's loss at the start and at the end."""
         given = self.imitation_weight if objective.endswith("imitation") else (1.0, 1.0)
         return self.weights.get(objective, given)
+
+    def on(self, task: TaskConfig) -> TrainConfig:
+        """The same on one task, in place of the families'."""
+        family = self.family and replace(self.family, task=task)
+        return replace(self, family=family, geodesics=self.geodesics.on(task))
 
     def smoke(self) -> TrainConfig:
         """Returns a config of the same kind that runs in seconds."""

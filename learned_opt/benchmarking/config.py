@@ -211,6 +211,10 @@ class BenchmarkConfig:
                 return e.name
         return None
 
+    def on(self, task: TaskConfig, steps: int = 1000) -> BenchmarkConfig:
+        """The same on one task, trained for so many steps."""
+        return replace(self, tasks=[BenchmarkTask(task, steps)], data={})
+
     def smoke(self) -> BenchmarkConfig:
         """The same in seconds: few steps and seeds, two settings each; tells nothing."""
         return replace(

@@ -7,6 +7,7 @@ from learned_opt.tasks import (  # noqa: F401
     logistic,
     matrix_factorization,
     mlp,
+    own,
     quadratic,
     sequence,
     workloads,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound=type[Task])
 W = TypeVar("W", bound="type[Workload]")
 KINDS: dict[str, type[Task]] = {}
+UNDRAWN: dict[str, type[Task]] = {}  # kinds that a family has only as its `task`
 WORKLOADS: dict[str, type[Workload]] = {}  # kinds for benchmarks only
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,8 +31,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def register(name: str) -> Callable[[K], K]:
+def register(name: str, drawn: bool = True) -> Callable[[K], K]:
     """Class decorator that lets configs refer to a kind of task by `name`.
+
+    Families draw tasks of the kind if `drawn`; otherwise they can only have one as their `task`.
 
     The class is a `Task` with these attributes:
 
@@ -42,7 +45,8 @@ def register(name: str) -> Callable[[K], K]:
     """
 
     def add(kind: K) -> K:
-        KINDS[name], kind.kind = kind, name
+        (KINDS if drawn else UNDRAWN)[name] = kind
+        kind.kind = name
         return kind
 
     return add
@@ -67,15 +71,13 @@ def kind_class(name: str) -> type[Task] | type[Workload]:
     Raises:
         ConfigError: there is no such kind.
     """
-    if name in WORKLOADS:
-        return WORKLOADS[name]
-    if name not in KINDS:
-        known = [*KINDS, *WORKLOADS]
+    known = KINDS | UNDRAWN | WORKLOADS
+    if name not in known:
         raise ConfigError(
-            f"kind is {name!r}, which is not a kind of task; use one of {known}"
+            f"kind is {name!r}, which is not a kind of task; use one of {[*known]}"
             f"{did_you_mean(name, known)}"
         )
-    return KINDS[name]
+    return known[name]
 
 
 def check_kind(name: str, argument: str) -> None:
@@ -84,6 +86,11 @@ def check_kind(name: str, argument: str) -> None:
         raise ConfigError(
             f"{argument} has {name!r}, which is a kind for benchmarks only; use some of "
             f"{list(KINDS)}"
+        )
+    if name in UNDRAWN:
+        raise ConfigError(
+            f"{argument} has {name!r}, which families cannot draw; use --task my_module:make_task, "
+            "or the family's task: {kind: own, options: {function: my_module:make_task}}"
         )
     if name not in KINDS:
         raise ConfigError(
@@ -116,7 +123,7 @@ class TaskConfig:
         train_size: The number of training examples, counted from the first; null for all.
         test_size: The number of test examples, counted from the first; null for all.
         kind: One of mlp, conv, resnet, autoencoder, logistic, gru, lstm, transformer, diabetes,
-            quadratic and matrix_factorization.
+            quadratic, matrix_factorization, and own for a task in a file of your own.
         options: The settings that only this kind has, see `Options` of its class.
     """
 

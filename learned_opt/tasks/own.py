@@ -1,0 +1,173 @@
+"""A task in the user's own file: `--task my_module:make_task`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from learned_opt.errors import ConfigError
+from learned_opt.tasks.base import Batch, Task
+from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register
+from learned_opt.tasks.module import ModuleTask, cross_entropy, squared_error
+
+if TYPE_CHECKING:
+    from learned_opt.tasks.families import FamilyConfig
+
+MAKE = "write `def make_task(draw)` in my_module.py, and give my_module:make_task"
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Where the task comes from.
+
+    Attributes:
+        function: "my_module:make_task", a function of a module in the current folder, or of any
+            that is installed; of a `Draw` it returns the task.
+        source: digest of the module's file, so that results of another version of it are not taken
+            for those of this one; `--task` fills it in.
+    """
+
+    function: str = ""
+    source: str = ""
+
+
+@register("own", drawn=False)
+class OwnTask(ModuleTask):
+    """F(θ) = the mean loss of a module on data, all of one's own.
+
+        def make_task(draw):
+            x = torch.linspace(-3, 3, 200).unsqueeze(1)
+            make_model = lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+            return OwnTask(make_model, (x, x.sin()), batch_size=32, draw=draw)
+
+    `learned-opt benchmark --task my_module:make_task` calls the function once for each process, and
+    `train` once for each draw, of `draw.num_tasks` tasks that differ in their initial weights. What
+    the function takes from `draw.rng`, where that is not None, differs from draw to draw.
+
+    Args:
+        make_model: makes the module with fresh weights, from torch's global random numbers. It has
+            no dropout and no running statistics, see `ModuleTask`.
+        train: inputs and targets, (n, …) each; integer targets are classes.
+        test: the same to test on; by default the training data.
+        batch_size: examples per minibatch.
+        losses: of outputs and targets, element by element; by default the cross-entropy of classes,
+            and the squared error of other targets.
+        chance: the loss of a guess that ignores the inputs; by default that of equally likely
+            classes, and of the mean target.
+        draw: how many tasks to make at once, as handed to the function.
+        name: what tables call it.
+    """
+
+    Options = OwnOptions
+    unused = ("data", "hidden", "activation", "batch_size", "init", "init_scale", "train_size",
+              "test_size")  # fmt: skip
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        train: Batch,
+        test: Batch | None = None,
+        batch_size: int = 64,
+        losses: Callable[[Tensor, Tensor], Tensor] | None = None,
+        chance: float | None = None,
+        draw: Draw = SINGLE,
+        name: str = "own",
+    ) -> None:
+        targets = train[1]
+        classes = not targets.is_floating_point()
+        losses = losses or (cross_entropy if classes else squared_error)
+        if chance is None:
+            guess = targets.float().mean(0).expand_as(targets)
+            chance = (
+                math.log(int(targets.max()) + 1)
+                if classes
+                else float(losses(guess, targets).mean())
+            )
+        shared = (tuple(map(draw.share, part)) for part in (train, test or train))
+        config = TaskConfig(name=name, batch_size=batch_size)
+        super().__init__(config, make_model, *shared, chance, draw, losses)
+
+    @classmethod
+    def make(
+        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
+    ) -> Task:
+        """What the function of `config` returns.
+
+        Raises:
+            ConfigError: there is no such function, it raised, or returned no such task.
+        """
+        name = config.own.function
+        function = load(name)
+        try:
+            task = function(draw)
+        except Exception as error:
+            raise ConfigError(f"task={name!r} raised {_told(error)}") from error
+        if not isinstance(task, Task) or task.num_tasks != draw.num_tasks:
+            found = f", num_tasks={task.num_tasks}" if isinstance(task, Task) else ""
+            raise ConfigError(
+                f"task={name!r} returned {type(task).__name__}{found}; return a learned_opt.Task "
+                f"with num_tasks={draw.num_tasks}, as OwnTask(..., draw=draw) has"
+            )
+        return task
+
+    @classmethod
+    def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
+        raise NotImplementedError  # families have it as their `task` only
+
+
+def own_task(function: str) -> TaskConfig:
+    """The config of the task that `function`, "my_module:make_task", returns.
+
+    Raises:
+        ConfigError: there is no such function, it raises, or returns no task.
+    """
+    path = sys.modules[load(function).__module__].__file__
+    source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    options = {"function": function, "source": source}
+    config = TaskConfig(name=function, kind="own", options=options)
+    OwnTask.make(config)  # what is wrong with it is said before there is an output folder
+    return config
+
+
+def load(name: str) -> Callable[[Draw], Task]:
+    """The function "my_module:make_task".
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ConfigError(f"task={name!r} is no function of a module; {MAKE}")
+    if os.getcwd() not in sys.path:  # last, so that it hides nothing that is installed
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise ConfigError(f"task={name!r} cannot be imported: {_told(error)}") from error
+        raise ConfigError(
+            f"task={name!r}: there is no {module_name}.py in {os.getcwd()!r}; {MAKE}"
+        ) from None
+    except Exception as error:
+        raise ConfigError(f"task={name!r} cannot be imported: {_told(error)}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"task={name!r}: {module_name} has no function {function_name!r}; {MAKE}")
+    return function
+
+
+def _told(error: Exception) -> str:
+    """An error of the user's code, and where it was."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
