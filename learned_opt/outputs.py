@@ -19,7 +19,7 @@ import reprlib
 import socket
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -149,7 +149,7 @@ def _commit() -> str | None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _owner(path: Path) -> str:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from learned_opt.weights import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 
 
 def blocks(text: str) -> list[str]:
@@ -155,3 +157,13 @@ def test_no_link_within_the_pages_is_broken() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_versions_are_claimed_as_they_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (bound,) = (d for d in project["dependencies"] if d.startswith("torch"))
+    torch_version = re.search(r"^torch==(\d+\.\d+)", CONSTRAINTS, re.MULTILINE)[1]
+    python = re.search(r"tested with \(Python (\d+\.\d+)\)", CONSTRAINTS)[1]
+    assert bound.startswith(f"torch>={torch_version},")
+    assert project["requires-python"] == f">={python}"
+    assert f"Python {python}, torch {torch_version}" in README
