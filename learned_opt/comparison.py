@@ -22,8 +22,9 @@ EVALUATIONS = 20  # the number of equally spaced evaluations in a run
 NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # in each row
 ABOVE_TABLE = (
     "Each row is an optimizer with the best of the settings that were tried, the lowest final loss "
-    "on the validation data first. The table is from one seed: with another seed, optimizers that "
-    "are close may change places."
+    "on the validation data first. *Steps to match* are the steps in which the loss reaches the "
+    "final loss of the optimizer in the heading. The table is from one seed: with another seed, "
+    "optimizers that are close may change places."
 )
 Batch = Any
 
@@ -52,7 +53,7 @@ class Comparison:
         from learned_opt.benchmarking.summary import Entry, Table, number
 
         headings = ["optimizer", "setting", "final validation loss", "lowest",
-                    f"steps to the final loss of {self.baseline}", "ms a step"]  # fmt: skip
+                    f"steps to match {self.baseline}", "ms a step"]  # fmt: skip
         lowest = self.rows[0]["final_loss"]
         lines = []
         for row in self.rows:

@@ -41,10 +41,15 @@ def protocol(facts: Facts, tuning: Sequence[Row]) -> list[str]:
         f"{counted(budget['settings'], 'setting')}, spread log-uniformly, on "
         f"{seeds_text(facts['tuning_seeds'])}, on which nothing is reported. The setting with the "
         "lowest final loss on all training data, averaged over these seeds, is the one reported.",
-        f"The range grew by up to {counted(budget['max_extensions'], 'setting')} where the best "
-        f"one was at its end, in {grown} of {counted(len(searches), 'search', 'searches')}; in "
-        f"{edges} the setting is at an end all the same.",
     ]
+    of_searches = f"of {counted(len(searches), 'search', 'searches')}"
+    if budget["max_extensions"]:
+        searched.append(
+            f"The range grew by up to {counted(budget['max_extensions'], 'setting')} where the "
+            f"best one was at its end, in {grown} {of_searches}; in {edges} it still is."
+        )
+    else:
+        searched.append(f"In {edges} {of_searches} that setting is at an end of its range.")
     return [
         "Every optimizer starts from the same weights and sees the same minibatches for a seed.",
         f"The report is on {seeds_text(facts['reporting_seeds'])}.",
