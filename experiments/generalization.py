@@ -1,18 +1,19 @@
 """Do rules trained on digits work elsewhere?
 
-Trains the arms below and runs them, untuned, on the validation tasks: the shipped recipe, its first
-stage, L2L's rule for the same number of inner steps. What each objective contributes is compared in
-ablation.py. Tuned baselines
-on the same tasks come from `learned-opt benchmark --config configs/benchmark/validation.yaml`.
+Trains the arms below and runs them untuned on the validation tasks. The arms are the shipped
+recipe, its first stage, and L2L's rule with the same number of inner steps. ablation.py compares
+what each objective contributes. Tuned baselines on the same tasks come from `learned-opt benchmark
+--config configs/benchmark/validation.yaml`.
 
     python experiments/generalization.py train --arm shipped --seed 0
     python experiments/generalization.py evaluate --arm shipped --seed 0
     python experiments/generalization.py long
     python experiments/generalization.py long_adam
 
-`train` leaves weights under --work, with the data set that all arms share; `evaluate` writes
-results/generalization/<arm>-<seed>.csv, a row per task and run; `long` runs the shipped weights
-for 10,000 steps, `long_adam` Adam. experiments/readme.py makes the table and the picture of them.
+`train` stores weights under --work, with the data set that all arms share. `evaluate` writes
+results/generalization/<arm>-<seed>.csv, with a row for each task and run. `long` runs the shipped
+weights for 10,000 steps, and `long_adam` runs Adam. experiments/readme.py makes the table and the
+figure of them.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "generalization"
-FLOOR = 1e-3  # added to losses before their rise is taken: below it a rise means nothing
-EVERY = 100  # steps between losses on all training data, and of a mean of minibatch losses
+FLOOR = 1e-3  # added to losses before their rise is computed, because a rise below it means nothing
+EVERY = 100  # steps between losses on all training data, and in each mean of minibatch losses
 LONG_RUNS, LONG = 3, [1000, 5000, 10000]
-SHARES = (1, 0.3, 0.1)  # of the rate that is best for short runs, which Adam has in long ones
-RUNS = 5  # inits and minibatch streams of every task, side by side
-SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # of the untrained rule's step
+SHARES = (1, 0.3, 0.1)  # Adam's rates in long runs, as shares of the best rate in short runs
+RUNS = 5  # parallel runs of every task, with different initial points and minibatches
+SCALES = (0.2, 0.35, 0.6, 1.0, 1.7)  # factors of the untrained rule's step
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm changes in a config of configs/train/."""
+    """The changes of an arm to a config of configs/train/."""
 
     text: str
     config: str = "mlps"
@@ -60,11 +61,11 @@ class Arm:
     rule: str = "geodesic_rnn"
     rule_config: dict = field(default_factory=dict)
     family: dict = field(default_factory=dict)
-    updates: int | None = None  # None is as many as make the inner steps of the config
+    updates: int | None = None  # None for as many inner steps as in the config
     first: bool = True  # with the config's first stage, if it has one
 
 
-# Rules whose step costs some ten times more: fewer tasks at a time, and no inputs of 3,072.
+# For rules whose step costs about ten times more: fewer tasks at a time, and no inputs of 3,072.
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
     "shipped": Arm("the shipped recipe", "default"),
@@ -78,7 +79,7 @@ ARMS = {
         rule="coordinatewise_lstm",
         family=SMALL,
     ),
-    # One LSTM for each tensor against one for each coordinate, briefly, as the latter is slow.
+    # One LSTM per tensor against one per coordinate. The runs are short because the latter is slow.
     "light": Arm(
         "LSTM(32) per tensor, 300 updates",
         rule_config={"hidden": 32, "per": "tensor"},
@@ -106,7 +107,7 @@ def parse(config_class: type, path: str):
 
 
 class Adam:
-    """torch.optim.Adam, to be run as rules are."""
+    """torch.optim.Adam with the interface of rules."""
 
     def __init__(self, lr: float) -> None:
         self.config = TeacherConfig("Adam", lr)
@@ -119,7 +120,7 @@ class Adam:
 
 
 def tuned_rates() -> dict[tuple[str, int], float]:
-    """(task, steps) -> the learning rate of the tuned Adam."""
+    """Returns a dict from (task, steps) to the learning rate of the tuned Adam."""
     chosen = {
         row["task"]: float(row["lr"])
         for row in read(RESULTS.parent / "validation" / "tuning.csv")
@@ -130,7 +131,7 @@ def tuned_rates() -> dict[tuple[str, int], float]:
 
 
 def inner_steps(config: TrainConfig) -> int:
-    """Of all updates, those of the first stage too."""
+    """Returns the number of inner steps of all updates, including the first stage."""
     targets, window = config.geodesics.targets, config.window
     cost = {
         "imitation": targets.updates * targets.pairs_per_run,
@@ -167,11 +168,11 @@ def train(name: str, seed: int, work: Path) -> None:
 def rollout(
     task: MLPTask, rule: UpdateRule, marks: list[int], scale: float = 1.0
 ) -> tuple[list[dict], np.ndarray]:
-    """A row for each run and each number of steps in `marks`, from one run to the last of them;
-    and the minibatch losses, (runs, steps).
+    """Runs a rule up to the last of `marks`.
 
-    `largest_rise` is that of the loss on all training data. Means of minibatch losses rise even
-    where nothing moves: few hard examples are all that is left of a small loss.
+    Returns a row for each run and each number of steps in `marks`, and the minibatch losses, (runs,
+    steps). `largest_rise` is of the loss on all training data. Means of minibatch losses rise even
+    if nothing moves, because a small loss comes from a few hard examples.
     """
     theta = task.init(0)
     state = rule.init_state(theta, task.shapes)
@@ -202,13 +203,13 @@ def rollout(
 
 
 def largest_rise(losses: torch.Tensor) -> torch.Tensor:
-    """Above its running minimum, as a factor, of (times, runs)."""
+    """Returns the largest factor by which losses (times, runs) rise above their running minimum."""
     losses = losses + FLOOR
     return (losses / losses.cummin(0).values).max(0).values
 
 
 def validation_tasks(runs: int = RUNS) -> dict[str, tuple[MLPTask, list[int]]]:
-    """The tasks of configs/benchmark/validation.yaml, `runs` at once, and their step counts."""
+    """Returns the tasks of configs/benchmark/validation.yaml, `runs` at once, and their steps."""
     config = parse(BenchmarkConfig, "configs/benchmark/validation.yaml")
     marks = defaultdict(list)
     tasks = {}
@@ -226,7 +227,7 @@ def evaluate(name: str, seed: int, work: Path) -> None:
         rows, choice = tuned_step()
         return save(RESULTS, "scaled-0", rows, **choice)
     rule = load_rule(work / f"{name}-{seed}" / "weights.safetensors")
-    # Their cost is out of proportion on the larger nets: one short run has to do there.
+    # On the larger networks they cost too much, so there is only a single short run there.
     large = {("mnist relu", 1000), ("cifar10 relu", 200), ("cifar10 relu", 1000)}
     rows = measure(rule, skip=large if name in ("l2l", "full") else set())
     facts = {
@@ -237,13 +238,13 @@ def evaluate(name: str, seed: int, work: Path) -> None:
 
 
 def untrained(**changes: object) -> UpdateRule:
-    """The rule of the arms, at its initial weights; `changes` of its configuration."""
+    """Returns the rule of the arms with its initial weights and with `changes` of its config."""
     config = parse(TrainConfig, "configs/train/mlps.yaml")
     return make_rule(config.rule, **config.rule_config | changes)
 
 
 def tuned_step() -> tuple[list[dict], dict]:
-    """Rows of the untrained rule with the best step of SCALES, by its mean losses; the choice."""
+    """Returns the rows of the untrained rule with the best of SCALES by mean loss, and facts."""
     tried = {s: measure(untrained(), s) for s in SCALES}
     score = {s: np.mean([np.log(r["mean_loss"]) for r in rows]) for s, rows in tried.items()}
     best = min(score, key=score.get)
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=[*ARMS, *UNTRAINED], default="shipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "generalization")
-    parser.add_argument("--weights", type=Path, help="of `long`; by default the shipped ones")
+    parser.add_argument("--weights", type=Path, help="for `long`; by default the shipped ones")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command in ("train", "evaluate"):

@@ -1,10 +1,10 @@
-"""What the geodesic solver finds, beside other ways to find a path. See throughput.py.
+"""Compares the geodesic solver with other ways to find a path. See throughput.py.
 
-Known problems and networks, against ASE's nudged elastic band, a penalty method, projected curve
-shortening and Dynamic String Sampling.
+The other methods are ASE's nudged elastic band, a penalty method, projected curve shortening and
+Dynamic String Sampling. The cases are known problems and networks.
 
-Work is gradients + losses / 3: a gradient is a forward pass and a backward pass of twice the cost.
-Seconds are the thread's own, so that they do not depend on what else the machine does.
+Work is gradients + losses / 3, because a gradient is a forward pass and a backward pass of twice
+its cost. Seconds are CPU time of the thread, so they do not depend on other processes.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from geodesic.dss import StringSampling, sample_strings
 from geodesic.path import fractions, subdivide
 from geodesic.solve import CERTIFICATE_SAMPLES
 
-# Multiples of our work at which a baseline's path is judged, and the most work for a baseline and
-# setting: together minutes. ASE goes image by image, and what more NEB does is no shorter.
+# A baseline's path is judged at these multiples of our work. The limit on the work of a baseline in
+# a setting keeps the total at minutes. ASE processes one image at a time, and more work of NEB did
+# not shorten its paths.
 LADDER = (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
-MOST_WORK = {"small": 5e4, "large": 1e4, "NEB": 1.5e3}  # small: up to 100 parameters
-# Swept, the best at each budget reported. Margins and weights are in units of the chord's excess
-# over the level, rates of |θ_b - θ_a| / √d. A weight needs a margin of about what it lets through.
+MOST_WORK = {"small": 5e4, "large": 1e4, "NEB": 1.5e3}  # small has up to 100 parameters
+# The swept settings, of which the best at each budget is reported. Margins and weights are in units
+# of the chord's excess over the level, and rates in units of |θ_b - θ_a| / √d. Each weight has a
+# margin of about the excess that it permits.
 MARGINS = (0.0, 1e-3, 3e-3, 1e-2)
 WEIGHTS = ((0.3, 0.03), (1, 0.01), (10, 0.003), (1, 0.0))  # and their margins
 PENALTIES = tuple((*weight, rate) for weight, rate in product(WEIGHTS, (0.01, 0.03)))
 
 
 class Trace:
-    """A baseline on a case, several settings side by side: evaluations, and its paths judged.
+    """Counts the evaluations of a baseline on a case, in several settings at once, and its paths.
 
-    Judging is free of charge, and the best path so far is what counts: nothing is held against a
-    baseline that it could have known.
+    Judging a path costs no evaluations, and the best path so far counts. This favors the baselines.
     """
 
     def __init__(self, case: Case, settings: list[str], work: float, limit: float):
@@ -63,7 +64,7 @@ class Trace:
         self.seen: list[dict] = []
 
     def visit(self, path: Tensor, converged: bool = False) -> bool:
-        """Judges the paths (settings, K + 1, d) when due. False when the budget is spent."""
+        """Judges the paths (settings, K + 1, d) if due. Returns False if the budget is spent."""
         counts = int(self.sublevel.gradient_evaluations[0]), int(self.sublevel.loss_evaluations[0])
         spent, budget = (counts[0] + counts[1] / 3) / self._work, None
         while self._ladder and (spent >= self._ladder[0] or (converged and budget is None)):
@@ -99,7 +100,7 @@ def ours(case: Case) -> dict:
 
 
 def dss(case: Case) -> dict:
-    """Strict settings; it ends by itself, whatever the budget."""
+    """Runs Dynamic String Sampling with strict settings, which ends by itself at any budget."""
     ends, settings = (case.theta_a[None], case.theta_b[None]), StringSampling(max_steps=3000)
     return _once(case, partial(sample_strings, case.loss_fn, *ends, case.level, settings))
 
@@ -114,7 +115,7 @@ def _once(case: Case, solve: Callable) -> dict:
 
 
 def curve_shortening(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """Beads go to the middle of their neighbours, then by one Newton step into the set."""
+    """Moves each bead to the middle of its neighbors, and then by a Newton step into the set."""
     trace = Trace(case, [f"margin {m:g}" for m in MARGINS], work, limit)
     margins = scale * torch.tensor(MARGINS).to(case.theta_a)[:, None]
     path = case.start.repeat(len(MARGINS), 1, 1)
@@ -131,10 +132,10 @@ def curve_shortening(case: Case, work: float, scale: float, limit: float) -> lis
 
 
 def penalty(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """Adam on √(K Σ|Δ|²) + weight · Σ relu(F - λ + margin)² at beads and middles of segments.
+    """Runs Adam on √(K Σ|Δ|²) + weight · Σ relu(F - λ + margin)² at beads and midpoints.
 
-    The first term is the length, which evenly spaced beads minimise. The rate falls along a cosine
-    to 0 at the end, so there is a run for each budget.
+    The first term equals the length if beads are equally spaced, which minimizes it. The learning
+    rate follows a cosine to 0 at the end, so there is a run for each budget.
     """
     settings = [f"weight {w:g} margin {m:g} rate {r:g}" for w, m, r in PENALTIES]
     weights, margins, rates = torch.tensor(PENALTIES).to(case.theta_a).T[..., None]
@@ -144,7 +145,7 @@ def penalty(case: Case, work: float, scale: float, limit: float) -> list[dict]:
     start, seen = case.start.expand(len(settings), -1, -1), []
     for budget in [b for b in (1, 3, 10) if b < limit / 2] + [limit]:
         trace = Trace(case, settings, work, budget)
-        # Adam does not see scales: a parameter times a rate moves by that rate.
+        # Adam is invariant to scale, so a parameter multiplied by a rate moves by that rate.
         moved = torch.zeros_like(start[:, 1:-1], requires_grad=True)
         optimizer = torch.optim.Adam([moved], lr=1.0)
         steps = math.ceil(budget * work / (2 * SEGMENTS - 1))
@@ -170,14 +171,14 @@ def penalty(case: Case, work: float, scale: float, limit: float) -> list[dict]:
 
 
 def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[dict]:
-    """ASE's NEB, improved tangents, its default spring and FIRE."""
+    """Runs ASE's NEB with improved tangents, its default spring constant and FIRE."""
     try:
         from ase import Atoms
         from ase.calculators.calculator import Calculator
         from ase.mep import NEB
         from ase.optimize import FIRE
     except ImportError as error:
-        raise ImportError("the nudged elastic band is ASE's; pip install ase") from error
+        raise ImportError("The nudged elastic band needs ASE; run pip install ase.") from error
     trace, d = Trace(case, [""], work, limit), len(case.theta_a)
     atoms, dtype = -(-d // 3), case.theta_a.dtype
 
@@ -186,7 +187,7 @@ def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[di
 
     class Potential(Calculator):
         implemented_properties = ("energy", "forces")
-        known = None  # θ, F and gradient, of all inner images at once where one has moved
+        known = None  # θ, F and gradient of all inner images, evaluated together when one moved
 
         def calculate(self, atoms=None, properties=("forces",), system_changes=()):
             super().calculate(atoms, properties, system_changes)
@@ -198,7 +199,7 @@ def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[di
                 losses, gradients = trace.sublevel.gradients(points[None], trace.rows)
                 for calculator, *known in zip(group, points, losses[0], gradients[0], strict=True):
                     calculator.known = known
-            forces = np.zeros(atoms.positions.size)  # none on what pads d to atoms
+            forces = np.zeros(atoms.positions.size)  # 0 for the padding of d to atoms
             forces[:d] = -self.known[2].double().numpy()
             self.results = {"energy": float(self.known[1]), "forces": forces.reshape(-1, 3)}
 
@@ -219,7 +220,7 @@ def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[di
 
 
 def compare(case: Case) -> list[dict]:
-    """A row for ours and DSS, and for the other baselines at 1, 10 and most times our work."""
+    """Returns the rows of our solver, DSS and the baselines at 1, 10 and most times our work."""
     own, scale = ours(case), case.chord_excess()
     work = own["gradient_evaluations"] + own["loss_evaluations"] / 3
     seen = {"ours": [own], "DSS": [dss(case)]}
@@ -228,15 +229,15 @@ def compare(case: Case) -> list[dict]:
         most = MOST_WORK[name if name in MOST_WORK else size] / work
         seen[name] = method(case, work, scale, min(100, max(1, most)))
     certified = [e["length"] for entries in seen.values() for e in entries if e["certified"]]
-    # Without a closed form: the shortest certified path that any method found.
+    # Without a closed form, the reference is the shortest certified path of any method.
     reference = case.exact or min(certified, default=math.nan)
     error = 1.02 * abs(own["length"] / reference - 1) if own["certified"] else -1
     rows = []
     for method, entries in seen.items():
         for entry in entries:
             entry["length_error"] = entry["length"] / reference - 1
-        # The least gradients with which it is certified and as close to the reference length as
-        # ours; and with which it is within .2 % of it and sticks out by 1 % of what the chord does.
+        # The least gradients after which it is certified and as close to the reference length as
+        # ours; and after which it is within .2 % of it and its excess is 1 % of the chord's.
         strict, lenient = (
             min((e["gradient_evaluations"] for e in entries if abs(e["length_error"]) <= most and
                  (e["certified"] or e["excess"] <= allowed)), default="")
@@ -278,13 +279,13 @@ def warm_up() -> None:
 
 
 def table(path: Path) -> str:
-    """Markdown from geodesics_comparison.csv: certified cases, and their median length error."""
+    """Returns a table of certified cases and median length errors in geodesics_comparison.csv."""
     rows = read(path)
-    cells = defaultdict(lambda: defaultdict(dict))  # family, then column, then case: its row
+    cells = defaultdict(lambda: defaultdict(dict))  # the row by family, column and case
     for row in rows:
         columns, method = cells[row["family"]], row["method"]
         columns[f"{method}, most work" if method in SWEPT else method][row["case"]] = row
-        if method in SWEPT and row["budget"] == "1":  # the first of rising budgets; the last stays
+        if method in SWEPT and row["budget"] == "1":  # the lowest budget
             columns[f"{method}, same work"][row["case"]] = row
 
     def cell(group: list[dict]) -> str:

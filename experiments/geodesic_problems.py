@@ -1,4 +1,4 @@
-"""Problems on which ways to find a path are compared: see geodesic_comparison.py."""
+"""The problems on which geodesic_comparison.py compares ways to find a path."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Case:
     theta_a: Tensor
     theta_b: Tensor
     level: float | LevelProfile
-    exact: float | None = None  # length, where known in closed form
-    trajectory: Tensor | None = None  # a first path for all methods
+    exact: float | None = None  # the length, if it is known in closed form
+    trajectory: Tensor | None = None  # an initial path for all methods
 
     @property
     def start(self) -> Tensor:
-        """Where all methods start: the trajectory, or the bulging chord that ours tries first."""
+        """Returns the initial path of all methods, the trajectory or our solver's bulging chord."""
         if self.trajectory is not None:
             return resample(self.trajectory, SEGMENTS)
         return _bulge(self.theta_a[None], self.theta_b[None], SEGMENTS, BULGES[0], 0)[0]
@@ -65,7 +65,7 @@ def linear_net(x: Tensor) -> Tensor:
 
 
 def muller_brown(x: Tensor) -> Tensor:
-    """Müller & Brown, Theor. Chim. Acta 53 (1979), 75-93."""
+    """Returns the potential of Müller & Brown, Theor. Chim. Acta 53 (1979), 75-93."""
     height, xx, xy, yy, x0, y0 = x.new_tensor(
         [[-200, -100, -170, 15], [-1, -1, -6.5, 0.7], [0, 0, 11, 0.6],
          [-10, -10, -6.5, 0.7], [1, 0, -0.5, -1], [0, 0.5, 1.5, 1]]
@@ -82,7 +82,10 @@ def ends(radius: float, angle: float, d: int) -> tuple[Tensor, Tensor]:
 
 
 def around(radius: float, inner: float, angle: float) -> float:
-    """The shortest way around a ball between points of one radius: two tangents and an arc."""
+    """Returns the length of two tangents and an arc, the shortest path around a ball.
+
+    The path joins points of the same radius.
+    """
     arc = angle - 2 * math.acos(inner / radius)
     return 2 * math.sqrt(radius**2 - inner**2) + inner * arc
 
@@ -95,8 +98,8 @@ def closed_form_cases() -> Iterator[Case]:
         level = share * math.sin(1.4) ** 4
         exact = around(1, math.sqrt(1 - math.sqrt(level)), 2.8)
         yield Case("shell", f"λ = {share} of the chord's", shell, *ends(1, 2.8, 10), level, exact)
-    # u = v on the path, which goes around a ball. Exactly opposite ends would leave DSS and NEB on
-    # a ridge by symmetry; 3.1 takes no luck.
+    # u = v on the path, which goes around a ball. Exactly opposite ends would keep DSS and NEB on a
+    # ridge by symmetry, so the angle is 3.1.
     for width, level in product((2, 10), (0.01, 0.1, 0.4)):
         a, b = (torch.cat((end, end)) for end in ends(1, 3.1, width))
         exact = around(math.sqrt(2), math.sqrt(2 * (1 - math.sqrt(2 * level))), 3.1)
@@ -104,7 +107,10 @@ def closed_form_cases() -> Iterator[Case]:
 
 
 def muller_brown_cases() -> Iterator[Case]:
-    """From the deepest minimum to the two others; only at -41, below the saddle, is no way."""
+    """Yields cases from the deepest minimum to the two others.
+
+    Only the level -41, which is below the saddle, has no path.
+    """
     deepest, other, middle = torch.tensor(
         [[-0.558224, 1.441726], [0.623499, 0.028038], [-0.050011, 0.466694]], dtype=torch.float64
     )
@@ -115,7 +121,7 @@ def muller_brown_cases() -> Iterator[Case]:
 
 
 def digits_cases(count: int) -> Iterator[Case]:
-    """From each draw of small networks the first pair of a run whose chord sgd_profile refuses."""
+    """Yields the first pair in each draw of small networks whose chord sgd_profile excludes."""
     family = FamilyConfig(hidden_layers=(1, 2), width=(8, 32), projection_probability=0)
     config = GeodesicsConfig(family=family, evaluation_size=128)
     for index in range(count):

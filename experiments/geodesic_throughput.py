@@ -1,7 +1,8 @@
-"""What the geodesic solver costs. See throughput.py.
+"""Measures the cost of the geodesic solver. See throughput.py.
 
-`pairs`: a thousand pairs of SGD iterates. `scaling`: cost against segments, pairs and parameters.
-`profile`: where the time goes. Seconds are the thread's own, as in geodesic_comparison.py.
+`pairs` has a thousand pairs of SGD iterates, `scaling` the cost against segments, pairs and
+parameters, and `profile` the time in each part. Seconds are CPU time of the thread, as in
+geodesic_comparison.py.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from geodesic.targets import Pairs, Problem, consecutive_pairs, run_teacher
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask, TaskConfig
 
-# Level, pairs and digits in F (None: all 1437): what minutes allow on one core.
+# The level, the pairs and the digits in F (None for all 1437), chosen to take minutes on one core.
 PAIRS = (("constant", 1000, None), ("sgd_profile", 30, None), ("sgd_profile", 200, 128))
-# Digits times points at once: activations of twice as many do not stay in the cache, and F takes
-# 1.5 times as long.
+# Digits times points that are evaluated at once. The activations of twice as many do not fit into
+# the cache, and F takes 1.5 times as long.
 AT_ONCE = 50_000
 
 
 def digits_runs(hidden: int, runs: int, size: int | None) -> Problem:
-    """SGD runs of 64-hidden-10 nets from different inits, F on `size` (None: all) digits."""
+    """Returns SGD runs of 64-hidden-10 networks, with F on `size` digits (None for all)."""
     task = MLPTask(TaskConfig(hidden=(hidden,)), load_images("digits"), runs)
     x, y = (part[0] for part in task.fixed_batch(size))  # the same for all runs: no loss_args
 
@@ -57,10 +58,10 @@ def digits_runs(hidden: int, runs: int, size: int | None) -> Problem:
 
 
 def solve_saved(path: str, level: str, count: int, size: int | None) -> dict:
-    """In a process of its own, whose peak memory is therefore the solver's."""
+    """Solves saved pairs in a process of its own, whose peak memory is therefore the solver's."""
     torch.set_num_threads(1)
     problem, pairs = digits_runs(32, 1, size), Pairs(*torch.load(path, weights_only=True))
-    # Early, middle and late pairs alike, whatever the count.
+    # Early, middle and late pairs for any count.
     keep = torch.linspace(0, len(pairs.run) - 1, min(count, len(pairs.run))).long()
     points, chunk_size = pairs.points[keep], AT_ONCE // problem.facts["examples"]
     del pairs
@@ -101,7 +102,7 @@ def peak_memory() -> float:
 
 
 def pairs(output: Path) -> str:
-    """Consecutive pairs of SGD runs, T = 320, as `learned-opt geodesics` makes them."""
+    """Measures consecutive pairs of SGD runs, T = 320, as `learned-opt geodesics` makes them."""
     problem = digits_runs(32, 220, None)
     found = consecutive_pairs(run_teacher(problem, 1600, 10), 320)
     rows = []
@@ -125,7 +126,7 @@ def ball_batch(count: int, d: int, dtype: torch.dtype = torch.float64) -> tuple:
 
 
 def digits_pair(hidden: int, size: int | None = 128) -> tuple:
-    """The first 320 steps of a run, under the level that its chord leaves."""
+    """Returns the pair of a run's first 320 steps, under a level that the chord exceeds."""
     problem = digits_runs(hidden, 1, size)
     run = run_teacher(problem, 320, 10)
     points = run.points.transpose(0, 1)
@@ -145,7 +146,7 @@ def _find(arguments: tuple, num_segments: int = SEGMENTS) -> Geodesic:
 
 
 def scaling(output: Path) -> str:
-    """Cost against one quantity at a time, and its exponent: the slope of the log-log line."""
+    """Measures the cost against one quantity at a time, and its exponent, the log-log slope."""
     digits = "digits 64-h-10, 128 examples, sgd_profile"
     series = [
         ("segments", "ball, d = 10, 8 pairs", (8, 16, 32, 64, 128), lambda _: ball_batch(8, 10)),
@@ -179,7 +180,7 @@ def scaling(output: Path) -> str:
             )
             print(group[-1], flush=True)
         logs = np.log([[row[k] for k in ("value", *FITTED)] for row in group])
-        # Below, what does not grow hides the slope: the last three values say where it goes.
+        # At small values, constant costs hide the slope; the last three values show its limit.
         exponents[f"{quantity}, {problem}"] = {
             name: [float(np.polyfit(logs[at:, 0], logs[at:, i + 1], 1)[0]) for at in (0, -3)]
             for i, name in enumerate(FITTED)
@@ -192,7 +193,7 @@ def scaling(output: Path) -> str:
 
 
 def scaling_table(folder: Path) -> str:
-    """Markdown from geodesics_scaling: ends of each series, and the exponent of its seconds."""
+    """Returns a table of geodesics_scaling: ends of each series, and the exponent of seconds."""
     rows = read(folder / "geodesics_scaling.csv")
     facts = json.loads((folder / "geodesics_scaling.json").read_text())
     lines = []
@@ -212,7 +213,7 @@ def scaling_table(folder: Path) -> str:
 
 
 def pairs_table(folder: Path) -> str:
-    """Markdown from geodesics_pairs."""
+    """Returns a table of geodesics_pairs."""
     rows = read(folder / "geodesics_pairs.csv")
     return markdown(
         [
@@ -236,7 +237,7 @@ def pairs_table(folder: Path) -> str:
 
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Exclusive seconds of the solver's parts."""
+    """Yields a dict of the exclusive seconds of the solver's parts."""
     seconds, running = defaultdict(float), []
 
     def timed(function: Callable, name: str) -> Callable:
@@ -272,7 +273,7 @@ def stopwatch() -> Iterator[dict[str, float]]:
 
 
 def profile(output: Path) -> str:
-    """Share of each part of the solver's time."""
+    """Measures the share of each part in the solver's time."""
     warm_up()
     problems = {
         "ball, d = 10, 1 pair": ball_batch(1, 10),
