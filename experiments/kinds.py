@@ -1,10 +1,11 @@
-"""How good is a rule on each kind of task? On validation draws, beside the best of six Adams.
+"""How good is a rule on each kind of task? Compares it with Adam on validation draws.
 
     python experiments/kinds.py shipped runs/mine/weights.safetensors
 
-Draws of a family of many kinds that no training makes, so that choices may be made on them. Prints
-log10 of the rule's loss over Adam's, with the learning rate that is best for each task, the loss
-smoothed at 200 steps, the mean of those, and the same at 800; below 0 the rule is better.
+The draws are of a family of many kinds. No training uses them, so they may be used to make choices.
+The script prints log10 of the rule's loss over Adam's, where Adam has the best of six learning
+rates for each task. The losses are the smoothed loss at 200 steps, the mean loss up to there, and
+the same at 800 steps. Below 0, the rule is better.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RATES = (1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1, 3.2e-1)
 
 
 def scores(rule, task: Task, seed: int) -> Tensor:
-    """log10 of smoothed and mean loss at each of STEPS, (4, tasks)."""
+    """Returns log10 of the smoothed and the mean loss at each of STEPS, (4, tasks)."""
     losses, _ = run_rule(task, rule, seed, max(STEPS))
     parts = [part for s in STEPS for part in (losses[s - s // 20 : s].mean(0), losses[:s].mean(0))]
     return torch.stack(parts).nan_to_num(nan=1e6, posinf=1e6).clamp(1e-6, 1e6).log10()
@@ -39,7 +40,7 @@ def scores(rule, task: Task, seed: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", nargs="+", help="files, or 'shipped'")
+    parser.add_argument("weights", nargs="+", help="weights files, or 'shipped'")
     parser.add_argument("--draws", type=int, default=12)
     args = parser.parse_args()
     torch.set_num_threads(1)

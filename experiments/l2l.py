@@ -1,15 +1,16 @@
-"""The experiments of "Learning to learn by gradient descent by gradient descent", made again.
+"""Reproduces experiments of "Learning to learn by gradient descent by gradient descent".
 
-Random quadratics of 10 dimensions and the MNIST net 784-20-10, with the presets of the rule after
-the authors' code and after their paper. Trained on runs of 100 steps, evaluated to 200, beside
-optimizers whose learning rate is tuned for the error after 100 steps, on other draws than reported.
+The tasks are random quadratics of 10 dimensions and the MNIST network 784-20-10. The rules have the
+presets of the authors' code and of their paper. They are trained on runs of 100 steps and evaluated
+up to 200 steps. The other optimizers' learning rates are tuned for the error after 100 steps, on
+other draws than those reported.
 
     python experiments/l2l.py                             # everything
-    python experiments/l2l.py train --rule mnist-paper    # one rule; several can go at a time
+    python experiments/l2l.py train --rule mnist-paper    # one rule; several can run at a time
 
-MNIST is read from --data_root or $LEARNED_OPT_DATA. Leaves weights under --work, where what is
-trained already is taken up; in results/ l2l.csv, a row for each draw, and l2l_curves.csv; and
-docs/l2l.png. experiments/readme.py makes the table.
+MNIST is read from --data_root or $LEARNED_OPT_DATA. Weights are stored under --work and reused.
+This writes l2l.csv, with a row for each draw, and l2l_curves.csv into results/, and docs/l2l.png.
+experiments/readme.py makes the table.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from learned_opt.weights import load_rule
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "l2l.png"
-STEPS = (100, 200)  # trained for, and evaluated to
+STEPS = (100, 200)  # the numbers of steps in training and in the evaluation
 GRID = half_decades(1e-4, 10.0)
 OPTIMIZERS = {
     "Adam": torch.optim.Adam,
@@ -56,12 +57,12 @@ class Problem:
     """One experiment.
 
     Attributes:
-        title: what tables call it.
-        config: in configs/train/.
-        presets: of the rules trained for it, by the names that they have here.
-        runs: in a draw; a row of the results is their mean.
-        options: of the task, if not the config's.
-        printed: log10 of the mean error after 100 steps that a user of the authors' code got
+        title: its name in tables.
+        config: its config in configs/train/.
+        presets: the presets of the rules trained for it, by the rules' names here.
+        runs: the number of runs in a draw; a row of the results is their mean.
+        options: the options of the task, if they differ from the config's.
+        printed: log10 of the mean error after 100 steps that a user of the authors' code reported
             (google-deepmind/learning-to-learn, issue 31).
     """
 
@@ -73,7 +74,7 @@ class Problem:
     printed: dict[str, float] = field(default_factory=dict)
 
     def train_config(self, name: str, data_root: str | None = None) -> TrainConfig:
-        """Of the rule `name`."""
+        """Returns the config that trains the rule `name`."""
         config = parse(TrainConfig, f"configs/train/{self.config}.yaml")
         task = config.family.task
         task = replace(task, options=task.options | self.options)
@@ -117,8 +118,10 @@ RULES = {
 
 
 class Together(Task):
-    """Tasks of one draw as a single one, their losses summed: to an optimizer that takes each
-    coordinate by itself they are apart."""
+    """The tasks of a draw as a single task, whose loss is the sum of theirs.
+
+    They are independent for an optimizer that treats each coordinate by itself.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task, self.name, self.num_tasks = task, task.name, None
@@ -145,8 +148,10 @@ class Together(Task):
 
 @dataclass(frozen=True)
 class Draw:
-    """Mean losses of the runs of one draw: minibatch losses before each of the last of STEPS, and
-    errors, on all data, after each of STEPS."""
+    """The mean losses of the runs of one draw.
+
+    They are the minibatch losses before each step, and the errors on all data after each of STEPS.
+    """
 
     losses: np.ndarray
     errors: list[float]
@@ -172,10 +177,10 @@ def draws(config: TrainConfig, purpose: str, count: int, runs: int) -> list[Task
 
 
 def tune(tasks: list[Task], optimizer: Callable[..., torch.optim.Optimizer]) -> float:
-    """The learning rate of the least mean error after the steps that rules are trained for.
+    """Returns the learning rate with the lowest mean error after as many steps as in training.
 
     Raises:
-        ConfigError: it is the least or the largest that was tried.
+        ConfigError: it is the smallest or the largest of GRID.
     """
     scores = {}
     for lr in GRID:
@@ -184,12 +189,12 @@ def tune(tasks: list[Task], optimizer: Callable[..., torch.optim.Optimizer]) -> 
         scores[lr] = float(np.mean([draw.errors[0] for draw in found]))
     best = min(scores, key=scores.get)
     if best in (GRID[0], GRID[-1]):
-        raise ConfigError(f"the best of GRID is {best}, at an edge of it; widen it")
+        raise ConfigError(f"the best rate of GRID is {best}, which is at its edge; widen GRID")
     return best
 
 
 def train(rule: str, work: Path, data_root: str | None = None) -> None:
-    from learned_opt.training.stages import train  # here: Lightning is slow to import
+    from learned_opt.training.stages import train  # local: Lightning is slow to import
 
     key, name = RULES[rule]
     train(PROBLEMS[key].train_config(name, data_root), work / rule)
@@ -202,7 +207,7 @@ def weights_of(rule: str, work: Path) -> Path:
 def compare(
     key: str, work: Path, data_root: str | None, count: int
 ) -> dict[str, tuple[float | None, list[Draw]]]:
-    """Learning rates and draws of every optimizer on a problem."""
+    """Returns the learning rates and the draws of every optimizer on a problem."""
     problem = PROBLEMS[key]
     config = problem.train_config(next(iter(problem.presets)), data_root)
     reported = draws(config, "report", count, problem.runs)
@@ -222,13 +227,15 @@ def compare(
 
 
 def run(output: Path, work: Path, data_root: str | None = None, count: int = 8) -> None:
-    """Writes l2l.csv and l2l_curves.csv, of `count` draws to report and half as many to tune on,
-    for the problems whose rules are trained."""
+    """Writes l2l.csv and l2l_curves.csv for the problems whose rules are trained.
+
+    There are `count` draws to report, and half as many to tune on.
+    """
     rows, curves = [], []
     trained = [rule for rule in RULES if weights_of(rule, work).exists()]
     for key in PROBLEMS:
         if not all(rule in trained for rule, (own, _) in RULES.items() if own == key):
-            print(f"{key}: not trained yet")
+            print(f"{key}: its rules are not trained yet")
             continue
         for name, (lr, found) in compare(key, work, data_root, count).items():
             own = {"problem": key, "optimizer": name}
@@ -246,7 +253,7 @@ def run(output: Path, work: Path, data_root: str | None = None, count: int = 8) 
 
 
 def table(folder: Path = RESULTS) -> str:
-    """A row for each problem and optimizer: log10 of the mean error over draws."""
+    """Returns a table of log10 of the mean error over draws, by problem and optimizer."""
     groups: dict = defaultdict(list)
     for row in read(folder / "l2l.csv"):
         groups[row["problem"], row["optimizer"], row["lr"]].append(row)
@@ -266,14 +273,14 @@ def table(folder: Path = RESULTS) -> str:
 
 
 def _log10(group: list[dict[str, str]], column: str) -> str:
-    """log10 of the mean, ± the standard error of the mean, to first order."""
+    """Returns log10 of the mean, ± its standard error to first order."""
     values = np.array([float(row[column]) for row in group])
     error = values.std(ddof=1) / values.mean() / math.log(10) / len(values) ** 0.5
     return f"{np.log10(values.mean()):+.2f} ± {error:.2f}"
 
 
 def section(folder: Path = RESULTS) -> str:
-    """What docs/rules.md has of the results."""
+    """Returns the section of docs/l2l.md with the results."""
     if not (folder / "l2l.csv").exists():
         return "Not run yet: `python experiments/l2l.py`."
     return f"{table(folder)}\n\n![Loss against step, rules and tuned optimizers]({PICTURE.name})"
@@ -285,7 +292,7 @@ def plot(folder: Path = RESULTS, path: Path = PICTURE) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Okabe and Ito's colours, which the colour-blind can tell apart
+    # The colors of Okabe and Ito, which color-blind people can distinguish.
     colours = {"L2L": "#D55E00", "L2L code": "#D55E00", "L2L paper": "#CC79A7", "Adam": "#0072B2",
                "RMSprop": "#56B4E9", "SGD": "#009E73", "NAG": "#E69F00"}  # fmt: skip
     curves: dict = defaultdict(list)
@@ -314,7 +321,7 @@ def main() -> None:
     parser.add_argument(
         "command", nargs="?", choices=["all", "train", "run", "plot"], default="all"
     )
-    parser.add_argument("--rule", choices=RULES, help="to train; by default all of them")
+    parser.add_argument("--rule", choices=RULES, help="rule to train; by default all")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "l2l")
     parser.add_argument("--data_root")
     args = parser.parse_args()

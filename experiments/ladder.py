@@ -1,14 +1,14 @@
-"""How loss, seconds and memory go with the size of a net and the length of a run, beside AdamW.
+"""How do loss, time and memory depend on the size of a network and the length of a run?
 
-    python experiments/ladder.py losses     # hours; goes on where it was
-    python experiments/ladder.py seconds    # minutes, on an idle machine
+    python experiments/ladder.py losses     # takes hours; resumes
+    python experiments/ladder.py seconds    # takes minutes, on an idle machine
     python experiments/ladder.py plot
 
-Sizes: a transformer, a conv net and a GRU at 1, 2, 4 and 8 times a base width, 300 steps each.
-Lengths: a small transformer for 500 to 32,000 steps. AdamW has warm-up, cosine and decay on
-matrices, at two rates; the learned optimizer has nothing set, and decay. Losses are rows of
-results/ladder/rows.jsonl, seconds those of ladder_seconds.csv, for which all take turns.
-MNIST is read from $LEARNED_OPT_DATA.
+The sizes are a transformer, a convolutional network and a GRU at 1, 2, 4 and 8 times a base width,
+with 300 steps each. The lengths are 500 to 32,000 steps of a small transformer. AdamW has warm-up,
+cosine decay of the rate, weight decay on matrices, and two rates. The learned optimizer runs with
+its defaults and with weight decay. Losses are in results/ladder/rows.jsonl, and seconds in
+ladder_seconds.csv, for which all optimizers take turns. MNIST is read from $LEARNED_OPT_DATA.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 
 
 def rungs() -> list[BenchmarkTask]:
-    """All sizes, then all lengths."""
+    """Returns the tasks of all sizes, and then of all lengths."""
     sizes = [
         BenchmarkTask(net(k), SIZE_STEPS, f"{name}, {k} × as wide")
         for k, (name, net) in product(WIDTHS, NETS.items())
@@ -85,7 +85,7 @@ def cells(tasks: Sequence[BenchmarkTask], seeds: Sequence[int]) -> list[Validati
 def losses(
     output: Path, tasks: Sequence[BenchmarkTask], seeds: Sequence[int], processes: int
 ) -> None:
-    """Runs what is missing, the cheap rungs first."""
+    """Runs the missing cells, the cheap ones first."""
     store = Rows(output / "rows.jsonl")
     wanted = cells(tasks, seeds)
     with Runner(store, processes, time_limit=7200, total=len(wanted)) as runner:
@@ -99,7 +99,7 @@ def seconds(output: Path, tasks: Sequence[BenchmarkTask]) -> None:
 
 
 def plot(output: Path, picture: Path) -> None:
-    """Loss, seconds and memory by size, and loss by length; of AdamW at the better rate."""
+    """Plots loss, time and memory by size, and loss by length, with AdamW at its better rate."""
     store = Rows(output / "rows.jsonl")
     timed = {(r["task"], r["entrant"]): float(r["times_last"])
              for r in read(output / "ladder_seconds.csv")}  # fmt: skip
@@ -128,7 +128,7 @@ def plot(output: Path, picture: Path) -> None:
 
 
 def draw(axes, store: Rows, tasks, xs: Sequence[int], column: str, factor: float = 1.0) -> None:
-    """Mean over seeds of a column, and its range, of each optimizer."""
+    """Plots the mean of a column over seeds and its range, for each optimizer."""
     for entrant, colour in zip(ENTRANTS, COLOURS, strict=True):
         values = []
         for task in tasks:
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("what", choices=("losses", "seconds", "plot"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="two rungs of three steps")
+    parser.add_argument("--smoke", action="store_true", help="only two tasks of three steps")
     args = parser.parse_args()
     tasks, chosen = rungs(), SEEDS
     if args.smoke:

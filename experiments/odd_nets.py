@@ -1,12 +1,13 @@
-"""Does training ever get lost? Small random networks under odd losses, beside Adam at 1e-3.
+"""Does training ever get lost? Trains small random networks with unusual losses.
 
     python experiments/odd_nets.py --output experiments/results/odd_nets
 
 Each of 50 seeds draws a network of one to three layers, its activation, the scales of its weights
 and inputs, a loss and a minibatch size. `LearnedOptimizer` with the shipped weights and Adam with
-lr = 1e-3 train it for 300 steps from the same start on the same minibatches. The loss on all data
-is taken before the first step and after every one. runs.csv has a row per run: where the loss
-began, the largest it was and where it ended; inf where it was not finite. A few minutes.
+lr = 1e-3 train it for 300 steps, from the same initial weights and on the same minibatches. The
+loss on all data is measured before the first step and after every step. runs.csv has a row for each
+run, with the first, the largest and the last loss; non-finite losses are inf. This takes a few
+minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from learned_opt import LearnedOptimizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "odd_nets"
 SEEDS, STEPS, EXAMPLES = 50, 300, 128
-LOST = 10.0  # times the loss at the start
+LOST = 10.0  # a run is lost above this multiple of its first loss
 
 OPTIMIZERS = {
     "learned": LearnedOptimizer,
@@ -50,7 +51,7 @@ ACTIVATIONS = {
     "softsign": nn.Softsign,
     "sine": Sine,
 }
-# Of errors (n, k). None is ever negative, so that ten times a loss means something.
+# Losses of errors (n, k). None is ever negative, so ten times a loss is meaningful.
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "squared": lambda e: e.square(),
     "absolute": lambda e: e.abs(),
@@ -68,13 +69,13 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Problem:
-    """What a seed draws."""
+    """The problem that a seed draws."""
 
     model: nn.Module
     loss: str
     x: Tensor
     y: Tensor
-    batches: list[Tensor]  # indices of examples, one tensor a step
+    batches: list[Tensor]  # the indices of examples, a tensor for each step
     facts: dict
 
     def value(self, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -82,7 +83,7 @@ class Problem:
 
 
 def make_problem(seed: int, steps: int = STEPS) -> Problem:
-    """The same whatever was drawn before; called again, it begins anew."""
+    """Returns the problem of a seed with a new network, regardless of earlier draws."""
     rng = np.random.default_rng([seed, 2025])
     torch.manual_seed(seed)
     inputs, outputs, depth = (int(rng.integers(*bounds)) for bounds in ((1, 17), (1, 6), (1, 4)))
@@ -101,7 +102,7 @@ def make_problem(seed: int, steps: int = STEPS) -> Problem:
             if isinstance(layer, nn.Linear):
                 layer.weight *= weight_scale
     x = input_scale * torch.randn(EXAMPLES, inputs)
-    y = torch.randn(EXAMPLES, outputs)  # of targets that no input tells, too
+    y = torch.randn(EXAMPLES, outputs)  # noise, which the inputs do not predict
     y += torch.sin(x @ torch.randn(inputs, outputs) / math.sqrt(inputs) / input_scale * 2)
     batch_size = int(rng.choice([1, 4, 16, EXAMPLES]))
     batches = [torch.randperm(EXAMPLES)[:batch_size] for _ in range(steps)]
@@ -119,7 +120,7 @@ def make_problem(seed: int, steps: int = STEPS) -> Problem:
 
 
 def losses(problem: Problem, optimizer: torch.optim.Optimizer) -> Iterator[float]:
-    """On all data, before the first step and after every one."""
+    """Yields the loss on all data before the first step and after every step."""
     with torch.no_grad():
         yield problem.value().item()
     for batch in problem.batches:
@@ -131,7 +132,7 @@ def losses(problem: Problem, optimizer: torch.optim.Optimizer) -> Iterator[float
 
 
 def run(seed: int, name: str, steps: int = STEPS) -> dict:
-    """A row of runs.csv."""
+    """Runs an optimizer on the problem of a seed, and returns a row of runs.csv."""
     problem = make_problem(seed, steps)
     curve = np.array(list(losses(problem, OPTIMIZERS[name](problem.model.parameters()))))
     curve = np.where(np.isfinite(curve), curve, np.inf)
@@ -142,7 +143,7 @@ def run(seed: int, name: str, steps: int = STEPS) -> dict:
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Counts of runs that were ever lost, and that ended so."""
+    """Returns a table with the counts of runs that were ever lost, and that ended so."""
     runs = read(folder / "runs.csv")
     final = {
         name: np.array(

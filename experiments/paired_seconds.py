@@ -1,11 +1,12 @@
-"""Seconds to tuned Adam's final loss, the shipped rule and Adam taking turns.
+"""Measures seconds to tuned Adam's final loss, while the shipped rule and Adam take turns.
 
     python experiments/paired_seconds.py --data '{"cifar10": "cifar10_jpeg"}'
 
-Runs of a benchmark are minutes apart, in which a machine can become slower or faster. Here both
-train every held-out task at once, BLOCK steps of the one, then of the other, so that they share its
-moods: what a step of the rule costs beside one of Adam, and with the steps to the target of
-results/benchmark how much sooner it is there. Writes paired_seconds.csv, a row for each run.
+Runs of a benchmark are minutes apart, and a machine's speed can change in between. Here, Adam and
+the rule train every held-out task at the same time, and alternate after BLOCK steps. This measures
+the cost of a step of the rule relative to Adam. Together with the steps to the target in
+results/benchmark, it gives the speed-up in seconds. Writes paired_seconds.csv, with a row for each
+run.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from learned_opt.tasks.base import Task
 from learned_opt.tasks.kinds import make_task
 
 RESULTS = Path(__file__).parent / "results"
-BLOCK = 10  # steps: from one look of the network to the next
+BLOCK = 10  # the number of steps between runs of the rule's network
 NAME = "paired_seconds"
 
 
 def blocks(task: Task, make: MakeOptimizer, seed: int, steps: int) -> Iterator[float]:
-    """Seconds of each BLOCK steps, or of what is left."""
+    """Yields the seconds of each BLOCK steps, or of the remaining ones."""
     trainee = task.trainee(seed)
     run = train(trainee, make(trainee.params), steps)
     for _ in range(0, steps, BLOCK):
@@ -46,10 +47,10 @@ def blocks(task: Task, make: MakeOptimizer, seed: int, steps: int) -> Iterator[f
 
 
 def in_turn(task: Task, lr: float, seed: int, steps: int) -> tuple[float, float]:
-    """Seconds of Adam and of the shipped rule."""
+    """Returns the seconds of Adam and of the shipped rule."""
     runs = (lambda params: torch.optim.Adam(params, lr=lr), LearnedOptimizer)
     for make in runs:
-        next(blocks(task, make, seed, BLOCK))  # what torch does but once
+        next(blocks(task, make, seed, BLOCK))  # torch's one-time costs
     pairs = list(zip(*(blocks(task, make, seed, steps) for make in runs), strict=True))
     return tuple(map(sum, zip(*pairs, strict=True)))
 
@@ -86,7 +87,7 @@ def measure(output: Path, data: dict[str, str]) -> None:
 
 
 def table(results: Path) -> str:
-    """The median run of each held-out task, and the IQM of all their runs."""
+    """Returns a table of the median run of each held-out task, and of the IQM of all runs."""
     rows = read(results / f"{NAME}.csv")
     tasks = {task: [r for r in rows if r["task"] == task] for task in {r["task"]: 0 for r in rows}}
     columns = ("adam_ms", "step_ratio", "steps_speed_up", "seconds_speed_up")
@@ -104,7 +105,7 @@ def table(results: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=json.loads, default={}, help="as of learned-opt benchmark")
+    parser.add_argument("--data", type=json.loads, default={}, help="as in learned-opt benchmark")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,18 +1,20 @@
-"""Does smoothness make a path predictable? Does width join the level sets of small networks?
+"""Are smooth paths predictable? Are level sets of wider networks more connected?
 
-`imitate`: SGD runs of small MLPs on digits, cut into pairs θ_a = θ_t, θ_b = θ_{t+T}. The two are
-joined by the geodesic below SGD's own falling loss, by the chord, and by SGD's path itself, each
-cut into K steps of equal length. The same RNN learns each kind of path off policy, on the same
-pairs from the same seeds, and its error on held-out pairs is set against how much they turn.
+`imitate` cuts SGD runs of small MLPs on digits into pairs θ_a = θ_t, θ_b = θ_{t+T}. It joins each
+pair by the geodesic below SGD's own falling loss, by the chord, and by SGD's path, and cuts each of
+these into K steps of equal length. The same RNN learns each kind of path off policy, on the same
+pairs and from the same seeds. Its error on held-out pairs is compared with the paths' turning
+angle.
 
-`width`: see connectivity.py.
+`width` is described in connectivity.py.
 
     python experiments/predictability.py imitate
     python experiments/predictability.py width
     python experiments/predictability.py plot     # docs/predictability.png, and prints the tables
 
-write predictability.csv, a row per held-out pair, kind and training seed, width.csv, a row per
-pair, level and alignment, and beside them .json, how they were made.
+These commands write predictability.csv, with a row for each held-out pair, kind and training seed,
+and width.csv, with a row for each pair, level and alignment. A .json file beside each says how it
+was made.
 """
 
 from __future__ import annotations
@@ -47,10 +49,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "predictability.png"
 KINDS = ("geodesic", "chord", "SGD")
 RULE = {"hidden": 16, "per": "tensor"}
-HELD_OUT = 1000  # shards from here on are never trained on
-STREAMS = 3  # of minibatches, over which an error is averaged
-# The start of training is where paths bend; later nearly every chord is feasible. The networks are
-# small because they are many: a core makes all of this in ten minutes.
+HELD_OUT = 1000  # shards from this number on are never trained on
+STREAMS = 3  # the number of streams of minibatches over which an error is averaged
+# Paths bend at the start of training; later nearly every chord is feasible. The networks are small
+# because there are many of them: everything takes ten minutes on one core.
 CONFIG = GeodesicsConfig(
     family=FamilyConfig(num_tasks=4, hidden_layers=(1, 2), width=(8, 16), batch_sizes=(64, 128),
                         input_sizes=(16,), projection_probability=1.0),
@@ -60,16 +62,19 @@ CONFIG = GeodesicsConfig(
 
 
 def turning_angle(path: Tensor) -> Tensor:
-    """Sum of the angles between successive segments, (..., K + 1, d) -> (...), in radians."""
+    """Returns the sum of angles between segments in radians, (..., K + 1, d) -> (...)."""
     unit = torch.nn.functional.normalize(path.double().diff(dim=-2), dim=-1)
     before, after = unit[..., :-1, :], unit[..., 1:, :]
-    # Kahan's formula: acos would make 3e-4 of rounding errors where a float32 path is straight
+    # Kahan's formula, because acos would turn rounding errors of a straight float32 path into 3e-4.
     return 2 * torch.atan2((before - after).norm(dim=-1), (before + after).norm(dim=-1)).sum(-1)
 
 
 def make_shard(config: GeodesicsConfig, index: int) -> dict | None:
-    """The same pairs joined in three ways: paths by kind, how many steps of each run are real, and
-    facts of the pairs. A run ends before its first pair without a certified geodesic."""
+    """Returns the same pairs joined in three ways.
+
+    The shard has the paths by kind, the number of valid steps of each run, and facts of the pairs.
+    A run ends before its first pair without a certified geodesic.
+    """
     problem, targets = make_problem(config, index), config.targets
     trajectory = run_teacher(problem, targets.horizon * targets.pairs_per_run, targets.stride)
     pairs = consecutive_pairs(trajectory, targets.horizon)
@@ -96,7 +101,7 @@ def make_shard(config: GeodesicsConfig, index: int) -> dict | None:
 
 
 def count(shards: list[dict]) -> dict[str, int]:
-    """What came of the pairs. `after_one` are certified, but come after one that is not."""
+    """Counts the pairs by outcome; `after_one` are certified, but follow one that is not."""
     total = Counter({"draws": len(shards)})
     for shard in shards:
         found, used = shard["found"], shard["used"]
@@ -115,7 +120,7 @@ def task_of(config: GeodesicsConfig, index: int) -> MLPTask:
 def train(
     config: GeodesicsConfig, shards: list[dict], kind: str, seed: int, updates: int
 ) -> UpdateRule:
-    """A rule that learned `kind`; order of shards and minibatches depend on the seed alone."""
+    """Returns a rule trained on `kind`; the seed alone determines shards and minibatches."""
     torch.manual_seed(seed)
     rule = make_rule("geodesic_rnn", **RULE)
     optimizer = torch.optim.Adam(rule.parameters(), lr=1e-2)
@@ -139,8 +144,10 @@ def train(
 def errors(
     rule: UpdateRule, task: MLPTask, points: Tensor, updates: int, key: tuple
 ) -> tuple[Tensor, Tensor]:
-    """Of each run and pair, (runs, pairs): the imitation loss, which is .487 for standing still,
-    and Σ|u − target|² / Σ|target|²."""
+    """Returns the imitation loss and Σ|u − target|² / Σ|target|² of each pair, (runs, pairs).
+
+    The imitation loss is .487 for updates of zero.
+    """
     state = rule.init_state(points[:, 0], task.shapes)
     sizes = points.new_tensor(state.layout.sizes)
     losses, squares = [], []
@@ -162,7 +169,7 @@ def errors(
 def evaluate(
     config: GeodesicsConfig, shard: dict, rule: UpdateRule, kind: str, seed: int
 ) -> list[dict]:
-    """A row per pair."""
+    """Evaluates a rule on the held-out shards, and returns a row for each pair."""
     task, updates, points = task_of(config, shard["index"]), config.targets.updates, shard["points"]
     streams = [
         errors(rule, task, points[kind], updates, ("held out", shard["index"], i))
@@ -183,7 +190,7 @@ def evaluate(
                 "chord_feasible": int(shard["found"].chord_feasible[i]),
                 "error": round(float(error[run, position]), 5),
                 "relative_squared_error": round(float(relative[run, position]), 5),
-                # rounded, so that straight paths tie instead of being ranked by rounding errors
+                # Rounded, so that straight paths tie and are not ranked by rounding errors.
                 "turning_angle": round(float(turning_angle(path)), 3),
                 "normalized_length": round(float(normalized_length(path)), 5),
             }
@@ -209,7 +216,7 @@ def imitate(
 
 
 def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Columns of predictability.csv, (seeds, pairs), by kind; and differences of the kinds."""
+    """Returns the columns of predictability.csv, (seeds, pairs), by kind and by difference."""
     rows = read(folder / "predictability.csv")
     rows.sort(key=lambda row: [int(row[k]) for k in ("seed", "draw", "run", "position")])
     seeds = len({row["seed"] for row in rows})
@@ -227,8 +234,11 @@ def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def interval(statistic: Callable, seeds: int, draw: np.ndarray) -> str:
-    """statistic(seeds, pairs), of indices, and 95 % of its bootstrap. Training seeds and draws of
-    the family are resampled, not pairs: those of one draw share an architecture."""
+    """Returns statistic(seeds, pairs), given indices, and its 95 % bootstrap interval.
+
+    The bootstrap resamples training seeds and draws of the family, but not pairs, because the pairs
+    of a draw share an architecture.
+    """
     rng, values = np.random.default_rng(0), []
     members = [np.flatnonzero(draw == which) for which in np.unique(draw)]
     for _ in range(1000):
@@ -240,19 +250,19 @@ def interval(statistic: Callable, seeds: int, draw: np.ndarray) -> str:
 
 
 def centre(average: Callable, values: np.ndarray, draw: np.ndarray) -> str:
-    """Mean or median over pairs of what is averaged over seeds, (seeds, pairs)."""
+    """Returns the mean or median over pairs of the mean over seeds of values (seeds, pairs)."""
     return interval(lambda s, p: average(values[s][:, p].mean(0)), len(values), draw)
 
 
 def spearman(errors: np.ndarray, x: np.ndarray, draw: np.ndarray) -> str:
-    """Of errors, (seeds, pairs), averaged over seeds, and x, (pairs,)."""
+    """Returns Spearman's ρ of errors (seeds, pairs), averaged over seeds, and x (pairs,)."""
     if np.ptp(x) < 1e-3:
         return "–"  # straight
     return interval(lambda s, p: spearmanr(errors[s].mean(0)[p], x[p]).statistic, len(errors), draw)
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Markdown from predictability.csv and width.csv."""
+    """Returns the tables of predictability.csv and width.csv in Markdown."""
     facts, data = json.loads((folder / "predictability.json").read_text()), load(folder)
     names = list(facts["held_out"])
     counts = [[part.replace("_", " "), *(str(facts[part][name]) for name in names)]
@@ -265,7 +275,7 @@ def table(folder: Path = RESULTS) -> str:
     for kind, of in data.items():
         turning, length, error = of["turning_angle"], of["normalized_length"], of["error"]
         straight = [f"{turning.mean():.2f}", f"{length.mean():.3f}"]
-        # one pair of a slow run can weigh as much as all the others in a mean
+        # In a mean, one pair of a slow run can weigh as much as all the others.
         found = [centre(np.median, error[:, keep], draw[keep]) for keep in subsets.values()]
         relative = centre(np.median, of["relative_squared_error"], draw)
         means.append([kind, *straight, centre(np.mean, error, draw), *found, relative])
@@ -304,7 +314,7 @@ def plot(folder: Path, picture: Path) -> None:
         xlabel="turning angle of the path (radians)",
         ylabel="held-out error of the RNN",
     )
-    # one pair is an outlier by a factor of ten
+    # One pair is an outlier by a factor of ten.
     axes["left"].set_yscale("log")
     axes["left"].set_yticks(ticks := (0.2, 0.3, 0.5, 1, 2, 4), ticks)
     axes["left"].minorticks_off()
@@ -340,12 +350,12 @@ def plot(folder: Path, picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=("imitate", "width", "plot"))
-    parser.add_argument("--draws", type=int, default=16, help="of the family, to train on")
+    parser.add_argument("--draws", type=int, default=16, help="draws to train on")
     parser.add_argument("--held-out", type=int, default=14, help="draws to test on")
-    parser.add_argument("--seeds", type=int, default=3, help="of training")
-    parser.add_argument("--updates", type=int, default=150, help="of training")
-    parser.add_argument("--pairs", type=int, default=12, help="of networks, for each width")
-    parser.add_argument("--steps", type=int, default=3000, help="of Adam, for those")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds")
+    parser.add_argument("--updates", type=int, default=150, help="updates of training")
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of networks per width")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of Adam for them")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)

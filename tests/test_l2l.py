@@ -76,7 +76,7 @@ def test_learning_rates_are_tuned_within_the_grid_or_refused(study, monkeypatch)
     tasks = quadratics(study, "uniform", 1, 8)
     assert study.tune(tasks, torch.optim.SGD) in (0.01, 0.03162)  # 2 / λ_max(2WᵀW) is about .04
     monkeypatch.setattr(study, "GRID", [1e-4, 1e-3])
-    with pytest.raises(ConfigError, match=r"0\.001, at an edge"):
+    with pytest.raises(ConfigError, match=r"0\.001, which is at its edge"):
         study.tune(tasks, torch.optim.SGD)
 
 
