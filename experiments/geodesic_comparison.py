@@ -178,7 +178,7 @@ def elastic_band(case: Case, work: float, scale: float, limit: float) -> list[di
         from ase.mep import NEB
         from ase.optimize import FIRE
     except ImportError as error:
-        raise ImportError("The nudged elastic band needs ASE; run pip install ase.") from error
+        raise ImportError("the nudged elastic band needs ASE; run pip install ase") from error
     trace, d = Trace(case, [""], work, limit), len(case.theta_a)
     atoms, dtype = -(-d // 3), case.theta_a.dtype
 

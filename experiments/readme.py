@@ -1,7 +1,7 @@
-"""Writes the tables of README.md and docs/ from the committed results, and two pictures.
+"""Writes the tables of README.md and docs/ and two figures from the committed results.
 
 python experiments/readme.py           # rewrites the pages, validation.png and speed_up.png
-python experiments/readme.py --check   # exit code 1 if a page is not up to date
+python experiments/readme.py --check   # exits with code 1 if a page is not up to date
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from learned_opt.benchmarking.stats import probability_of_improvement
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "validation.png"
-ARMS = {  # files of results/generalization: what README calls them
+ARMS = {  # the files of results/generalization, and their names on the pages
     "shipped": "**shipped recipe**",
     "second": "its second stage alone",
     "mlps": "its first stage",
@@ -49,14 +49,14 @@ SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 LONG = ("final_train_loss", "largest_rise", "largest_rise_minibatches")
-# Okabe and Ito's colours, which the colour-blind can tell apart
+# The colors of Okabe and Ito, which color-blind people can distinguish.
 COLOURS = {"shipped": "#D55E00", "second": "#0072B2", "mlps": "#E69F00", "l2l": "#CC79A7"}
 
 Cells = dict[tuple[str, str], dict[str, np.ndarray]]  # (task, steps) -> entrant -> (seeds, 2)
 
 
 def load() -> Cells:
-    """Means over runs, for each training seed where a rule was trained from several."""
+    """Returns means over runs, for each training seed if a rule has several."""
     groups: dict = defaultdict(list)
     for row in read(RESULTS / "validation" / "results.csv"):
         if row["entrant"] in BASELINES:
@@ -88,7 +88,7 @@ def results(cells: Cells) -> str:
 
 
 def losses(cells: Cells, entrants: dict[str, str]) -> str:
-    """A row for each task, a column for each of `entrants` that was run."""
+    """Returns a table with a row for each task and a column for each of `entrants` with results."""
     entrants = {e: t for e, t in entrants.items() if any(e in row for row in cells.values())}
     rows = []
     for (task, steps), row in cells.items():
@@ -106,13 +106,13 @@ def losses(cells: Cells, entrants: dict[str, str]) -> str:
 
 
 def seeds_text(cells: Cells) -> str:
-    """How many training seeds each arm has."""
+    """Returns how many training seeds each arm has."""
     counts = {a: max(len(row.get(a, ())) for row in cells.values()) for a in COLOURS}
     return ", ".join(f"{ARMS[a].strip('*')} {n}" for a, n in counts.items() if n)
 
 
 def long_runs() -> str:
-    """The shipped weights beside the Adam whose rate is best for the task and number of steps."""
+    """Returns a table of the shipped weights beside Adam, with its best rate for each row."""
     learned, adam = (
         {key: np.array(runs) for key, runs in grouped(name, *columns).items()}
         for name, columns in (("long", ()), ("long_adam", ("lr",)))
@@ -145,7 +145,7 @@ def long_runs() -> str:
 
 
 def grouped(name: str, *columns: str) -> dict[tuple[str, ...], list[list[float]]]:
-    """(task, steps, *columns) -> final loss and largest rises of each run."""
+    """Returns a dict from (task, steps, *columns) to each run's final loss and largest rises."""
     groups: dict = defaultdict(list)
     for row in read(RESULTS / "generalization" / f"{name}.csv"):
         key = tuple(row[column] for column in ("task", "steps", *columns))
@@ -178,7 +178,7 @@ def picture(cells: Cells) -> None:
         axis.axvline(1, color="0.2", lw=1)
         axis.set(xscale="log", title=title)
         low, high = axis.get_xlim()
-        few = high > 100 * low  # labels of three a decade would touch
+        few = high > 100 * low  # three labels per decade would overlap
         axis.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -238,7 +238,7 @@ def training() -> str:
 
 
 def figure1() -> str:
-    """Means over pairs, of the levels that were run."""
+    """Returns a table of means over pairs for each level with results."""
     lines = []
     for name, setting in FIGURE1.items():
         path = RESULTS / "figure1" / f"{name}.csv"
@@ -320,7 +320,7 @@ def main() -> None:
             flags=re.DOTALL,
         )
         if check and text != before:
-            sys.exit(f"{page.name} is not what the results give; run experiments/readme.py")
+            sys.exit(f"{page.name} does not match the results; run experiments/readme.py")
         if not check:
             page.write_text(text)
     if not check:

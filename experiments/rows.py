@@ -1,4 +1,4 @@
-"""Raw results: rows as CSV, and beside them how they were made; as a table in Markdown."""
+"""Saves raw results as CSV with their provenance, reads them, and makes tables in Markdown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from learned_opt.outputs import provenance
 
 
 def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
-    """Writes name.csv and name.json: versions, hardware, commit and `facts`."""
-    facts = provenance() | facts  # before what is written makes the tree another than the commit's
+    """Writes name.csv, and name.json with the versions, hardware, commit and `facts`."""
+    facts = provenance() | facts  # before writing, which makes the tree differ from the commit
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -29,7 +29,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table of rows with the same columns."""
+    """Returns a table of rows with the same columns in Markdown."""
     lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
     return markdown_table(list(rows[0]), lines)
 

@@ -1,8 +1,9 @@
-"""What LearnedOptimizer adds to whole training steps, and how much memory a step takes.
+"""Measures how much LearnedOptimizer adds to training steps, and how much memory a step needs.
 
     python experiments/throughput.py --what training memory
 
-writes throughput_training.csv, a row per model and optimizer, and throughput_memory.csv.
+This writes throughput_training.csv, with a row for each model and optimizer, and
+throughput_memory.csv.
 """
 
 from __future__ import annotations
@@ -23,26 +24,29 @@ from torch.optim import Adam, Optimizer
 from learned_opt import LearnedOptimizer
 
 BATCH, VOCABULARY, CONTEXT = 64, 96, 64
-REPEATS, SAMPLE = 9, 0.05  # samples of at least so many seconds
-WARM_UP = 16  # steps: state is made in the first, and of bases, ever rarer, the most
-COLUMNS = 100  # of each matrix
+REPEATS, SAMPLE = 9, 0.05  # the number of samples, and the least seconds of each
+WARM_UP = 16  # steps, which include the making of state and most changes of bases
+COLUMNS = 100  # the number of columns of each matrix
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "Adam foreach": lambda params: Adam(params, foreach=True),
     "Adam fused": lambda params: Adam(params, fused=True),
     "geodesic_rnn": LearnedOptimizer,
 }
-MEMORY = 10_000_000  # parameters: a process's other memory is small beside them
+MEMORY = 10_000_000  # parameters, beside which a process's other memory is small
 
 
 def sample_steps(optimizer: Optimizer, seconds: float, least: float) -> int:
-    """Steps of `seconds` each that take more than `least` seconds: a multiple of those from one
-    look of the network to the next, so that samples have their share of them."""
+    """Returns a number of steps, of `seconds` each, that takes more than `least` seconds.
+
+    It is a multiple of the interval between runs of the network, so that all samples have their
+    share of these.
+    """
     period = getattr(getattr(optimizer, "rule", None), "every", 1)
     return period * (1 + math.floor(least / seconds / period))
 
 
 class CharTransformer(nn.Module):
-    """Next-character prediction with causal attention, pre-norm, tied to nothing."""
+    """A pre-norm transformer for next-character prediction, with untied embeddings."""
 
     def __init__(self, width: int = 128, layers: int = 5) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class CharTransformer(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3 × 3 convolutions with batch norm, and a way around them (He et al. 2015)."""
+    """A residual block of two 3 × 3 convolutions with batch norm (He et al. 2015)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ def text() -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(VOCABULARY, (2, BATCH, CONTEXT)))
 
 
-# Of the sizes of real data; what the numbers are does not change what a step costs.
+# The inputs have the sizes of real data; their values do not change the cost of a step.
 TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
     "MNIST MLP": (mlp, lambda: images(1, 28)),
     "MNIST CNN": (cnn, lambda: images(1, 28)),
@@ -116,8 +120,11 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tenso
 
 
 def training(output: Path) -> list[dict]:
-    """A row per task and optimizer: medians of samples taken in turn. Denormal numbers count as 0:
-    a net that has learned its batch is full of them, and its own passes slow, whatever the step."""
+    """Measures training steps, and returns a row for each task and optimizer.
+
+    The values are medians of samples that are taken in turn. Denormal numbers count as 0, because a
+    network that has memorized its batch has many, which slow down its own passes.
+    """
     torch.set_flush_denormal(True)
     rows = []
     for task, (make_model, make_batch) in TASKS.items():
@@ -154,17 +161,17 @@ def training(output: Path) -> list[dict]:
 
 
 def peak_bytes(name: str, tensors: int) -> int:
-    """The most memory that steps take, in this process, beyond parameters and gradients."""
+    """Returns the peak memory of steps in this process, beyond parameters and gradients."""
     torch.set_num_threads(1)
     small = torch.ones(2, requires_grad=True)
     small.grad = torch.ones(2)
-    OPTIMIZERS[name]([small]).step()  # loads what Python loads late
+    OPTIMIZERS[name]([small]).step()  # loads modules that are imported late
     shape = (MEMORY // tensors // COLUMNS, COLUMNS)
     params = [torch.ones(shape, requires_grad=True) for _ in range(tensors)]
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = OPTIMIZERS[name](params)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     for _ in range(3):
         optimizer.step()
@@ -172,12 +179,12 @@ def peak_bytes(name: str, tensors: int) -> int:
 
 
 def _status(entry: str) -> int:
-    """Bytes, from what Linux says of this process."""
+    """Returns an entry of Linux's status of this process in bytes."""
     return 1024 * int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def memory(output: Path) -> list[dict]:
-    """A row per optimizer and number of tensors, each in a process of its own."""
+    """Measures memory, with a process and a row for each optimizer and number of tensors."""
     rows = []
     for tensors in (1, 100):
         for name in OPTIMIZERS:

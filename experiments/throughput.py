@@ -1,19 +1,20 @@
-"""What a step of the learned rules costs, beside torch's Adam; and what a geodesic costs.
+"""Measures the cost of a step of the learned rules beside torch's Adam, and that of a geodesic.
 
     python experiments/throughput.py --output experiments/results
 
-writes throughput.csv, a row per optimizer and set of parameters, and throughput.json, how it was
-made. One process and one thread; all optimizers take turns, so that they share the machine's moods.
+This writes throughput.csv, with a row for each optimizer and set of parameters, and throughput.json
+with its provenance. It uses one process and one thread. All optimizers take turns, so that changes
+of the machine's speed affect them equally.
 
     python experiments/throughput.py --what training memory
 
-writes throughput_training.csv, whole training steps beside Adam's, and throughput_memory.csv, see
-step_overhead.py.
+This writes throughput_training.csv, for whole training steps beside Adam's, and
+throughput_memory.csv; see step_overhead.py.
 
     python experiments/throughput.py --what comparison pairs scaling profile
 
-writes geodesics_*.csv and .json, see geodesic_comparison.py and geodesic_throughput.py; comparison
-needs `pip install ase`.
+This writes geodesics_*.csv and .json; see geodesic_comparison.py and geodesic_throughput.py.
+`comparison` needs `pip install ase`.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         params, weights=make_rule("coordinatewise_lstm")
     ),
 }
-SAMPLE = 0.02  # seconds that a sample takes at least, thousands of times the clock's resolution
-SLOW, LARGE = 100.0, 1_000_000  # ms at up to LARGE parameters above which larger sets are left out
+SAMPLE = 0.02  # the least seconds of a sample, thousands of times the clock's resolution
+# Optimizers that need more than SLOW ms at up to LARGE parameters are not run on larger sets.
+SLOW, LARGE = 100.0, 1_000_000
 
 
 def make_params(parameters: int, tensors: str) -> list[Tensor]:
-    """`tensors` equal matrices, or those of a "transformer" of about so many parameters."""
+    """Returns `tensors` equal matrices, or the tensors of a "transformer", of about this size."""
     if tensors == "transformer":
         shapes = [p.shape for p in transformer(parameters).parameters()]
     else:
@@ -81,7 +83,7 @@ def make_params(parameters: int, tensors: str) -> list[Tensor]:
 
 
 def transformer(parameters: int) -> nn.Module:
-    """Of at least one layer, ten times as wide as deep or more."""
+    """Returns a transformer with at least one layer, at least ten times as wide as deep."""
     width = 16 * max(1, round((parameters / 5 / 12) ** 0.5 / 16))
     layers = max(1, round(parameters / (12 * width**2)))
     return step_overhead.CharTransformer(width, layers)
@@ -89,24 +91,28 @@ def transformer(parameters: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step cannot do without, for each parameter: operations of matrix products (2 for each
-    multiply-add), exponential functions and their like, and bytes from and to memory. Work for
-    whole tensors does not count, nor do other element-wise operations, which cost less than the
-    memory that they read."""
+    """The work that a step needs for each parameter.
+
+    It is operations of matrix products (2 for each multiply-add), exponential and similar
+    functions, and bytes read from and written to memory. Work for whole tensors does not count, nor
+    do other element-wise operations, which cost less than the memory that they read.
+    """
 
     flops: float
     transcendentals: float
     bytes: float
 
     def floor(self, rates: Work) -> float:
-        """Seconds for each parameter, of a machine with so much of each in a second: memory may
-        move while the rest is computed, products and exponentials take turns."""
+        """Returns the seconds per parameter on a machine that does `rates` in a second.
+
+        Memory traffic overlaps with computation, while products and exponentials do not overlap.
+        """
         computing = self.flops / rates.flops + self.transcendentals / rates.transcendentals
         return max(computing, self.bytes / rates.bytes)
 
 
 FLOAT = 4  # bytes
-ADAM = Work(0, 1, 7 * FLOAT)  # reads θ, g, m, v, writes θ, m, v; a square root
+ADAM = Work(0, 1, 7 * FLOAT)  # a square root; reads θ, g, m and v, and writes θ, m and v
 
 
 def work(optimizer: Optimizer) -> Work:
@@ -118,20 +124,22 @@ def work(optimizer: Optimizer) -> Work:
     moved = 3 + 2 * sum(x.numel() for x in state.values())  # reads θ and g, writes θ; the state
     flops = transcendentals = 0
     if rule.hidden_per == "coordinate":
-        seen_once = TENSOR_INPUTS * isinstance(rule, GeodesicRNN)  # by all coordinates of a tensor
+        seen_once = TENSOR_INPUTS * isinstance(rule, GeodesicRNN)  # for all coordinates of a tensor
         products = sum(4 * c.hidden * (c.weight.shape[1] - seen_once) for c in cells)
         flops = 2 * (products + rule.head.weight.numel())
-        transcendentals = 5 * sum(c.hidden for c in cells) + 2  # and of the input and the output
-    if isinstance(rule, GeodesicRNN):  # the averages again when their sums are known,
-        moved += state["averages"].numel() + 1  # and g before, for its norm
+        transcendentals = 5 * sum(c.hidden for c in cells) + 2  # 2 for the input and the output
+    if isinstance(rule, GeodesicRNN):  # reads the averages again once their sums are known,
+        moved += state["averages"].numel() + 1  # and g once more, for its norm
         transcendentals += 1
         flops += eigenbasis_flops(rule, optimizer.param_groups[0]["params"])
     return Work(flops, transcendentals, FLOAT * moved)
 
 
 def eigenbasis_flops(rule: GeodesicRNN, params: list[Tensor]) -> float:
-    """For each parameter, of covariances, the gradient turned and the update turned back; new
-    bases are rare and don't count."""
+    """Returns the operations per parameter of covariances and of rotations.
+
+    The gradient is rotated, and the update is rotated back. New bases are rare and do not count.
+    """
     layout = Layout(tuple(tuple(p.shape) for p in params))
     products = sum(
         math.prod(m.shape) * m.shape[SIDES.index(side)]
@@ -142,8 +150,10 @@ def eigenbasis_flops(rule: GeodesicRNN, params: list[Tensor]) -> float:
 
 
 def machine() -> Work:
-    """What this machine does in a second: products and exponentials of what is in its cache, and
-    memory that is read and written."""
+    """Measures the work of this machine in a second.
+
+    Products and exponentials are of numbers in the cache, and memory is read and written.
+    """
     weight, units = torch.randn(80, 40), torch.randn(40, 4096)
     gates, memory = torch.empty(80, 4096), torch.zeros(1 << 26)
 
@@ -175,8 +185,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 def measure(
     names: list[str], parameters: int, tensors: str, repeats: int, rates: Work
 ) -> list[dict]:
-    """A row per optimizer: medians of `repeats` samples, taken in turn."""
-    torch.compiler.reset()  # its limit of recompilations is that of a program
+    """Returns a row for each optimizer, with medians of `repeats` samples taken in turn."""
+    torch.compiler.reset()  # because the limit of recompilations is for a whole program
     optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
     parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
     for optimizer in optimizers.values():
@@ -241,10 +251,10 @@ def main() -> None:
         choices=["steps", *step_overhead.PARTS, *geodesic_throughput.PARTS],
         default=["steps"],
     )
-    parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="rising, of steps")
+    parser.add_argument("--parameters", type=int, nargs="+", default=sizes, help="ascending")
     sets = ["1", "100", "transformer"]
-    parser.add_argument("--tensors", nargs="+", default=sets, help="of steps")
-    parser.add_argument("--repeats", type=int, default=15, help="of steps")
+    parser.add_argument("--tensors", nargs="+", default=sets, help="sets of tensors")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of steps")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Tables of docs/training_speed.md, from what training_throughput.py measured."""
+"""Makes the tables of docs/training_speed.md from the results of training_throughput.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _read(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def speed_table(folder: Path) -> str:
-    """Inner steps per second, against the naive loop and the floors."""
+    """Returns a table of inner steps per second, beside the naive loop and the floors."""
     header = ["rule", "way", "tasks", "unroll", "inner steps/s", "× naive",
               "of the floor, autograd", "of the floor, written out"]  # fmt: skip
     names = ("inner_steps_per_second", "ratio_to_naive", "of_floor_autograd", "of_floor")
@@ -29,7 +29,7 @@ def speed_table(folder: Path) -> str:
 
 
 def shares_table(folder: Path) -> str:
-    """Where the time goes, in percent, at unroll 20."""
+    """Returns a table of the share of each part in the time, in percent, at unroll 20."""
     header = ["rule", "way", "tasks", *(p.replace("_", " ") for p in PARTS)]
     rows = [
         [r["rule"], r["way"], r["tasks"], *(f"{100 * float(r[f'share_{p}']):.0f}" for p in PARTS)]
@@ -40,7 +40,7 @@ def shares_table(folder: Path) -> str:
 
 
 def memory_table(folder: Path) -> str:
-    """Peak MB that a window adds, along unroll and along tasks."""
+    """Returns a table of the peak MB that a window adds, by unroll and by tasks."""
     cells: dict = defaultdict(dict)
     for r in _read(folder, "training_memory"):
         cells[r["rule"], r["way"]][int(r["tasks"]), int(r["unroll"])] = float(r["peak_memory_mb"])
@@ -51,7 +51,7 @@ def memory_table(folder: Path) -> str:
 
 
 def growth_table(folder: Path) -> str:
-    """Exponents of the cost of a step of all tasks: slopes of the upper half in logarithms."""
+    """Returns a table of the exponents of a step's cost, the log-log slopes of the upper half."""
     costs = defaultdict(list)
     for r in _read(folder, "training_scaling"):
         costs[r["rule"], r["way"]].append(
@@ -71,7 +71,7 @@ def growth_table(folder: Path) -> str:
 
 
 def weak_table(folder: Path) -> str:
-    """Two processes against one."""
+    """Returns a table of two processes beside one."""
     rows = [
         [r["objective"], r["family"],
          "two, joined" if r["joined"] == "True" else ("one", "two, apart")[int(r["processes"]) - 1],

@@ -1,22 +1,23 @@
-"""Inner steps per second of meta-training, where the time goes, memory, and how they grow.
+"""Measures the speed, the time in each part, the memory and the scaling of meta-training.
 
     python experiments/training_throughput.py
 
-writes to experiments/results, each with a .json that says how it was made,
+This writes files to experiments/results, each with a .json that says how it was made:
 
     training_throughput.csv  inner steps per second, the share of time of each part, and the floor
     training_memory.csv      peak memory against unroll and tasks
     training_scaling.csv     cost against tasks and coordinates
     weak_scaling.csv         two processes against one (weak_scaling.py)
 
-`--what` picks among them. One thread, seconds of its CPU time, so that other processes count for
-little; all rows take turns, so that they share the machine's moods. Weak scaling alone is by the
-wall clock, and needs the machine to itself.
+`--what` selects some of them. Seconds are CPU time of one thread, so other processes matter little.
+All rows take turns, so that changes of the machine's speed affect them equally. Only weak scaling
+uses wall-clock time, and needs an otherwise idle machine.
 
-An inner step is one update of one task; each antithetic particle counts. The task is the digits
-MLP 64-32-10, batch 64. "naive" is L2L as one would first write it: `nn.LSTMCell` 2 × 20, a task at
-a time, back-propagation through the rule. The floor is the task's minibatches and gradients alone,
-of as many tasks (particles) at once, by autograd or as the task has them.
+An inner step is one update of one task, and each antithetic particle counts. The task is the digits
+MLP 64-32-10 with batches of 64. "naive" is L2L in its simplest form: `nn.LSTMCell` 2 × 20, a single
+task at a time, and back-propagation through the rule. The floor is the time of the task's
+minibatches and gradients alone, for as many tasks (particles) at once, computed by autograd or by
+the task's own formulas.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ from learned_opt.training.objectives import OBJECTIVES
 
 RULES = ("geodesic_rnn", "coordinatewise_lstm")
 OBJECTIVE = {"replay": "meta_loss", "backprop": "backprop", "pes": "pes"}
-ENDLESS = 10**9  # steps of a run
+ENDLESS = 10**9  # the number of steps of a run
 PARTS = ("minibatch", "task gradient", "features", "network", "statistics", "backward")
 NAIVE = "LSTMCell 2 x 20"
-WIDTHS = (8, 32, 128, 512)  # of the hidden layer, 610 to 38,410 coordinates
+WIDTHS = (8, 32, 128, 512)  # of the hidden layer, which give 610 to 38,410 coordinates
 MEMORY_UNROLLS, MEMORY_TASKS = (20, 50, 100, 200), (1, 8, 32, 128)
 SCALING_TASKS = (1, 2, 4, 8, 16, 32, 64)
 
-Sample = Callable[[], int]  # one meta-gradient; the inner steps it took
+Sample = Callable[[], int]  # computes a meta-gradient, and returns its inner steps
 
 
 class Clock:
-    """CPU seconds by part of what is done in a sample, without those of the parts inside it."""
+    """Measures the CPU seconds of each part of a sample, without those of parts within it."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -85,14 +86,14 @@ def make_task(tasks: int | None, width: int = 32) -> MLPTask:
 def make_sample(
     rule_name: str, way: str, tasks: int, unroll: int, clock: Clock, width: int = 32
 ) -> Sample:
-    """Windows of one endless run."""
+    """Returns a function that computes the next window of one endless run."""
     if way == "naive":
         return naive_sample(unroll, clock)
     task, rule = make_task(tasks, width), make_rule(rule_name)
     config = TrainConfig(window=unroll, horizon=(unroll, ENDLESS))
     objective = OBJECTIVES[OBJECTIVE[way]](config, rule)
     run = objective.open(("throughput",), ENDLESS, task, rule)
-    if way != "backprop":  # there is a graph between its parts
+    if way != "backprop":  # whose parts are connected by a graph
         clock.wrap_methods(task, batch="minibatch", loss_and_grad="task_gradient")
         clock.wrap_methods(rule, observe="features", respond="network")
     if rule.gains_per_tensor:
@@ -138,7 +139,7 @@ def naive_sample(unroll: int, clock: Clock) -> Sample:
 
 
 def floor_sample(tasks: int, unroll: int, particles: int, autograd: bool) -> Sample:
-    """The task's gradients alone: what any rule has to pay."""
+    """Returns a function that computes only the task's gradients, which any rule needs."""
     task = make_task(tasks)
     theta = task.init(0).expand(particles, -1, -1)
     loss_and_grad = Task.loss_and_grad if autograd else MLPTask.loss_and_grad
@@ -152,7 +153,7 @@ def floor_sample(tasks: int, unroll: int, particles: int, autograd: bool) -> Sam
 
 
 def peak_memory(*cell: object) -> float:
-    """MB that a sample adds to a process of its own."""
+    """Returns the MB that a sample adds to a process of its own."""
 
     def child(pipe) -> None:
         sample = make_sample(*cell, Clock())
@@ -166,7 +167,7 @@ def peak_memory(*cell: object) -> float:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
     process.start()
-    theirs.close()  # so that the death of the child is an EOFError here
+    theirs.close()  # so that a child that dies raises EOFError here
     found = ours.recv()
     process.join()
     return found
@@ -179,7 +180,7 @@ def rate(sample: Sample) -> float:
 
 
 def in_turn(samples: list[Sample], clocks: list[Clock], repeats: int) -> list[list[float]]:
-    """Inner steps per second of each sample, `repeats` times after a warm-up."""
+    """Returns the inner steps per second of each sample, `repeats` times after a warm-up."""
     rates: list[list[float]] = [[] for _ in samples]
     for repeat in range(repeats + 1):
         for found, sample in zip(rates, samples, strict=True):
@@ -191,7 +192,7 @@ def in_turn(samples: list[Sample], clocks: list[Clock], repeats: int) -> list[li
 
 
 def throughput(rules: list[str], ways: list[str], repeats: int) -> list[dict]:
-    """A row per rule, way, number of tasks and unroll."""
+    """Measures speed, and returns a row for each rule, way, number of tasks and unroll."""
     cells = [(NAIVE, "naive", 1, unroll) for unroll in (20, 50)]
     cells += [(r, w, t, u) for r in rules for w in ways for t in (1, 8, 32) for u in (20, 50)]
     particles = [2 if way == "pes" else 1 for _, way, _, _ in cells]
@@ -230,12 +231,12 @@ def throughput(rules: list[str], ways: list[str], repeats: int) -> list[dict]:
 
 
 def paired(own: list[float], other: list[float]) -> float:
-    """The median ratio of what was measured in the same turn."""
+    """Returns the median ratio of values that were measured in the same turn."""
     return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 def memory(rules: list[str]) -> list[dict]:
-    """A row per rule, way, tasks and unroll: along each axis from 8 tasks, unroll 20."""
+    """Measures memory along tasks and along unroll, starting from 8 tasks and unroll 20."""
     sizes = [(8, u) for u in MEMORY_UNROLLS] + [(t, 20) for t in MEMORY_TASKS if t != 8]
     rows = []
     for rule in rules:
@@ -248,7 +249,7 @@ def memory(rules: list[str]) -> list[dict]:
 
 
 def scaling(rules: list[str], ways: list[str], repeats: int) -> list[dict]:
-    """A row per rule, way, tasks and coordinates: along each axis from 8 tasks of width 32."""
+    """Measures the cost along tasks and along coordinates, starting from 8 tasks of width 32."""
     sizes = [(t, 32) for t in SCALING_TASKS] + [(8, w) for w in WIDTHS if w != 32]
     cells = [(rule, way, *size) for rule in rules for way in ways for size in sizes]
     samples = [make_sample(r, way, tasks, 20, Clock(), w) for r, way, tasks, w in cells]
@@ -271,7 +272,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    measured = {  # memory first: what it forks from has allocated nothing
+    measured = {  # memory first, because its forks need a process without allocations
         "memory": lambda: ("training_memory", memory(args.rules)),
         "throughput": lambda: (
             "training_throughput", throughput(args.rules, args.ways, args.repeats)

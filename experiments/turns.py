@@ -1,10 +1,11 @@
-"""Seconds of an optimizer's training steps beside others', all taking turns on one machine.
+"""Measures the seconds of training steps while all optimizers take turns on one machine.
 
     python experiments/turns.py real_dev     # a suite of configs/benchmark, on an idle machine
 
-Runs that are minutes apart meet a machine in different moods; here all train the same task at once,
-TURN steps each in turn. Writes results/<suite>/seconds.csv, a row for each task and entrant, with
-the milliseconds of a whole training step and of the optimizer's own step.
+A machine's speed can change between runs that are minutes apart. Here, all optimizers train the
+same task at the same time, and take turns of TURN steps. Writes results/<suite>/seconds.csv, with a
+row for each task and entrant, which has the milliseconds of a whole training step and of the
+optimizer's own step.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from learned_opt.cli import parse
 from learned_opt.tasks.kinds import make_task
 
 ROOT = Path(__file__).resolve().parents[1]
-TURN, TURNS = 10, 8  # steps at a time, and how often each has its turn
-TUNED = {"lr": 1e-3}  # of those whose rate is tuned: seconds do not depend on it
+TURN, TURNS = 10, 8  # the number of steps in a turn, and of turns
+TUNED = {"lr": 1e-3}  # for optimizers whose rate is tuned; seconds do not depend on it
 
 
 def in_turn(
@@ -34,14 +35,14 @@ def in_turn(
     turns: int = TURNS,
     data_root: str | None = None,
 ) -> Iterator[dict]:
-    """A row for each entrant: medians over its turns, and how many times those of the last one."""
+    """Returns a row for each entrant, with medians over its turns and their ratio to the last's."""
     made = make_task(task.task, data_root)
     runs = []
     for entrant in entrants:
         trainee = made.trainee(0)
         chosen = TUNED if entrant.search else {}
         runs.append((trainee, entrant.make_optimizer(trainee.params, chosen, task.steps)))
-    seconds = np.zeros((2, turns + 1, len(runs)))  # whole steps, the optimizer's
+    seconds = np.zeros((2, turns + 1, len(runs)))  # of whole steps, and of the optimizer's
     for turn, (i, (trainee, optimizer)) in product(range(turns + 1), enumerate(runs)):
         for step in range(turn * TURN, (turn + 1) * TURN):
             start = time.perf_counter()
@@ -53,7 +54,7 @@ def in_turn(
             optimizer.step()
             end = time.perf_counter()
             seconds[:, turn, i] += np.array([end - start, end - before]) / TURN
-    whole, own = np.median(seconds[:, 1:], 1)  # without the first, in which memory is had
+    whole, own = np.median(seconds[:, 1:], 1)  # without the first turn, which allocates
     for i, entrant in enumerate(entrants):
         yield {
             "task": task.label,
@@ -68,7 +69,7 @@ def in_turn(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", help="a file of configs/benchmark, without .yaml")
+    parser.add_argument("suite", help="a file in configs/benchmark, without .yaml")
     parser.add_argument("--data_root", help="by default $LEARNED_OPT_DATA")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,12 +1,13 @@
-"""Weak scaling of meta-training: inner steps per second of two processes against one.
+"""Measures weak scaling of meta-training: inner steps per second of two processes against one.
 
     python experiments/training_throughput.py --what weak
 
-The real Lightning Trainer, DDP with gloo for two processes, one thread each; by the wall clock, so
-that the machine must have nothing else to do. "equal": all tasks are the digits MLP 64-32-10, batch
-64. "default": the default family, whose draws cost different amounts, so that a rank waits for the
-other. Two processes run joined by DDP, and apart, as two trainings that know nothing of each other:
-what these lose, the machine loses, and only the rest DDP. Runs of the three sorts take turns.
+It uses the real Lightning Trainer, with DDP and gloo for two processes and one thread each. Times
+are wall-clock times, so the machine must be otherwise idle. In the family "equal", all tasks are
+the digits MLP 64-32-10 with batches of 64. "default" is the default family, whose draws cost
+different amounts, so that one rank waits for the other. Two processes run joined by DDP, and apart
+as two independent trainings. The loss of the latter is due to the machine, and only the remaining
+loss to DDP. Runs of the three sorts take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UPDATES, WARM_UP, REPEATS = 80, 16, 3
 
 
 class Stopwatch(L.Callback):
-    """Wall-clock seconds of the updates after the warm-up."""
+    """Measures the wall-clock seconds of the updates after the warm-up."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step == WARM_UP:
@@ -45,7 +46,7 @@ class Stopwatch(L.Callback):
 
 
 def train(objective: str, family: str, processes: int) -> None:
-    """Prints the inner steps per second of all processes."""
+    """Trains, and prints the inner steps per second of all processes."""
     config = TrainConfig(
         objectives=(objective,), family=FAMILIES[family], updates=UPDATES, epoch_length=UPDATES
     )
@@ -59,12 +60,12 @@ def train(objective: str, family: str, processes: int) -> None:
     trainer.fit(MetaTraining(config), UpdatesModule(config, None))
     particles = 2 if objective == "pes" else 1
     steps = config.window * config.family.num_tasks * particles * processes
-    if trainer.is_global_zero:  # two ranks would write into each other's line
+    if trainer.is_global_zero:  # because two ranks would mix their lines
         print((UPDATES - WARM_UP) * steps / watch.seconds)
 
 
 def run(objective: str, family: str, processes: int, apart: bool) -> float:
-    """Inner steps per second of all processes, each started afresh."""
+    """Starts new processes, and returns the inner steps per second of all of them."""
     joined = 1 if apart else processes
     command = [sys.executable, __file__, objective, family, str(joined)]
     started = [
@@ -78,7 +79,7 @@ def run(objective: str, family: str, processes: int, apart: bool) -> float:
 
 
 def measure() -> list[dict]:
-    """A row per objective, family and sort of processes."""
+    """Measures a row for each objective, family and sort of processes."""
     cells = [(*cell, *sort) for cell in CELLS for sort in ((1, False), (2, True), (2, False))]
     rates: dict = {cell: [] for cell in cells}
     for _ in range(REPEATS):
