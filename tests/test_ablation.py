@@ -1,4 +1,4 @@
-"""experiments/ablation.py: arms on equal terms, and intervals that know of training seeds."""
+"""experiments/ablation.py: arms on equal terms, and intervals that include training seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experiments/certificates.py, shrunk: its problems, its rows, and that it sees a violation."""
+"""experiments/certificates.py, shrunk: its problems, its rows, and the detection of a violation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experiments/figure1.py, shrunk: its problems, what it writes, that it resumes, its picture."""
+"""experiments/figure1.py, shrunk: its problems, its files, resuming, and its figure."""
 
 from __future__ import annotations
 

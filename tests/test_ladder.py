@@ -1,4 +1,4 @@
-"""The ladder of sizes and lengths: what it runs, that it goes on, and how seconds are taken."""
+"""experiments/ladder.py, shrunk: its tasks, resuming, and the measurement of seconds."""
 
 from __future__ import annotations
 

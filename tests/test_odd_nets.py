@@ -1,4 +1,4 @@
-"""experiments/odd_nets.py, shrunk: what a seed draws, its rows and the counts of the table."""
+"""experiments/odd_nets.py, shrunk: its draws, its rows and the counts of its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experiments/predictability.py, shrunk to seconds: its rows, and what is known of them."""
+"""experiments/predictability.py, shrunk to seconds: its rows, and known properties of them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""README.md and docs/ do what they say: their Python and commands run, figures are the results'."""
+"""README.md and docs/: their Python and commands run, and their figures match the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/train_your_own.md can be followed: its commands, shrunk, in their order."""
+"""Runs the commands of docs/train_your_own.md, shrunk, in their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built wheel has all that a user needs, the shipped weights included."""
+"""The built wheel has everything that a user needs, including the shipped weights."""
 
 from __future__ import annotations
 

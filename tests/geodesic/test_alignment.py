@@ -1,4 +1,4 @@
-"""Known answers for the alignment of hidden units: a permuted network is found again, exactly."""
+"""Known answers for the alignment of hidden units: it undoes a permutation exactly."""
 
 import itertools
 

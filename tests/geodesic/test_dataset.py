@@ -1,4 +1,4 @@
-"""The store of target paths: round trips, resumption after kill -9, and damage that is named."""
+"""The store of target paths: round trips, resuming after kill -9, and errors that name damage."""
 
 import hashlib
 import json

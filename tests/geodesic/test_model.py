@@ -1,4 +1,4 @@
-"""F of a module: parity with the module itself, exact batch-norm statistics, and refusals."""
+"""F of a module: parity with the module, exact batch-norm statistics, and errors."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Geodesics on disk: the same as in memory, resumed, and shared by real processes."""
+"""Geodesics on disk: parity with memory, resuming, and real processes that share the work."""
 
 import os
 import subprocess

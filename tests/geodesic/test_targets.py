@@ -1,4 +1,4 @@
-"""Data sets of target paths: geodesics, and what they are compared with, of the same pairs."""
+"""Data sets of target paths: geodesics, chords and SGD's paths of the same pairs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Meta-training on GPUs. Where there is none these tests are skipped."""
+"""Meta-training on GPUs; without a GPU these tests are skipped."""
 
 from __future__ import annotations
 

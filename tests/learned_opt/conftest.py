@@ -1,4 +1,4 @@
-"""What the tests of rules and of their training share."""
+"""Fixtures of the tests of rules and of their training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the drop-in optimizer share."""
+"""Helpers of the tests of the drop-in optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, by functions, and what `import learned_opt` costs."""
+"""The Python API: the functions behind the commands, and the cost of `import learned_opt`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of cells and rows that are damaged, or no records at all: the cells are run again."""
+"""Damaged or foreign files of cells and rows, whose cells the benchmark runs again."""
 
 from __future__ import annotations
 

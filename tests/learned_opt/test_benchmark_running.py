@@ -1,4 +1,4 @@
-"""Cells in processes that are killed, die, raise and are interrupted; ranks; what is measured."""
+"""Cells in processes that are killed, die, raise or are interrupted; ranks; measurements."""
 
 from __future__ import annotations
 

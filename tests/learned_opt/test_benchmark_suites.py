@@ -1,4 +1,4 @@
-"""The suites under configs/benchmark: what they promise, and where their data come from."""
+"""The suites under configs/benchmark: their properties, and where their data come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recurrent cell: in place it is what it is with a graph."""
+"""The recurrent cell: its in-place computation matches the one with an autograd graph."""
 
 from __future__ import annotations
 

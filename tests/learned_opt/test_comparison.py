@@ -1,4 +1,4 @@
-"""Optimizers compared on a model of one's own."""
+"""compare(): optimizers on a user's own model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When training moves on to longer runs, and what it keeps."""
+"""The curriculum: when training moves on to longer runs, and which weights it keeps."""
 
 from __future__ import annotations
 

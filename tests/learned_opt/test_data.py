@@ -1,4 +1,4 @@
-"""Loading images: known layouts give known arrays, and damaged files are named."""
+"""Loading images: known layouts give known arrays, and errors name damaged files."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""`LearnedOptimizer.diagnostics` tells what the step did, and changes nothing by it."""
+"""`LearnedOptimizer.diagnostics` describes the last step and does not change it."""
 
 from __future__ import annotations
 

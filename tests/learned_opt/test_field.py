@@ -1,4 +1,4 @@
-"""Today's field as entrants: groups of tensors, several optimizers, schedules, modes."""
+"""Other optimizers as entrants: groups of tensors, several optimizers, schedules, modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in any number of any config, found by introspection so that none is left out."""
+"""NaN and infinity are refused in every number of every config, found by introspection."""
 
 from __future__ import annotations
 

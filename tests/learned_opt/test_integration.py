@@ -1,4 +1,4 @@
-"""Trainers take LearnedOptimizer as they take Adam: Lightning, Fabric, accelerate, Hugging Face."""
+"""LearnedOptimizer in the place of Adam in Lightning, Fabric, accelerate and Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LearnedOptimizer's steps: what they do, skip and refuse."""
+"""LearnedOptimizer's steps: their updates, what they skip, and errors."""
 
 from __future__ import annotations
 

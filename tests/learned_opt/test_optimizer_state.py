@@ -1,4 +1,4 @@
-"""What LearnedOptimizer remembers: saved, loaded, copied, replaced and freed."""
+"""LearnedOptimizer's state, which is saved, loaded, copied, replaced and freed."""
 
 from __future__ import annotations
 

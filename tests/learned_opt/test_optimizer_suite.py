@@ -1,6 +1,7 @@
-"""PyTorch's machinery for optimizers, `torch.testing._internal.common_optimizers`, on every rule.
+"""PyTorch's test cases for optimizers, `torch.testing._internal.common_optimizers`, on every rule.
 
-That machinery is part of torch, its tests are not: these follow its test/test_optim.py.
+torch includes these cases but not the tests that use them. The tests here follow those in PyTorch's
+test/test_optim.py.
 """
 
 # ruff: noqa: B023 -- closures are called within their iteration

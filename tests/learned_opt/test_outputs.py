@@ -1,4 +1,4 @@
-"""Output folders: the lock, resuming, refusing, provenance. Contention is with a real process."""
+"""Output folders: the lock (against a real process), resuming, other configs, provenance."""
 
 from __future__ import annotations
 

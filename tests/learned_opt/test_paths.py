@@ -1,4 +1,4 @@
-"""Paths that no file can have: each argument that takes one refuses them by its name."""
+"""Impossible paths of files, which each argument that takes a path refuses with its name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Evolution strategies, on weights and on steps: against finite differences, and particle by
-particle."""
+"""Evolution strategies on weights and on steps: finite differences, and particle by particle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every update rule keeps the contract of `UpdateRule`; each is what its docstring says."""
+"""Every update rule fulfills the contract of `UpdateRule` and computes what its docstring says."""
 
 from __future__ import annotations
 

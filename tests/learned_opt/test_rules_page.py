@@ -1,4 +1,4 @@
-"""docs/rules.md does what it says: its rule trains from its file and runs, its table is right."""
+"""docs/rules.md: its example rule trains and runs from a file, and its table is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler scales another rule's steps by what it sees of the progress."""
+"""The scheduler, which scales another rule's steps depending on the progress of the run."""
 
 from __future__ import annotations
 

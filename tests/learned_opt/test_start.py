@@ -1,4 +1,4 @@
-"""Meta-training that begins with weights that are there, and leaves some of them as they are."""
+"""Meta-training that starts from existing weights, and may keep some of them fixed."""
 
 from __future__ import annotations
 

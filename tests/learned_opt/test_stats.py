@@ -1,4 +1,4 @@
-"""The benchmark's statistics: against scipy, and on cases worked out by hand."""
+"""The benchmark's statistics, compared with scipy and with cases computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of task promises, on one task of each kind and on several at once."""
+"""The contract of tasks, for a single task of each kind and for several at once."""
 
 from __future__ import annotations
 

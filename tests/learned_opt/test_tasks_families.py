@@ -1,4 +1,4 @@
-"""Families: draws that never change, mixtures of kinds, and the units tasks are seen in."""
+"""Families: draws that never change, mixtures of kinds, and rescaled tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What meta-training writes and shows: the best weights, pictures, speed; and when it cannot."""
+"""The outputs of meta-training: the best weights, plots and speed; and errors."""
 
 from __future__ import annotations
 

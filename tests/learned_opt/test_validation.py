@@ -1,4 +1,4 @@
-"""The protocols of real training: known answers, and small benchmarks through real processes."""
+"""The protocols of real training: known answers, and small benchmarks in real processes."""
 
 from __future__ import annotations
 

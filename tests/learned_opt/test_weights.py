@@ -1,4 +1,4 @@
-"""Weights files: round trips, and damage that is named."""
+"""Weights files: round trips, and errors that name damage."""
 
 from __future__ import annotations
 

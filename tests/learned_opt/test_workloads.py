@@ -1,4 +1,4 @@
-"""Workloads: what every kind promises, and known answers of some."""
+"""Workloads: the contract of every kind, and known answers of some."""
 
 from __future__ import annotations
 

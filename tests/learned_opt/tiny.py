@@ -1,4 +1,4 @@
-"""What the tests of objectives share."""
+"""Helpers of the tests of objectives."""
 
 from __future__ import annotations
 
