@@ -250,7 +250,7 @@ class SublevelSet:
         """Returns dense samples of paths ``(rows, K + 1, d)`` and whether they are feasible.
 
         The peak of a segment is the largest excess of its samples, or the maximum of the parabola
-        through neighbouring samples if that is larger, so that maxima between samples count.
+        through neighboring samples if that is larger, so that maxima between samples count.
         """
         if losses is None:
             losses = self.losses(path, per_segment, rows)
@@ -358,7 +358,7 @@ class SublevelSet:
 def _refine(losses: Tensor) -> Tensor:
     """Returns samples ``(..., n + 1)`` with 3 interpolated values in each gap, ``(..., 4n + 1)``.
 
-    The values are those of the parabola through the two samples and a neighbour; n must be at least
+    The values are those of the parabola through the two samples and a neighbor; n must be at least
     2. The finer grid compares F with a level that bends between samples.
     """
     t = torch.arange(4, dtype=losses.dtype, device=losses.device) / 4
@@ -369,7 +369,7 @@ def _refine(losses: Tensor) -> Tensor:
 
 
 def _vertex(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns place and height of the peak of the parabola through each three neighbours.
+    """Returns place and height of the peak of the parabola through each three neighbors.
 
     ``values`` is ``(..., n + 1)`` and both results are ``(..., n - 1)``. The place is in grid steps
     from the first value. Where the parabola has no peak between its outer two values, the result is

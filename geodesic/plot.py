@@ -30,8 +30,8 @@ from geodesic.targets import Problem, TargetConfig, run_teacher
 Loss = Callable[[Tensor], Tensor]
 Level = float | Callable[[Tensor], Tensor] | None
 
-# Okabe & Ito 2008: readers with any colour vision can tell these apart. The order makes neighbours
-# differ in lightness as well. If there are more curves than colours, they differ in their dashes.
+# Okabe & Ito 2008: readers with any color vision can tell these apart. The order makes neighbors
+# differ in lightness as well. If there are more curves than colors, they differ in their dashes.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 INSIDE, DEEPER = "#DCEAF4", "#B4D3E8"  # Ω_λ(0) and, if the level falls, Ω_λ(1)
@@ -126,7 +126,7 @@ def plot_loss(
         _check_path(f"paths[{label!r}]", path)
         fine = subdivide(path, -(-samples // (len(path) - 1)))
         losses = _losses(loss_fn, fine, chunk_size)
-        label = f"{label}, normalised length {normalized_length(path):.3f}"
+        label = f"{label}, normalized length {normalized_length(path):.3f}"
         axes.plot(
             _host(fractions(fine)), losses, _dash(i), color=_colour(i), lw=_width(i), label=label
         )
@@ -247,7 +247,7 @@ def plot_length_against_level(
         _mean_and_band(axes, levels, lengths.T[order], label, i)
     if log_x:
         axes.set_xscale("log")
-    _finish(axes, "level $\\lambda$", "normalised length")
+    _finish(axes, "level $\\lambda$", "normalized length")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -279,7 +279,7 @@ def plot_stages(times: Tensor, lengths: Tensor, chord_feasible: Tensor) -> Figur
             stages, shares, "-o", color=COLOURS[i + 1], lw=_width(i), ms=7 - 3 * i, label=label
         )
     below.set_ylim(-0.05, 1.05)
-    _finish(above, "", "normalised length")
+    _finish(above, "", "normalized length")
     _finish(below, "SGD step of $\\theta_a$", "share of pairs")
     for axes in (above, below):
         axes.legend(frameon=False, fontsize=8)

@@ -195,7 +195,7 @@ def _sites(
 ) -> _Sites:
     num_rows, segments = path.shape[0], path.shape[1] - 1
     beads = torch.arange(segments, device=path.device)
-    # The two end constraints are linear in the neighbouring bead: F_a - λ(0) + τ (g_a·Δ_1 - λ'(0)
+    # The two end constraints are linear in the neighboring bead: F_a - λ(0) + τ (g_a·Δ_1 - λ'(0)
     # s_1) ≤ 0 at τ = 1/8 segment. If an end lies on the boundary, a site near it would give the
     # same constraint with fewer digits.
     segment = torch.cat((beads[1:], beads, beads[:1], beads[-1:]))

@@ -76,7 +76,7 @@ class Layout:
     def runs(self) -> list[tuple[int, int, int, int]]:
         """Ranges of coordinates, as (first tensor, number of tensors, start, stop).
 
-        Each run is either several neighbouring tensors of one size or a part of one large tensor,
+        Each run is either several neighboring tensors of one size or a part of one large tensor,
         so its coordinates are a matrix (tensors, size). It has at most about `chunk` coordinates.
         """
         return self.runs_of(self.chunk)
@@ -162,7 +162,7 @@ class Chunk:
     tensors of several sizes has a single row.
 
     Attributes:
-        runs: neighbouring runs of the layout.
+        runs: neighboring runs of the layout.
     """
 
     runs: tuple[tuple[int, int, int, int], ...]

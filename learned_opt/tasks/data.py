@@ -29,7 +29,7 @@ IDX_FILES = {
     for kind, layout in (("images", "idx3"), ("labels", "idx1"))
 }
 
-_CHANNELS = (1, 3, 4)  # numbers of channels: grey, colour, and colour with transparency
+_CHANNELS = (1, 3, 4)  # numbers of channels: gray, color, and color with transparency
 _GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 
 _DIGITS_TRAIN = 1437  # four fifths of the 1,797 images, rounded down; 360 remain to test on
