@@ -20,6 +20,7 @@ docs: .venv/.installed-docs
 lint: .venv/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build dist *.egg-info
@@ -43,5 +44,5 @@ clean:
 	@touch $@
 
 .venv/.installed-lint: .venv/.installed
-	$(INSTALL) ruff
+	$(INSTALL) ruff mypy
 	@touch $@

@@ -109,7 +109,7 @@ def match_weights(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> di
     # The assignment runs on the CPU. In float32, rounding would make equal distances differ.
     a, b = (spec.split(theta.detach().cpu().double()) for theta in (theta_a, theta_b))
     identity = {name: torch.arange(size) for name, size in spec.sizes.items()}
-    greedy = {}
+    greedy: dict[str, Tensor] = {}
     for name in identity:
         known = [
             all(other in greedy or other in (name, None) for other in names)
@@ -244,14 +244,15 @@ def sequential_spec(module: nn.Sequential) -> PermutationSpec:
             f"{type(module).__name__}; write its PermutationSpec by hand"
         )
     last = [name for name, m in layers if type(m) in (nn.Linear, *CONVOLUTIONS)][-1:]
-    shapes, axes = [], []
+    shapes: list[tuple[int, ...]] = []
+    axes: list[tuple[str | None, ...]] = []
     # The input of a layer: ``count`` units of the permutation ``unit`` (None for the network's
     # inputs). ``form`` is "features", "maps" of pixels, or "flat": flattened maps, in which the
     # pixels of a unit are adjacent.
     unit, count, form = None, 0, "maps"
     for name, layer in layers:
         kind = type(layer)
-        incoming = ()
+        incoming: tuple[int, ...] = ()
         if kind in BATCH_NORMS:
             incoming, known = (layer.num_features,), True
         elif kind is nn.Linear:

@@ -68,7 +68,7 @@ class PathDataset:
         self.folder = folder
         self.header: dict[str, Any] = manifest["header"]
         self._num_shards: int = manifest["num_shards"]
-        self._records: list[dict[str, Any]] | None = manifest["shards"]
+        self._records: list[Any] | None = manifest["shards"]
         self._check = check
         self._origin = hashlib.sha256(_to_json(self.header, "header")).hexdigest()
         self._verified: dict[int, str] = {}  # shard index -> the sha256 last computed of its file
@@ -211,7 +211,7 @@ class PathDataset:
             for name, tensor in tensors.items()
         }
         content = save(tensors, {ORIGIN: self._origin})
-        record = {
+        record: dict[str, Any] = {
             "file": _shard_name(index),
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -290,7 +290,7 @@ class PathDataset:
                 f"{self.folder} lacks {len(missing)} of {len(self)} shards, the first is "
                 f"{_shard_name(missing[0])}; write the shards that missing() returns first"
             )
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "header": self.header,

@@ -188,7 +188,7 @@ class SublevelSet:
         self._gradient = vmap(vmap(grad_and_value(checked), unbatched, chunk_size=chunk_size))
         self.loss_evaluations = torch.zeros(num_pairs, dtype=torch.long)
         self.gradient_evaluations = torch.zeros(num_pairs, dtype=torch.long)
-        self._level: Callable[[Tensor], Tensor] | None = None
+        self._level: Callable[[Tensor], Tensor]
 
     def set_level(self, level: Tensor | Callable[[Tensor], Tensor]) -> None:
         """Sets λ: constants ``(pairs,)``, or a callable from fractions ``(pairs, k)`` to levels."""

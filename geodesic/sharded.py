@@ -127,7 +127,7 @@ def find_geodesics_on_disk(
 
 def _part_of(level: Level, part: Tensor, pairs: int) -> Level:
     if not callable(level):
-        return level if level is None else level[part]
+        return level[part] if isinstance(level, Tensor) else level
 
     def of_part(s: Tensor) -> Tensor:
         every = s.new_zeros(pairs, s.shape[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def compare(
         for entrant, chosen in tracked(plan, "compare", "runs", shown=progress):
             run = run_optimizer(
                 task,
-                lambda p, e=entrant, c=chosen: e.make_optimizer(p, c, steps),
+                partial(entrant.make_optimizer, chosen=chosen, steps=steps),
                 seed,
                 steps,
                 points,

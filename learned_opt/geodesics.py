@@ -100,7 +100,9 @@ def make_problem(config: GeodesicsConfig, index: int) -> Problem:
         return task.loss_and_grad(theta, task.batch(seed, step))
 
     batch = task.fixed_batch(config.evaluation_size)
-    facts = {"index": index, "task": task.name, "batch_size": task.config.batch_size}
+    facts = {"index": index, "task": task.name}
+    if hasattr(task, "config"):  # which a task of the user's need not have
+        facts["batch_size"] = task.config.batch_size
     return Problem(
         task.init(seed), grad_fn, lambda theta, *batch: task.loss(theta, batch), batch, facts
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from operator import is_
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -342,7 +342,7 @@ def _on_its_own(entries: dict[str, Any], views: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _apart(optimizer: LearnedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _apart(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Returns a state_dict with copies of the rule's entries, which later steps do not change."""
     state = {k: dict(x) if isinstance(x, dict) else x for k, x in state_dict["state"].items()}
     live, saved = (
@@ -350,7 +350,7 @@ def _apart(optimizer: LearnedOptimizer, state_dict: dict[str, Any]) -> dict[str,
         for groups in (optimizer.param_groups, state_dict["param_groups"])
     )
     number = dict(zip(live, saved, strict=True))
-    for _, blocks in optimizer._blocks.values():
+    for _, blocks in cast(LearnedOptimizer, optimizer)._blocks.values():
         for p, views in _entries(blocks):
             if p in optimizer.state and p in number:
                 state[number[p]] = _on_its_own(optimizer.state[p], views)

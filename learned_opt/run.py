@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from learned_opt.memory import peak_memory
 from learned_opt.rules.base import UpdateRule
 from learned_opt.tasks.base import Task
 from learned_opt.tasks.trainee import Parameters, Trainee
-
-if TYPE_CHECKING:
-    from learned_opt.tasks.workloads.base import Workload
 
 MakeOptimizer = Callable[[Parameters], Any]  # makes an optimizer, or a `Together` of several
 
@@ -76,8 +73,14 @@ def train(trainee: Trainee, optimizer: Any, steps: int) -> Iterator[float]:
             return
 
 
+class Trainable(Protocol):
+    """A task, as far as a run needs it."""
+
+    def trainee(self, seed: int) -> Trainee: ...
+
+
 def run_optimizer(
-    task: Task | Workload,
+    task: Trainable,
     make_optimizer: MakeOptimizer,
     seed: int,
     steps: int,

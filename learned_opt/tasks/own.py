@@ -94,9 +94,9 @@ class OwnTask(ModuleTask):
                 if classes
                 else float(losses(guess, targets).mean())
             )
-        shared = (tuple(map(draw.share, part)) for part in (train, test or train))
+        train, test = (tuple(map(draw.share, part)) for part in (train, test or train))
         config = TaskConfig(name=name, batch_size=batch_size)
-        super().__init__(config, make_model, *shared, chance, draw, losses)
+        super().__init__(config, make_model, train, test, chance, draw, losses)
 
     @classmethod
     def make(
