@@ -1,4 +1,4 @@
-"""A task in the user's own file: `--task my_module:make_task`."""
+"""A task in a file of the user: `--task my_module:make_task`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MAKE = "write `def make_task(draw)` in my_module.py, and give my_module:make_tas
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """Where the task comes from.
+    """The settings of a task in a file of your own.
 
     Attributes:
-        function: "my_module:make_task", a function of a module in the current folder, or of any
-            that is installed; of a `Draw` it returns the task.
-        source: digest of the module's file, so that results of another version of it are not taken
-            for those of this one; `--task` fills it in.
+        function: "my_module:make_task", a function that takes a `Draw` and returns the task. The
+            module is in the current folder or installed.
+        source: The digest of the module's file, which `--task` fills in. It keeps results of
+            another version of the file apart.
     """
 
     function: str = ""
@@ -44,29 +44,29 @@ class OwnOptions:
 
 @register("own", drawn=False)
 class OwnTask(ModuleTask):
-    """F(θ) = the mean loss of a module on data, all of one's own.
+    """F(θ) = the mean loss of your module on your data.
 
         def make_task(draw):
             x = torch.linspace(-3, 3, 200).unsqueeze(1)
             make_model = lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
             return OwnTask(make_model, (x, x.sin()), batch_size=32, draw=draw)
 
-    `learned-opt benchmark --task my_module:make_task` calls the function once for each process, and
-    `train` once for each draw, of `draw.num_tasks` tasks that differ in their initial weights. What
-    the function takes from `draw.rng`, where that is not None, differs from draw to draw.
+    `learned-opt benchmark --task my_module:make_task` calls the function once in each process.
+    `train` calls it for each draw, for `draw.num_tasks` tasks that differ in their initial weights.
+    If `draw.rng` is not None, random numbers taken from it differ between draws.
 
     Args:
-        make_model: makes the module with fresh weights, from torch's global random numbers. It has
-            no dropout and no running statistics, see `ModuleTask`.
-        train: inputs and targets, (n, …) each; integer targets are classes.
-        test: the same to test on; by default the training data.
-        batch_size: examples per minibatch.
-        losses: of outputs and targets, element by element; by default the cross-entropy of classes,
-            and the squared error of other targets.
-        chance: the loss of a guess that ignores the inputs; by default that of equally likely
-            classes, and of the mean target.
-        draw: how many tasks to make at once, as handed to the function.
-        name: what tables call it.
+        make_model: returns the module with fresh weights, from torch's global random numbers. The
+            module has no dropout and no running statistics, see `ModuleTask`.
+        train: the training inputs and targets, (n, …) each; integer targets are classes.
+        test: the test inputs and targets; by default the training data.
+        batch_size: the number of examples in a minibatch.
+        losses: returns the loss of each element from outputs and targets; by default the
+            cross-entropy for classes, and the squared error for other targets.
+        chance: the loss of a guess that ignores the inputs; by default the guess is that all
+            classes are equally likely, or the mean target.
+        draw: the argument of the function, which says how many tasks to make at once.
+        name: the name in tables.
     """
 
     Options = OwnOptions
@@ -102,10 +102,11 @@ class OwnTask(ModuleTask):
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> Task:
-        """What the function of `config` returns.
+        """Returns the task that the function of `config` returns.
 
         Raises:
-            ConfigError: there is no such function, it raised, or returned no such task.
+            ConfigError: there is no such function, it raised an error, or it returned another
+                number of tasks or no task.
         """
         name = config.own.function
         function = load(name)
@@ -123,33 +124,33 @@ class OwnTask(ModuleTask):
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
-        raise NotImplementedError  # families have it as their `task` only
+        raise NotImplementedError  # a family can have it only as its `task`
 
 
 def own_task(function: str) -> TaskConfig:
-    """The config of the task that `function`, "my_module:make_task", returns.
+    """Returns the config of the task that `function`, "my_module:make_task", returns.
 
     Raises:
-        ConfigError: there is no such function, it raises, or returns no task.
+        ConfigError: there is no such function, it raises an error, or it returns no task.
     """
     path = sys.modules[load(function).__module__].__file__
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
     options = {"function": function, "source": source}
     config = TaskConfig(name=function, kind="own", options=options)
-    OwnTask.make(config)  # what is wrong with it is said before there is an output folder
+    OwnTask.make(config)  # raises its errors before there is an output folder
     return config
 
 
 def load(name: str) -> Callable[[Draw], Task]:
-    """The function "my_module:make_task".
+    """Imports and returns the function `name`, as "my_module:make_task".
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such module or function, or importing it raised an error.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise ConfigError(f"task={name!r} is no function of a module; {MAKE}")
-    if os.getcwd() not in sys.path:  # last, so that it hides nothing that is installed
+        raise ConfigError(f"task={name!r} is not of the form module:function; {MAKE}")
+    if os.getcwd() not in sys.path:  # last, so that installed modules come first
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
@@ -168,6 +169,6 @@ def load(name: str) -> Callable[[Draw], Task]:
 
 
 def _told(error: Exception) -> str:
-    """An error of the user's code, and where it was."""
+    """Returns the text of an error in the user's code, with file and line."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -19,7 +19,7 @@ from learned_opt.benchmarking.entrants import Entrant, Group
 from learned_opt.cli import COMMANDS, parse
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
-from learned_opt.tasks.kinds import KINDS, WORKLOADS, TaskConfig
+from learned_opt.tasks.kinds import KINDS, UNDRAWN, WORKLOADS, TaskConfig
 from learned_opt.tasks.workloads.continued import ContinuedOptions
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -42,7 +42,7 @@ def config_classes() -> list[type]:
     """All that YAML can fill: the commands' configs, their parts, and the options of each kind."""
     found: dict[type, None] = {}
     left = [command.config_class for command in COMMANDS.values()]
-    left += [kind.Options for kind in (KINDS | WORKLOADS).values()]
+    left += [kind.Options for kind in (KINDS | UNDRAWN | WORKLOADS).values()]
     while left:
         cls = left.pop()
         if cls not in found:

@@ -84,7 +84,7 @@ def test_both_stages_of_training_draw_from_it(folder: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my_own_task", "is no function of a module"),
+        ("my_own_task", "is not of the form module:function"),
         ("nowhere_at_all:make_task", "there is no nowhere_at_all.py"),
         ("my_own_task:make_tusk", "has no function 'make_tusk'"),
         ("my_own_task:number", "returned int"),
