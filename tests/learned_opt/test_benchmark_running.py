@@ -22,12 +22,15 @@ from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, be
 from learned_opt.benchmarking.cells import Cell, load, without_folders
 from learned_opt.benchmarking.runner import Runner
 from learned_opt.benchmarking.stores import Files, Rows
+from learned_opt.benchmarking.validation import ValidationCell
 from learned_opt.memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 
 ROOT = Path(__file__).parents[2]
 # Milliseconds a cell, nothing to load: a time limit is met with ease on a machine that is busy.
 TASK = BenchmarkTask(TaskConfig(kind="quadratic", options={"condition": 10.0}), steps=15)
+REGRESSION = {"data": "breast_cancer", "hidden": (4,), "batch_size": 8}
+WORKLOAD = BenchmarkTask(TaskConfig(kind="regression", **REGRESSION), steps=15)
 SGD = Entrant("SGD", "torch.optim.SGD", {"lr": 0.1})
 CONFIG = BenchmarkConfig(tasks=[TASK], entrants=[SGD], reporting_seeds=4)
 # Optimizers that misbehave, each in its own way, at their third step.
@@ -127,13 +130,17 @@ def test_a_damaged_cell_is_run_again_and_only_that(tmp_path: Path) -> None:
     assert [r["test_loss"] for r in after] == [r["test_loss"] for r in before]
 
 
-@pytest.mark.parametrize("store", [Files, Rows])
-def test_a_run_of_another_setting_is_never_taken_for_this_one(store, tmp_path: Path) -> None:
-    """Of the same task, entrant and seed by name: only what determines the run differs."""
+@pytest.mark.parametrize(
+    ("store", "kind", "task"), [(Files, Cell, TASK), (Rows, ValidationCell, WORKLOAD)]
+)
+def test_a_run_of_another_setting_is_never_taken_for_this_one(
+    store, kind, task, tmp_path: Path
+) -> None:
+    """The runs have the same task, entrant and seed by name, and differ only in the rate."""
 
     def records(place: str, rate: float) -> list[dict]:
         folder = tmp_path / place
-        cells = [Cell(TASK, replace(SGD, kwargs={"lr": rate}), {}, seed) for seed in range(2)]
+        cells = [kind(task, replace(SGD, kwargs={"lr": rate}), {}, seed) for seed in range(2)]
         with Runner(store(folder / "rows.jsonl" if store is Rows else folder)) as runner:
             return runner.run(cells)
 
@@ -144,7 +151,7 @@ def test_a_run_of_another_setting_is_never_taken_for_this_one(store, tmp_path: P
     assert [r["test_loss"] for r in found] == [r["test_loss"] for r in expected]
     again = records("both", 0.1)  # those are still there
     assert [r["test_loss"] for r in again] == [r["test_loss"] for r in first]
-    assert [r["environment"] for r in again] == [r["environment"] for r in first]
+    assert [r["seconds"] for r in again] == [r["seconds"] for r in first]  # not run once more
     assert again[0]["test_loss"] != found[0]["test_loss"]
 
 
