@@ -128,7 +128,7 @@ def test_the_page_on_benchmarks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_entrants_of_the_page_on_benchmarks_take_part(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    (entrants,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (entrants,) = re.findall(r"```yaml\n(entrants:.*?)```", page, re.DOTALL)
     task = "{kind: regression, data: breast_cancer, hidden: [8], batch_size: 16}"
     config = tmp_path / "suite.yaml"
     config.write_text(

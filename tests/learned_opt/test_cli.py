@@ -431,7 +431,7 @@ def test_a_first_stage_is_shrunk_with_its_own_rest(first, tmp_path, capsys):
     args = ["train", "--output", str(tmp_path), "--objectives", '["step_size"]', "--smoke"]
     args += ["--rule_config", json.dumps(first.get("rule_config", {"hidden": 3}))]
     main([*args, "--window", "21", "--horizon", "[21,63]", "--first", json.dumps(first)])
-    assert capsys.readouterr().out.count("use them") == 1
+    assert capsys.readouterr().out.count("use it with LearnedOptimizer(") == 1
     step_with(tmp_path / "weights.safetensors")
 
 

@@ -289,7 +289,7 @@ def test_processes_that_lightning_starts_resume_to_the_same_weights(
         assert notes(tmp_path / "seen", "updates", rank)[0][1] == 2 * CONFIG.epoch_length
     weights = [f / "out" / "weights.safetensors" for f in (whole, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    with pytest.raises(ConfigError, match="of 2 processes, this run has 1"):
+    with pytest.raises(ConfigError, match="of 2 processes, but this run has 1"):
         fit(replace(CONFIG, devices=1, strategy="auto"), out, None)
 
 

@@ -296,7 +296,7 @@ from learned_opt.training.fit import make_logger
 make_logger(TrainConfig(logger="wandb"), Path("."))
 """
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "ConfigError: logger is 'wandb', which is not installed; pip install" in found.stderr
+    assert "ConfigError: logger is 'wandb', which is not installed; run pip install" in found.stderr
 
 
 def test_items_are_keyed_by_update_and_rank(dataset: PathDataset) -> None:
