@@ -80,7 +80,7 @@ COMMANDS = {
         "Compare optimizers, which are tuned on some seeds and reported on others.",
         "learned_opt.benchmarking.config:BenchmarkConfig",
         "learned_opt.benchmarking:benchmark",
-        task_flags={"steps": Flag("N", "steps of the runs on --task (default: 1000)", int)},
+        task_flags={"steps": Flag("N", "The number of steps on --task (default: 1000)", int)},
     ),
 }
 FLAGS = {

@@ -1,4 +1,7 @@
-"""What a benchmark is: entrants on tasks, with a protocol for tuning and one for reporting."""
+"""The config of a benchmark: the tasks, the entrants, the seeds and the budgets.
+
+The command line shows each description alone, so each of them is a full sentence.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,30 @@ from learned_opt.benchmarking.entrants import DEFAULTS, FIELD, Entrant, named
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.kinds import WORKLOADS, TaskConfig, kind_class
 
-# Where the seeds start when a config says only how many: never in reach of each other.
+# The first seeds if a config gives only their number, too far apart to overlap.
 _FIRST_REPORTING, _FIRST_TUNING = 0, 1_000_000
-LONGEST = 1e6  # seconds of a run; what waits for one knows little more
+LONGEST = 1e6  # seconds of a run; the timeout of poll(), which waits for it, overflows at 2.1e6
 
 
 @dataclass(frozen=True)
 class BenchmarkTask:
-    """A task and for how long it is trained.
+    """Describes a task of a benchmark and how long it is trained.
 
     Attributes:
-        task: what is optimised.
-        steps: optimizer steps per run.
-        label: what tables call it; by default the task's, see TaskConfig.label.
-        family: what the shipped weights know of it. They were trained on its kind of network and
-            of data (in-family), or choices were made on it (validation), or on neither of the two
-            (held-out both), or on one of them alone.
-        targets: training losses to reach, besides that of the tuned Adam.
-        target: of the protocol "validation": the validation loss to reach, in place of that of the
-            tuned AdamW with warm-up and cosine.
-        best_target: that of the best entrant of the field, `best_entrant`.
-        best_entrant: see best_target.
+        task: The task that is optimized.
+        steps: The number of optimizer steps in a run.
+        label: The name in tables; the default is the label of `task`, see TaskConfig.label.
+        family: How the task relates to the training of the shipped weights. They were trained on
+            both its kind of network and its kind of data (in-family), on only one of the two
+            (held-out architecture, held-out data), or on neither (held-out both), or choices were
+            made on the task (validation).
+        targets: Training losses to reach, besides that of the tuned Adam.
+        target: The validation loss to reach with the protocol "validation". The default is the
+            loss of the tuned AdamW with warm-up and a cosine schedule, which is measured.
+        best_target: A second validation loss to reach, that of `best_entrant`. The default is
+            measured.
+        best_entrant: The optimizer with the lowest validation loss of those that are not learned.
+            It is given together with best_target.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -55,14 +61,15 @@ class BenchmarkTask:
             raise ConfigError(f"steps is {self.steps}; use at least 1")
         if (self.best_target is None) == bool(self.best_entrant):
             raise ConfigError(
-                f"best_target={self.best_target} and best_entrant={self.best_entrant!r} go together"
+                f"best_target={self.best_target} and best_entrant={self.best_entrant!r} go "
+                "together; give both or neither"
             )
         if not self.label:
             object.__setattr__(self, "label", self.task.label)
 
 
 def default_tasks() -> list[BenchmarkTask]:
-    """Three shapes of network on the digits that come with scikit-learn."""
+    """Returns three shapes of networks on the digits that come with scikit-learn."""
     return [
         BenchmarkTask(TaskConfig(hidden=(32,), activation="relu"), family="in-family"),
         BenchmarkTask(TaskConfig(hidden=(32, 32), activation="tanh"), family="in-family"),
@@ -72,35 +79,42 @@ def default_tasks() -> list[BenchmarkTask]:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Every entrant on every task.
+    """The config of `learned-opt benchmark`, which compares every entrant on every task.
 
     Attributes:
-        name: what the report calls it.
-        protocol: what is measured: "training", steps to the training loss that the tuned Adam ends
-            at; "validation", steps to the validation loss of the tuned AdamW with warm-up and
-            cosine; "going_on", how far the loss rises in runs that do not begin fresh. The last two
-            need tasks with a validation split.
-        tasks: what is optimised, and for how many steps.
-        entrants: the optimizers, each with its settings or one of those known by name: learned,
-            learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam cosine, AdamW cosine,
-            SGD momentum cosine; and of today's field AdamW warm-up cosine, NAdamW, Schedule-Free,
-            Schedule-Free tuned, Muon, SOAP, SOAP tuned, Prodigy, learned decay.
-        reporting_seeds: seeds of the runs that are reported, or how many.
-        tuning_seeds: seeds on which hyperparameters are chosen, or how many; never reported.
-        settings: hyperparameter settings that each tuned entrant tries on each task: its whole
-            grid, or a random part of a larger one.
-        max_grid_extensions: settings more, one at a time, while the best is at an end of a grid.
-        done: files of rows of earlier runs, which are not run again; of the last two protocols.
-        data: folders or files to read in place of those that the tasks name, as in
+        name: The name of the benchmark in its report.
+        protocol: What is measured. "training" measures the steps to the final training loss of the
+            tuned Adam, and "validation" the steps to the validation loss of the tuned AdamW with
+            warm-up and a cosine schedule. "going_on" measures how far the loss rises in runs whose
+            training changes midway or starts from a trained network. The last two need tasks with
+            a validation split.
+        tasks: The tasks, and the number of steps on each.
+        entrants: The optimizers. Each is described by its settings, or is one of those known by
+            name: learned, learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam
+            cosine, AdamW cosine and SGD momentum cosine, or from the current field AdamW warm-up
+            cosine, NAdamW, Schedule-Free, Schedule-Free tuned, Muon, SOAP, SOAP tuned, Prodigy and
+            learned decay.
+        reporting_seeds: The seeds of the runs that are reported, or the number of these seeds.
+        tuning_seeds: The seeds on which hyperparameters are chosen, or the number of these seeds.
+            They are never reported.
+        settings: The number of hyperparameter settings that each tuned entrant tries on each task.
+            They are its whole grid, or a random part of a larger grid.
+        max_grid_extensions: The largest number of settings that a search adds, one at a time, while
+            its best setting is at an end of a grid.
+        done: Files with rows of earlier runs, which are not run again. They are for the protocols
+            "validation" and "going_on".
+        data: Folders or files that are read in place of those that the tasks name, as in
             {cifar10: my_cifar}.
-        data_root: folder of data sets; by default $LEARNED_OPT_DATA.
-        download: get image sets that are missing there, through torchvision or OpenML.
-        processes: runs at the same time. Wall-clock times mean most with 1. Several machines take
-            part under torchrun, with this many processes for each of its own.
-        threads: of torch, per run. Small tasks are fastest with 1.
-        device: where the runs are, cpu or cuda.
-        time_limit: seconds after which a run has failed and is killed.
-        logger: "none", or "wandb" besides the files.
+        data_root: The folder of data sets; the default is $LEARNED_OPT_DATA.
+        download: Whether image sets that are missing in data_root are downloaded, through
+            torchvision or OpenML.
+        processes: The number of runs at the same time. Wall-clock times are most accurate with 1.
+            Several machines can share the runs under torchrun; each of its processes then has this
+            many runs at the same time.
+        threads: The number of torch's threads in each run. Small tasks are fastest with 1.
+        device: The device of the runs, cpu or cuda.
+        time_limit: The number of seconds after which a run is killed and counts as failed.
+        logger: The logger besides the files, "none" or "wandb".
     """
 
     name: str = ""
@@ -130,8 +144,8 @@ class BenchmarkConfig:
         for old, new in self.data.items():
             if new not in used or new in self.data:
                 raise ConfigError(
-                    f"data has {{{old}: {new}}}, but no task reads {old!r} alone; use the names "
-                    "that the tasks have, and each only once"
+                    f"data has {{{old}: {new}}}, but no task reads {old!r}, or the new name is "
+                    "itself replaced; use names that the tasks have, and each only once"
                 )
         for name, names in (
             ("tasks", [t.label for t in self.tasks]),
@@ -148,41 +162,41 @@ class BenchmarkConfig:
             )
         for name in ("settings", "processes", "threads"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; use at least 1")
+                raise ConfigError(f"{name}={getattr(self, name)} is too small; use at least 1")
         if self.max_grid_extensions < 0 or not 0 < self.time_limit <= LONGEST:
             raise ConfigError(
-                f"max_grid_extensions={self.max_grid_extensions} must be at least 0, "
-                f"time_limit={self.time_limit} above it and at most {LONGEST:g} seconds"
+                f"max_grid_extensions={self.max_grid_extensions} must be at least 0, and "
+                f"time_limit={self.time_limit} above 0 and at most {LONGEST:g} seconds"
             )
         self._check_protocol()
 
     def _check_protocol(self) -> None:
         if self.protocol == "training":
             if self.done:
-                raise ConfigError(f"done={self.done} means nothing to protocol: training; drop it")
+                raise ConfigError(f"done={self.done} has no use with protocol: training; drop it")
             if real := [t.label for t in self.tasks if t.task.kind in WORKLOADS]:
-                raise ConfigError(f"tasks {real} need protocol: validation or going_on; add it")
+                raise ConfigError(f"tasks {real} need protocol: validation or going_on; set one")
             return
         if small := [t.label for t in self.tasks if t.task.kind not in WORKLOADS]:
             raise ConfigError(
-                f"tasks {small} have no validation split; use kinds of {list(WORKLOADS)}, or "
+                f"tasks {small} have no validation split; use the kinds {list(WORKLOADS)}, or "
                 "protocol: training"
             )
         if self.protocol == "going_on":
             if tuned := [e.name for e in self.entrants if e.search]:
                 raise ConfigError(
-                    f"entrants {tuned} are tuned, which protocol: going_on does not do; give them "
-                    "their settings in kwargs"
+                    f"entrants {tuned} have a search, but protocol: going_on does not tune; give "
+                    "their settings in kwargs instead"
                 )
             return
         if self.validation_baseline not in [e.name for e in self.entrants]:
             raise ConfigError(
-                f"protocol: validation compares with {self.validation_baseline!r}, which entrants "
-                "lacks; add it"
+                f"protocol: validation compares with {self.validation_baseline!r}, which is not in "
+                "entrants; add it"
             )
 
     def _with_data(self, entry: BenchmarkTask) -> BenchmarkTask:
-        """`entry` on the data that `data` has for it; a label that names the data changes too."""
+        """Returns `entry` with its data replaced by `data`; a label that names the data changes."""
         data = self.data.get(entry.task.data)
         if data is None or "data" in kind_class(entry.task.kind).unused:
             return entry
@@ -199,12 +213,15 @@ class BenchmarkConfig:
 
     @property
     def validation_baseline(self) -> str:
-        """Whose validation loss is the target of the protocol "validation"."""
+        """The entrant whose validation loss is the target of the protocol "validation"."""
         return FIELD[0].name
 
     @property
     def baseline(self) -> str | None:
-        """The entrant that speed-ups are relative to: Adam with nothing but a tuned constant lr."""
+        """The entrant that speed-ups are relative to, or None.
+
+        It is Adam with a tuned, constant learning rate and no other setting.
+        """
         for e in self.entrants:
             plain = e.schedule == "constant" and not e.kwargs and list(e.search) == ["lr"]
             if e.optimizer == "torch.optim.Adam" and plain:
@@ -212,15 +229,18 @@ class BenchmarkConfig:
         return None
 
     def on(self, task: TaskConfig, steps: int = 1000) -> BenchmarkConfig:
-        """The same on one task, trained for so many steps."""
+        """Returns a config with only this task, trained for `steps` steps."""
         return replace(self, tasks=[BenchmarkTask(task, steps)], data={})
 
     def smoke(self) -> BenchmarkConfig:
-        """The same in seconds: few steps and seeds, two settings each; tells nothing."""
+        """Returns a config of the same kind that runs in seconds; its results mean nothing.
+
+        It has few steps and seeds, and two settings for each tuned entrant.
+        """
         return replace(
             self,
             tasks=[_smoke(task) for task in self.tasks[:2]],
-            data={},  # they have it
+            data={},  # the tasks already have it
             done=[],
             reporting_seeds=self.reporting[: 2 if self.protocol == "training" else 1],
             tuning_seeds=self.tuning[:1],

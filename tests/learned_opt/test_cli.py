@@ -458,7 +458,7 @@ def test_help_has_types_defaults_and_the_docstrings(command, capsys):
     assert {
         "geodesics": "The least and the largest number of hidden layers",
         "train": "The number of meta-updates",
-        "benchmark": "what is optimised, and for how many steps",
+        "benchmark": "The tasks, and the number of steps on each",
     }[command] in text
 
 

@@ -236,10 +236,10 @@ def test_a_disturbed_run_beside_the_undisturbed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"entrants": ["learned"]}, "compares with 'AdamW warm-up cosine', which entrants lacks"),
+    ({"entrants": ["learned"]}, "compares with 'AdamW warm-up cosine', which is not in entrants"),
     ({"tasks": [BenchmarkTask(TaskConfig())]}, "have no validation split"),
     ({"protocol": "training"}, "need protocol: validation or going_on"),
-    ({"protocol": "going_on"}, r"entrants \['AdamW warm-up cosine'\] are tuned"),
+    ({"protocol": "going_on"}, r"entrants \['AdamW warm-up cosine'\] have a search"),
 ])  # fmt: skip
 def test_a_protocol_has_its_own_tasks_and_entrants(wrong: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
