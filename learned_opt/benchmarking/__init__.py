@@ -1,4 +1,4 @@
-"""The benchmark: optimizers on tasks, tuned on some seeds and reported on others."""
+"""The benchmark, which compares optimizers that are tuned on some seeds and reported on others."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ __all__ = [
     "summary_table",
 ]
 
-# What changes no result: a folder goes on with others of these.
+# Settings that do not affect results, so a run that resumes in a folder may change them.
 FREE = ("processes", "time_limit", "logger", "download", "data_root", "done")
 
 
 def benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any]]:
-    """Compares optimizers on a suite of tasks, tuned on some seeds and reported on others.
+    """Compares optimizers on tasks, after tuning them on other seeds than are reported.
 
         from learned_opt import BenchmarkConfig, BenchmarkTask, TaskConfig, benchmark
 
@@ -59,37 +59,38 @@ def benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any
             )
             rows = benchmark(config, "runs/benchmark")
 
-    This is the command `learned-opt benchmark`: it prints the tables, with who won, and the path of
-    the report. `output` gets results.csv, the report, and what it was made of: of the protocol
-    "training" tuning.csv, benchmark.json and cells/, a file per run with its whole loss curve; of
-    the others rows.jsonl, a line per run. Called again with the same config, it runs only what is
-    missing. Of a torchrun job all processes call it, with an `output` that all of them see.
+    This is the command `learned-opt benchmark`. It prints the tables, who won, and the path of the
+    report. `output` gets results.csv, the report, and the data behind them. With the protocol
+    "training" these are tuning.csv, benchmark.json, and cells/ with a file for each run, which has
+    its whole loss curve. With the other protocols they are rows.jsonl, with a line for each run.
+    If called again with the same config, it runs only what is missing. In a torchrun job all
+    processes call it, with an `output` that all of them can access.
 
     Args:
-        config: tasks, optimizers, seeds and budgets. `config.smoke()` is the same in seconds.
-        output: folder of the results; made if it does not exist.
+        config: the tasks, optimizers, seeds and budgets. `config.smoke()` runs in seconds.
+        output: the folder of the results; created if it does not exist.
 
     Returns:
-        the rows of results.csv, one per (task, entrant, seed), to every process of a job.
+        The rows of results.csv, one for each (task, entrant, seed), on every process of a job.
 
     Raises:
-        ConfigError: an optimizer cannot be imported, or refuses its arguments; an entrant has too
-            few settings to try; there is no such device.
-        DataError: a data set is missing; nothing has been run then.
-        OutputError: `output` is in use, of another config, or of another version.
+        ConfigError: an optimizer cannot be imported or refuses its arguments, an entrant has too
+            few settings to try, or the device cannot be used.
+        DataError: a data set is missing. Nothing has been run then.
+        OutputError: `output` is in use, or holds results of another config or version.
     """
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={config.device!r} cannot be used: {error}; use cpu") from error
-    for entrant in config.entrants:  # what is misspelt is said now, not after the tuning
+        raise ConfigError(f"device={config.device!r} cannot be used ({error}); use cpu") from error
+    for entrant in config.entrants:  # finds mistakes now, not after the tuning
         entrant.check()
         if entrant.search:
             settings_of(entrant, config.settings)
     folder, rank = user_path(output, "output", OutputError).absolute(), process_rank()[0]
     _check_format(folder)
     settings = dataclasses.asdict(config) | {"format": FORMAT}
-    # rows say by themselves what they are of, so that a folder of them takes more entrants
+    # each row names its run, so more entrants can be added to a folder of rows
     free = FREE if config.protocol == "training" else (*FREE, "entrants")
     with claim_output(folder, settings, "benchmark", free=free) if rank == 0 else nullcontext():
         if rank == 0 and config.download:
@@ -118,7 +119,8 @@ def benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any
 
 
 Facts = dict[str, dict[str, Any]]
-# The rows of results.csv, and what writes the report into a folder: to be printed, and its path.
+# The rows of results.csv, and a function that writes the report into a folder and returns the text
+# for the terminal and the path of the report.
 Outcome = tuple[list[dict[str, Any]], Callable[[Path], tuple[str, Path]]]
 
 
@@ -167,29 +169,29 @@ def _chosen(tunings: tables.Tunings, task: BenchmarkTask, entrant: Entrant) -> d
 
 
 def _planned(config: BenchmarkConfig) -> int:
-    """Cells, before any grid grows or any run of another length."""
+    """Returns the number of cells, without extensions of grids and runs of other lengths."""
     tuned = sum(bool(entrant.search) for entrant in config.entrants)
     trials = tuned * config.settings * len(config.tuning)
     return len(config.tasks) * (trials + len(config.entrants) * len(config.reporting))
 
 
 def _check_format(folder: Path) -> None:
-    """That what is in `folder` was left by this version of the benchmark, if anything."""
+    """Raises OutputError if `folder` holds results of another version of the benchmark."""
     path = folder / "config-benchmark.yaml"
     try:
         check_size(text := path.read_text())
         found = yaml.safe_load(text).get("format", 1)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return  # absent, or for claim_output to complain about
+        return  # absent, or damaged, which claim_output reports
     if found != FORMAT:
         raise OutputError(
             f"output={str(folder)!r} holds results of another version of the benchmark (format "
-            f"{found}, this one writes {FORMAT}), which it keeps; use another --output"
+            f"{found}, this one writes {FORMAT}), which are kept; use another --output"
         )
 
 
 def describe_task(entry: BenchmarkTask, data_root: str | None) -> dict[str, Any] | LearnedOptError:
-    """What is known of a task once it is made; or why it cannot be."""
+    """Returns facts about a task that are known once it is made, or why it cannot be made."""
     try:
         task = make_task(entry.task, data_root)
     except LearnedOptError as error:
@@ -199,7 +201,10 @@ def describe_task(entry: BenchmarkTask, data_root: str | None) -> dict[str, Any]
 
 
 def _facts(config: BenchmarkConfig, runner: Runner) -> dict[str, dict[str, Any]]:
-    """By label; in a worker process, which keeps the data that it has loaded."""
+    """Returns facts about each task by label.
+
+    A worker process makes the tasks, and keeps the data that it has loaded.
+    """
     jobs = [partial(describe_task, entry, config.data_root) for entry in config.tasks]
     facts = runner.call(jobs)
     wrong = {

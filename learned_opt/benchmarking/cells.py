@@ -1,8 +1,9 @@
-"""A cell is one run: one entrant on one task with one setting and seed; one file each.
+"""A cell is one run of a benchmark: one entrant on one task with one setting and one seed.
 
-A cell's file is written whole and named by a hash of all that determines the run (the weights'
-content included), so a benchmark that was interrupted goes on where it was, and a cell of another
-setting is never taken for this one. A cell that failed is recorded, and tried again next time.
+Each cell has a file, which is written atomically and named by a hash of everything that determines
+the run, including the content of the weights. An interrupted benchmark therefore resumes where it
+stopped, and a cell with another setting is never mistaken for this one. A cell that failed is
+recorded, and tried again the next time.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from learned_opt.tasks.kinds import Draw, make_task
 from learned_opt.tasks.trainee import Parameters
 
 Record = dict[str, Any]
-FORMAT = 2  # of an output folder: 1 knew learning rates only, and no memory
+FORMAT = 2  # of an output folder; 1 had only learning rates, and no memory
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
+    """Describes one run of an entrant on a task.
 
     Attributes:
-        chosen: what tuning has set, by name of the argument; empty where the entrant is not tuned.
+        chosen: the tuned arguments by name; empty if the entrant is not tuned.
     """
 
     task: BenchmarkTask
@@ -53,7 +54,7 @@ class Cell:
 
     @cached_property
     def name(self) -> str:
-        """Of its file: for people, then a hash for the program."""
+        """The name of its file: a part for people, and a hash for the program."""
         identity = {
             "task": asdict(self.task.task),
             "steps": self.task.steps,
@@ -72,11 +73,11 @@ class Cell:
         return re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:160] + "_" + digest.hexdigest()[:12]
 
     def _more_identity(self) -> dict[str, Any]:
-        """What else determines a run of a subclass."""
+        """Returns what else determines a run; for subclasses."""
         return {}
 
     def run(self) -> Record:
-        """Trains; a record, see `blank`."""
+        """Trains, and returns the record, see `blank`."""
         task = make_task(self.task.task, self.data_root, Draw(device=self.device))
         steps = self.task.steps
 
@@ -98,11 +99,11 @@ class Cell:
         )
 
     def blank(self, **facts: Any) -> Record:
-        """The record of a run that came to nothing, but for `facts`.
+        """Returns the record of a run without a result, updated with `facts`.
 
-        Infinite are `final_train_loss`, `mean_loss`, `best_loss` and `test_loss`, NaN
-        `test_accuracy`, `seconds` and `peak_memory` (bytes); `diverged` is false, `error` (a
-        traceback) None, `losses` (steps,) empty; and `environment`, of this process.
+        `final_train_loss`, `mean_loss`, `best_loss` and `test_loss` are infinite, and
+        `test_accuracy`, `seconds` and `peak_memory` (bytes) are NaN. `diverged` is false, `error`
+        (a traceback) is None, `losses` (steps,) is empty, and `environment` describes this process.
         """
         losses = ("final_train_loss", "mean_loss", "best_loss", "test_loss")
         return {
@@ -122,7 +123,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process does for a cell: runs it, and leaves its file in `folder`, if any."""
+    """A job of a worker process: it runs a cell, and writes its file into `folder`, if given."""
 
     cell: Cell
     folder: Path | None = field(repr=False)
@@ -131,7 +132,7 @@ class Job:
         torch.set_num_threads(self.cell.threads)
         try:
             record = self.cell.run()
-        except BaseException:  # whatever an entrant does is a result; the others go on
+        except BaseException:  # whatever an entrant raises is recorded, and other runs go on
             record = self.cell.blank(error=without_folders(traceback.format_exc()))
         return record if self.folder is None else save(self.cell, record, self.folder)
 
@@ -145,13 +146,13 @@ def save(cell: Cell, record: Record, folder: Path) -> Record:
 
 
 def load(cell: Cell, folder: Path) -> Record | None:
-    """What an earlier run left of `cell`; None if it is to be run."""
+    """Returns the record that an earlier run has left of `cell`; None if it has to be run."""
     record = read(folder / f"{cell.name}.npz")
     return record if whole(record, cell) and record["error"] is None else None
 
 
 def read(path: Path) -> Record | None:
-    """The record in a cell's file; None if it is absent or damaged."""
+    """Returns the record in a cell's file; None if the file is absent or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return json.loads(str(file["record"])) | {"losses": file["losses"]}
@@ -160,14 +161,14 @@ def read(path: Path) -> Record | None:
 
 
 def whole(record: Any, cell: Cell) -> bool:
-    """Whether `record` has all that one of `cell` has, of the same types."""
+    """Returns whether `record` has all entries of a record of `cell`, with the same types."""
     return isinstance(record, dict) and all(
         key in record and _alike(record[key], value) for key, value in cell.blank().items()
     )
 
 
 def _alike(found: Any, usual: Any) -> bool:
-    if usual is None or isinstance(usual, str):  # the error and the commit are the one or the other
+    if usual is None or isinstance(usual, str):  # the error and the commit may be either
         return found is None or isinstance(found, str)
     if isinstance(usual, (int, float)) and not isinstance(usual, bool):
         return isinstance(found, (int, float)) and not isinstance(found, bool)
@@ -176,7 +177,7 @@ def _alike(found: Any, usual: Any) -> bool:
 
 
 def without_folders(text: str) -> str:
-    """`text`, a traceback or a message, with files by their names only: it may be published."""
+    """Returns a traceback or message without the folders of files, so that it can be published."""
     text = re.sub(r'File "[^"\n]*[\\/]([^"\\/\n]+)"', r'File "\1"', text)
     return re.sub(r"(?<![\w:./\\])(?:[A-Za-z]:)?[\\/](?:[^\s\"'<>\\/:]+[\\/])+", "", text)
 

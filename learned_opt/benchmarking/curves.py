@@ -1,4 +1,4 @@
-"""Pictures of the report as inline SVG that follows the page's text colour, light or dark."""
+"""Plots of the report as inline SVG, which adopts the page's text color, light or dark."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from learned_opt.benchmarking.stats import TAU_MAX, performance_profile, smooth
 
-# The first six are Okabe & Ito's (2008), told apart with any colour vision; without their yellow
-# and black, which one of the two backgrounds would hide. Later ones differ by their dashes as well.
+# The first six are colors of Okabe & Ito (2008), which color-blind people can distinguish, without
+# yellow and black, which are invisible on one of the two backgrounds. Further entrants also differ
+# in their dashes.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
            "#999933", "#A0522D", "#BB4488", "#44AA99")  # fmt: skip
-DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # as SVG has them, in points
-PLAIN = 6  # colours that need no dashes
-_TEXT = "#010203"  # stands for the page's text colour while matplotlib draws
-_POINTS = 100  # per curve: a phone shows no more, and the report stays small
+DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2")  # in points, as SVG writes them
+PLAIN = 6  # the number of colors that need no dashes
+_TEXT = "#010203"  # stands for the page's text color while matplotlib draws
+_POINTS = 100  # per curve; a phone shows no more, and the report stays small
 
 
 def style(i: int) -> tuple[str, str]:
-    """Colour and dashes of entrant i, the same in every picture."""
+    """Returns the color and the dashes of entrant i, which are the same in every plot."""
     return COLOURS[i % len(COLOURS)], DASHES[i // PLAIN % len(DASHES)]
 
 
 def loss_curves(runs: Mapping[str, Sequence[np.ndarray]], title: str) -> str:
-    """`<svg>` of each entrant's smoothed losses: mean over seeds, band from least to most.
+    """Returns an `<svg>` of the smoothed losses of each entrant's runs.
 
-    A line ends at the step at which the first of its runs diverged.
+    It shows the mean over seeds, in a band from the lowest to the highest. A line ends at the step
+    at which the first of its runs diverged.
     """
 
     return _svg(lambda axes: draw_losses(axes, runs), title)
@@ -45,13 +47,16 @@ def evaluation_curves(
     target: float | None = None,
     change: int = 0,
 ) -> str:
-    """`<svg>` of losses (evaluations, 2), step and loss, of each entrant's runs.
+    """Returns an `<svg>` of the validation losses of each entrant's runs.
 
-    The mean over seeds, band from least to most; a line ends where the first of its runs diverged.
+    It shows the mean over seeds, in a band from the lowest to the highest. A line ends where the
+    first of its runs diverged.
 
     Args:
-        target: a loss to mark.
-        change: a step to mark.
+        runs: the steps and losses of each run, (evaluations, 2), by entrant.
+        title: the label for screen readers.
+        target: a loss to mark; None for none.
+        change: a step to mark; 0 for none.
     """
 
     def draw(axes: Axes) -> None:
@@ -77,7 +82,7 @@ def evaluation_curves(
 
 
 def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """The curves of `loss_curves`, each labelled with its entrant."""
+    """Draws the curves of `loss_curves`, each labeled with its entrant."""
     axes.set(yscale="log", xlabel="step", ylabel="minibatch training loss")
     start, least = 0.0, np.inf
     for i, (name, losses) in enumerate(runs.items()):
@@ -94,7 +99,7 @@ def draw_losses(axes: Axes, runs: Mapping[str, Sequence[np.ndarray]]) -> None:
 
 
 def _draw_runs(axes: Axes, steps: np.ndarray, losses: np.ndarray, i: int, label: str = "") -> None:
-    """Losses (runs, steps) of entrant i: their mean, in a band from least to most."""
+    """Draws the mean of losses (runs, steps) of entrant i, in a band from lowest to highest."""
     line = _line(i)
     axes.plot(steps, losses.mean(0), label=label, **line)
     band = {"color": line["color"], "alpha": 0.12, "lw": 0}
@@ -102,7 +107,7 @@ def _draw_runs(axes: Axes, steps: np.ndarray, losses: np.ndarray, i: int, label:
 
 
 def _limit(axes: Axes, least: float, start: float, margin: float) -> None:
-    """From the least loss to the highest at the start: an explosion must not hide the rest."""
+    """Limits the axis to the highest initial loss, so that an explosion does not hide the rest."""
     if 0 < least <= start < np.inf:
         axes.set_ylim(least / margin, start * margin)
         numbers = (1, 2, 5) if start < 30 * least else (1,)
@@ -112,7 +117,7 @@ def _limit(axes: Axes, least: float, start: float, margin: float) -> None:
 
 
 def profiles(costs: np.ndarray, title: str) -> str:
-    """`<svg>` of the performance profiles of costs (entrants, tasks): see stats."""
+    """Returns an `<svg>` of the performance profiles of costs (entrants, tasks), see stats."""
     taus = np.linspace(1, TAU_MAX, 601)
 
     def draw(axes: Axes) -> None:
@@ -127,7 +132,7 @@ def profiles(costs: np.ndarray, title: str) -> str:
 
 def _svg(draw: Callable[[Axes], None], title: str) -> str:
     coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    rc = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}  # ids differ by picture
+    rc = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}  # ids differ by plot
     with rc_context(rc | dict.fromkeys(coloured, _TEXT)):
         figure = Figure(figsize=(4.6, 3.2), layout="constrained")
         axes = figure.add_subplot()
