@@ -1,4 +1,4 @@
-"""Who takes part: optimizers, what is searched for each, and those that configs find by name."""
+"""Entrants: optimizers, what is tuned of them, and those that configs know by name."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.tasks.trainee import TENSOR_KINDS, Parameters
 from learned_opt.weights import DEFAULT
 
-LEARNED = "learned"  # the `optimizer` of an entrant that is LearnedOptimizer
+LEARNED = "learned"  # the `optimizer` of entrants that are a LearnedOptimizer
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of some kinds, for an optimizer of their own or with settings of their own.
+    """Describes kinds of tensors with an optimizer or settings of their own.
 
     Attributes:
-        tensors: kinds of tensor, of embedding, head, convolution, matrix and vector.
-        optimizer: dotted path of their optimizer; by default the entrant's.
-        kwargs: arguments for these tensors, in place of the entrant's. `{steps}` as in Entrant.
+        tensors: The kinds of tensors: any of embedding, head, convolution, matrix and vector.
+        optimizer: The dotted path of their optimizer; the default is the entrant's.
+        kwargs: The arguments for these tensors, in place of the entrant's. Text in braces is a
+            number of steps, as in Entrant.
     """
 
     tensors: tuple[str, ...]
@@ -47,25 +48,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Entrant:
-    """An optimizer that takes part.
+    """Describes an optimizer that takes part in a benchmark.
 
     Attributes:
-        name: what tables call it.
-        optimizer: dotted path of a torch.optim.Optimizer class, or "learned".
-        kwargs: its keyword arguments, but for those that are searched. Text in braces is a number
-            of steps: "{steps}" those of the run, "{0.02 * steps}" a share of them, rounded.
-        search: keyword arguments to tune, each with the [low, high] of a log-uniform grid of half
-            decades (…, 0.1, 0.3, 1, 3, …) that grows where the best is at an end of it, or with
-            {values: [...]} to choose from. Of several the product is searched. Empty: nothing is
-            tuned.
-        schedule: of the learning rate over a run: constant, cosine to zero, or warmup_cosine, which
-            rises linearly over the share `warmup` of the steps before.
-        warmup: see schedule.
-        weights: a weights file of a learned optimizer; null is the shipped one.
-        groups: kinds of tensor that have an optimizer or arguments of their own. Of several
-            groups the first that names a kind has it; all other tensors are the entrant's.
-        anytime: the entrant is judged along one run of the full length; by default where it has no
-            schedule and no argument tells it the steps. Others run once for each length.
+        name: The name in tables.
+        optimizer: The dotted path of a torch.optim.Optimizer class, or "learned".
+        kwargs: The keyword arguments, except those that are searched. Text in braces is a number of
+            steps: "{steps}" is the length of the run, and "{0.02 * steps}" a share of it, rounded.
+        search: The keyword arguments to tune; if empty, nothing is tuned. Each has either the
+            bounds [low, high] of a log-uniform grid of half decades (…, 0.1, 0.3, 1, 3, …), which
+            grows while the best value is at an end of it, or {values: [...]} to choose from. If
+            there are several, their product is searched.
+        schedule: The schedule of the learning rate over a run: constant, cosine to zero, or
+            warmup_cosine, which first rises linearly over the share `warmup` of the steps.
+        warmup: The share of the steps in which the schedule warmup_cosine rises.
+        weights: The weights file of a learned optimizer; null is the shipped one.
+        groups: The kinds of tensors that have an optimizer or arguments of their own. If several
+            groups name a kind, it belongs to the first of them. All other tensors have the
+            entrant's optimizer and arguments.
+        anytime: Whether the entrant is judged along one run of the full length. If not, it runs
+            once for each length. The default is true if it has no schedule and no argument tells it
+            the number of steps.
     """
 
     name: str
@@ -81,17 +84,17 @@ class Entrant:
     def __post_init__(self) -> None:
         check_finite(self, ConfigError)
         if both := sorted({*self.search} & {*self.kwargs}):
-            raise ConfigError(f"entrant {self.name!r} has {both} in kwargs and in search; drop one")
+            raise ConfigError(f"entrant {self.name!r} has {both} in kwargs and in search; use one")
         for key, space in self.search.items():
             if not (is_range(space) or is_choice(space)):
                 raise ConfigError(
-                    f"entrant {self.name!r} has search.{key}={space!r}; use [low, high], half "
-                    "decades such as 0.01, 0.03 or 0.1, with 0 < low <= high, or {values: [...]}"
+                    f"entrant {self.name!r} has search.{key}={space!r}; use half decades "
+                    "[low, high] such as [0.01, 0.3], with 0 < low <= high, or {values: [...]}"
                 )
         if self.weights is not None and self.optimizer != LEARNED:
             raise ConfigError(
-                f"entrant {self.name!r} has weights but optimizer={self.optimizer!r}; "
-                f"only optimizer: {LEARNED} reads weights"
+                f"entrant {self.name!r} has weights, but optimizer={self.optimizer!r} does not "
+                f"read them; drop weights, or use optimizer: {LEARNED}"
             )
         if not 0 <= self.warmup < 1:
             raise ConfigError(
@@ -107,12 +110,12 @@ class Entrant:
             if group.optimizer == LEARNED != self.optimizer:
                 raise ConfigError(
                     f"entrant {self.name!r} has {LEARNED!r} as the optimizer of a group; make it "
-                    "the entrant's, and the other one a group's"
+                    "the entrant's optimizer, and the other one that of a group"
                 )
 
     @property
     def weights_hash(self) -> str | None:
-        """Of a learned entrant's file; a missing one is for `check` to complain about."""
+        """The hash of a learned entrant's weights file; "missing" if there is none; else None."""
         if self.optimizer != LEARNED:
             return None
         path = DEFAULT if self.weights is None else user_path(self.weights, "weights", ConfigError)
@@ -120,18 +123,18 @@ class Entrant:
 
     @property
     def knows_length(self) -> bool:
-        """Whether it is told how long a run is, so that each length is a run of its own."""
+        """Whether the optimizer is told the length of a run, so that each length is another run."""
         if self.anytime is not None:
             return not self.anytime
         told = [*self.kwargs.values(), *(v for g in self.groups for v in g.kwargs.values())]
         return self.schedule != "constant" or any(_in_steps(v, 1) is not v for v in told)
 
     def check(self) -> None:
-        """Makes the optimizer, of parameters that do not matter.
+        """Makes the optimizer with small parameters of all kinds, to find mistakes early.
 
         Raises:
-            ConfigError: it cannot be imported, is no optimizer, or refuses its arguments; its
-                weights cannot be read.
+            ConfigError: the optimizer cannot be imported, is not an optimizer, or refuses its
+                arguments, or its weights cannot be read.
         """
         spaces = self.search.items()
         chosen = {k: s[0] if is_range(s) else choices(s)[0] for k, s in spaces}
@@ -148,7 +151,10 @@ class Entrant:
     def make_optimizer(
         self, params: Sequence[Tensor], chosen: dict[str, Any], steps: int
     ) -> Together:
-        """Of `params` with the hyperparameters `chosen` and its schedule over `steps`."""
+        """Returns the optimizer of `params` with the hyperparameters `chosen`.
+
+        Its schedule ends after `steps` steps.
+        """
         if not isinstance(params, Parameters):
             params = Parameters(params)
         shared = _told(self.kwargs | chosen, steps)
@@ -164,14 +170,14 @@ class Entrant:
                 members.setdefault(path, []).append({"params": tensors, **own})
         made = []
         for path, groups in members.items():
-            # another optimizer's groups know no argument of this one, but for what is tuned
+            # another optimizer gets none of the entrant's arguments except the tuned ones
             kwargs = shared if path == self.optimizer else chosen
             if path == LEARNED:
                 with warnings.catch_warnings():  # a small lr is tried on purpose
                     warnings.simplefilter("ignore", UserWarning)
                     optimizer = LearnedOptimizer(groups, weights=self.weights, **kwargs)
             else:
-                with redirect_stdout(StringIO()):  # some say how they are set up, each time
+                with redirect_stdout(StringIO()):  # some print their settings each time
                     optimizer = optimizer_class(path)(groups, **kwargs)
             made.append(optimizer)
         return Together(made, self.schedule, steps, self.warmup)
@@ -185,7 +191,7 @@ def _told(kwargs: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _in_steps(value: Any, steps: int) -> Any:
-    """Steps as a number, lists, as YAML has them, as tuples; anything else as it is."""
+    """Returns text in braces as a number of steps, a list of YAML as a tuple, and else `value`."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and (match := _STEPS.fullmatch(value)):
@@ -194,7 +200,7 @@ def _in_steps(value: Any, steps: int) -> Any:
 
 
 def is_range(space: Any) -> bool:
-    """[low, high] of a log-uniform grid."""
+    """Returns whether `space` is the [low, high] of a log-uniform grid of half decades."""
     return (
         isinstance(space, (list, tuple))
         and len(space) == 2
@@ -205,7 +211,7 @@ def is_range(space: Any) -> bool:
 
 
 def is_choice(space: Any) -> bool:
-    """{values: [...]}"""
+    """Returns whether `space` is {values: [...]}."""
     return (
         isinstance(space, dict)
         and list(space) == ["values"]
@@ -215,12 +221,12 @@ def is_choice(space: Any) -> bool:
 
 
 def choices(space: dict[str, Any]) -> list[Any]:
-    """The values; lists, as YAML has them for betas, as tuples."""
+    """Returns the values of a choice; lists, which YAML has for betas, as tuples."""
     return [tuple(v) if isinstance(v, list) else v for v in space["values"]]
 
 
 def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
-    """The class at a dotted path; ConfigError where there is none."""
+    """Returns the optimizer class at a dotted path; raises ConfigError if there is none."""
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -228,7 +234,7 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
         if module.partition(".")[0] in FIELD_PACKAGES:
             raise ConfigError(
                 f"optimizer is {path!r}, whose package is not installed ({error}); "
-                "pip install 'learned-opt[field]'"
+                "run pip install 'learned-opt[field]'"
             ) from error
         raise ConfigError(
             f"optimizer is {path!r}, which cannot be imported ({error}); use a dotted path such "
@@ -236,16 +242,16 @@ def optimizer_class(path: str) -> type[torch.optim.Optimizer]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(
-            f"optimizer is {path!r}, which is no torch.optim.Optimizer; use a dotted path such as "
-            "torch.optim.Adam"
+            f"optimizer is {path!r}, which is not a torch.optim.Optimizer; use a dotted path such "
+            "as torch.optim.Adam"
         )
     return found
 
 
 FIELD_PACKAGES = ("schedulefree", "pytorch_optimizer", "prodigyopt")  # the extra [field]
 
-# Nine half decades each, about where practice has each optimizer's learning rate. Weight decay and
-# what else has a default in torch keeps it. For the learned optimizer lr multiplies the update.
+# Each grid has nine half decades around the optimizer's usual learning rates. Weight decay and
+# other arguments keep torch's defaults. For the learned optimizer, lr multiplies the update.
 _ADAM, _SGD, _MOMENTUM = {"lr": [1e-4, 1.0]}, {"lr": [1e-3, 10.0]}, {"lr": [1e-4, 1.0]}
 _TORCH = "torch.optim."
 NAMED = {
@@ -264,28 +270,29 @@ NAMED = {
         Entrant("SGD momentum cosine", f"{_TORCH}SGD", {"momentum": 0.9}, _MOMENTUM, "cosine"),
     )
 }
-# What a user would pick instead, as its authors prescribe it. Decay is on matrices and embeddings
-# only, but where a published setting has it on all. Five half decades where a rate is tuned.
+# What a user would choose instead, with the settings that its authors recommend. Weight decay does
+# not act on vectors, unless a published setting has it on all tensors. The grids of tuned learning
+# rates have five half decades.
 _WARMUP = {"schedule": "warmup_cosine"}
 _RATES = {"lr": [3e-4, 3e-2]}
 _DECAY, NO_DECAY = {"weight_decay": 0.1}, Group(("vector",), kwargs={"weight_decay": 0.0})
 _SOAP = "pytorch_optimizer.SOAP"
-# As Vyas et al. 2024; sides longer than 1,024 keep their coordinates, as turning a vocabulary would
-# take seconds.
+# As in Vyas et al. 2024, but sides longer than 1,024 keep their coordinates, because rotating a
+# vocabulary would take seconds.
 _SOAP_ARGUMENTS = {
     "betas": (0.95, 0.95),
     "precondition_frequency": 10,
     "max_precondition_dim": 1024,
 }
 _SCHEDULE_FREE = "schedulefree.AdamWScheduleFree"
-# The winner of AlgoPerf's self-tuning track, 2024.
+# The settings that won AlgoPerf's self-tuning track in 2024.
 _SCHEDULE_FREE_ARGUMENTS = {"betas": (0.9, 0.9955), "weight_decay": 0.081,
                             "warmup_steps": "{0.02 * steps}"}  # fmt: skip
 FIELD = (
     Entrant(
         "AdamW warm-up cosine", f"{_TORCH}AdamW", _DECAY, _RATES, groups=(NO_DECAY,), **_WARMUP
     ),
-    # AlgoPerf's baseline of the self-tuning ruleset: one setting for all workloads.
+    # The baseline of AlgoPerf's self-tuning ruleset, with one setting for all workloads.
     Entrant(
         "NAdamW",
         f"{_TORCH}NAdam",
@@ -333,7 +340,7 @@ DEFAULTS = ("learned", "learned tuned", "Adam", "AdamW", "SGD momentum", "Adam c
 
 
 def named(name: str) -> Entrant:
-    """The entrant that configs call `name`."""
+    """Returns the entrant that configs call `name`."""
     if name not in NAMED:
         raise ConfigError(
             f"entrant {name!r} is not known by name; use one of {list(NAMED)}, or give its "
