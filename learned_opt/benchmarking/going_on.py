@@ -1,4 +1,4 @@
-"""The protocol of runs that do not begin fresh: how far the loss rises, and where it ends."""
+"""The protocol "going_on": how far the loss rises in runs that change, and where it ends."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from learned_opt.benchmarking.validation import Run, ValidationCell
 from learned_opt.tasks.kinds import TaskConfig
 
 Row = dict[str, Any]
-# By (task, entrant): steps and validation loss, (evaluations, 2), of each run.
+# The steps and validation losses of each run, (evaluations, 2), by (task, entrant).
 Curves = dict[tuple[str, str], list[np.ndarray]]
 Key = tuple[str, str, int]  # task, entrant, seed
 
 
 def change_of(task: TaskConfig) -> int:
-    """The step before which the task's new phase begins."""
+    """Returns the step before which the new phase of the task begins."""
     return getattr(task.own, "change", 0)
 
 
 def undisturbed(task: TaskConfig) -> TaskConfig | None:
-    """The same task without what is done to its loss; None where nothing is."""
+    """Returns the task without the factors of its loss; None if it has none."""
     options = {k: v for k, v in task.options.items() if k not in ("scale", "first_scale")}
     return replace(task, options=options) if options != task.options else None
 
 
 def run_going_on(config: BenchmarkConfig, run: Run) -> tuple[list[Row], Curves]:
-    """A row for each (task, entrant, reporting seed), see `outcome`; and the curves of these runs.
+    """Returns a row for each (task, entrant, reporting seed), see `outcome`, and the curves.
 
-    `run` gives the records of cells, in their order.
+    `run` returns the records of cells, in their order.
     """
     cells: dict[tuple[Key, bool], ValidationCell] = {}
     for task, entrant, seed in product(config.tasks, config.entrants, config.reporting):
@@ -58,13 +58,12 @@ def run_going_on(config: BenchmarkConfig, run: Run) -> tuple[list[Row], Curves]:
 
 
 def outcome(record: Record, change: int, undisturbed: Record | None) -> Row:
-    """What became of one run.
+    """Returns the row of one run.
 
-    before       validation loss before the first update of the new phase
+    before       the validation loss before the first update of the new phase
     worst, end   the highest validation loss after it, and the last one, over `before`
-    behind       steps by which the run is behind the undisturbed one at its end: those which that
-                 one had still to go when it was as low; ∞ where it never was so high. None where
-                 nothing is disturbed
+    behind       the steps by which the run is behind the undisturbed one at its end, see `behind`;
+                 ∞ if the run failed, and None if nothing is disturbed
     """
     kept = ("task", "entrant", "seed", "steps", "validation_loss", "validation_accuracy",
             "test_loss", "test_accuracy", "diverged", "error")  # fmt: skip
@@ -86,8 +85,10 @@ def outcome(record: Record, change: int, undisturbed: Record | None) -> Row:
 
 
 def behind(loss: float, undisturbed: Record) -> float:
-    """Steps that the undisturbed run still had to go when its validation loss first came down to
-    `loss`, linear between evaluations; 0 where it never did."""
+    """Returns how many steps of the undisturbed run were left when it first fell to `loss`.
+
+    Its validation loss is interpolated linearly between evaluations. 0 if it never fell so low.
+    """
     curve = np.array(undisturbed["validation"], dtype=float)
     steps, lowest = curve[:, 0], np.minimum.accumulate(curve[:, 1])
     if lowest[-1] > loss:

@@ -1,4 +1,4 @@
-"""torch's Muon for convolutions too, and in float32 on a CPU."""
+"""torch's Muon, extended to convolutions and to float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.overrides import TorchFunctionMode
 
 try:
     from torch.optim import Muon as _Muon
-except ImportError as error:  # checked where an entrant is made
+except ImportError as error:  # reported when an entrant is made
     raise ImportError("torch.optim.Muon needs torch 2.9 or later") from error
 
 
 class Muon(_Muon):
-    """torch.optim.Muon (Jordan et al. 2024), of which this changes two things.
+    """torch.optim.Muon (Jordan et al. 2024) with two changes.
 
-    A convolution's weight (out, in, k, k) is orthogonalised as the matrix (out, in·k·k), as in
-    Jordan's code; torch takes matrices only. Newton and Schulz's iteration, for which torch
-    converts to bfloat16, stays in float32 on a CPU, where few have arithmetic for bfloat16 and
-    others are dozens of times slower.
+    The weight of a convolution, (out, in, k, k), is orthogonalized as the matrix (out, in·k·k), as
+    in Jordan's code; torch accepts only matrices. On a CPU the Newton-Schulz iteration, for which
+    torch converts to bfloat16, stays in float32: few CPUs have arithmetic for bfloat16, and the
+    others are dozens of times slower with it.
     """
 
     def __init__(self, params: Iterable[Any], **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ class Muon(_Muon):
 
 
 class _Float32(TorchFunctionMode):
-    """Tensors of a CPU that are asked for in bfloat16 are copied as they are."""
+    """Copies CPU tensors instead of converting them to bfloat16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.bfloat16 and args[0].device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What every worker process needs: imported once, by the process that they are forks of."""
+"""Imports what every worker process needs, once, in the process from which they are forked."""
 
 import torch._dynamo  # noqa: F401  the first optimizer imports it, which takes a second
 

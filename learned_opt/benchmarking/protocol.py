@@ -1,4 +1,4 @@
-"""How a benchmark was run, in a paragraph and in tables: what makes its figures worth anything."""
+"""Describes how a benchmark was run, in sentences and in tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def title(facts: Facts) -> str:
 
 
 def size(facts: Facts) -> str:
-    """In one line."""
+    """Returns the size of the benchmark in one line."""
     tasks, entrants, seeds = map(len, (facts["tasks"], facts["entrants"], facts["reporting_seeds"]))
     return size_text(entrants, tasks, seeds)
 
@@ -31,7 +31,7 @@ def size_text(entrants: int, tasks: int, seeds: int) -> str:
 
 
 def protocol(facts: Facts, tuning: Sequence[Row]) -> list[str]:
-    """Sentences: what is held equal, what is tuned, and on which seeds."""
+    """Returns sentences on what is held equal, what is tuned, and on which seeds."""
     budget = facts["budget"]
     searches = {(row["task"], row["entrant"]): row for row in tuning}.values()
     grown = sum(row["extensions"] > 0 for row in searches)
@@ -104,7 +104,7 @@ def entrant_list(facts: Facts) -> Table:
 
 
 def tuning_table(tuning: Sequence[Row]) -> Table:
-    """Every setting that was tried, the chosen ones in bold."""
+    """Returns a table of every setting that was tried, with the chosen ones in bold."""
     rows = [
         [
             Entry(row["task"], row["task"]),
@@ -118,7 +118,7 @@ def tuning_table(tuning: Sequence[Row]) -> Table:
 
 
 def environment(provenance: Sequence[Facts], rows: Sequence[Row]) -> Table:
-    """Versions and hardware; all of them where runs were made under different ones."""
+    """Returns a table of versions and hardware; it has all of them if they differ between runs."""
     facts = {"started": f"{provenance[0]['started']}", "last started": provenance[-1]["started"]}
     for key in VERSIONS:
         facts[key] = ", ".join({str(row[key]): None for row in rows if row.get(key)})
@@ -133,14 +133,14 @@ def _setting(row: Row) -> str:
 
 
 def _space(space: Any) -> str:
-    """[low, high], or {values: [...]}."""
+    """Describes a search, which is [low, high] or {values: [...]}."""
     if isinstance(space, dict):
         return "of " + ", ".join(map(str, space["values"]))
     return f"{space[0]:g} to {space[1]:g}"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
-    """A range by its ends."""
+    """Describes seeds; consecutive ones by the first and the last."""
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):

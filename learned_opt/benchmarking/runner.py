@@ -1,4 +1,4 @@
-"""Runs cells: by worker processes, by the ranks of a torchrun job, and not those that are there."""
+"""Runs cells that have no record yet, in worker processes and on the ranks of a torchrun job."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FOREVER = timedelta(days=365)  # ranks wait for each other's cells; torchrun end
 class Runner:
     """Runs cells and keeps their records; a context manager that ends its worker processes.
 
-    Each rank of a job makes its own, and all call `run` with the same cells. They share the work
-    by rank, and `store`, which must be on a file system that all see.
+    Each rank of a job makes its own runner, and all ranks call `run` with the same cells. They
+    divide the cells by rank, and share `store`, which must be on a file system that all can access.
 
     Args:
-        store: of the cells' records.
-        processes: of this rank, that run cells at the same time.
-        time_limit: seconds that a cell may take.
-        total: cells to expect, for those who wait.
-        on_record: told of each cell that has been run, on rank 0.
+        store: keeps the records of cells.
+        processes: the number of cells that this rank runs at the same time.
+        time_limit: the number of seconds that a cell may take.
+        total: the expected number of cells, for the progress bar.
+        on_record: is called on rank 0 with each cell that has been run and its record.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Runner:
         if self._joined:
             if "MASTER_ADDR" not in os.environ:
                 raise ConfigError(
-                    f"this is process {self.rank} of {self.ranks}, and MASTER_ADDR is not set; "
-                    "start several with torchrun, or one with --processes"
+                    f"this is process {self.rank} of {self.ranks}, but MASTER_ADDR is not set; "
+                    "start several processes with torchrun, or one with --processes"
                 )
             dist.init_process_group("gloo", timeout=FOREVER)
         self._workers.__enter__()
@@ -67,7 +67,7 @@ class Runner:
             dist.destroy_process_group()
 
     def call(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What other jobs return, or Lost, in their order; on rank 0, and None elsewhere."""
+        """Returns what `jobs` return, or Lost, in their order; on other ranks than 0, only None."""
         results = [None] * len(jobs)
         if self.rank == 0:
             for index, result in self._workers.run(jobs):
@@ -75,7 +75,7 @@ class Runner:
         return results
 
     def run(self, cells: Sequence[Cell]) -> list[Record]:
-        """The records of `cells` in their order; runs those that the folder lacks."""
+        """Returns the records of `cells` in their order; runs those that the store lacks."""
         wanted = {cell.name: cell for cell in cells if cell.name not in self.records}
         found = {n: r for n, c in wanted.items() if (r := self._store.load(c)) is not None}
         (found,) = self._from_first([found])
@@ -116,7 +116,7 @@ class Runner:
             self._on_record(cell, record)
 
     def _from_first(self, values: list[Any]) -> list[Any]:
-        """Those of rank 0: what is on disk changes while the ranks look."""
+        """Returns the values of rank 0, because files may change while the ranks read them."""
         if self.ranks > 1:
             dist.broadcast_object_list(values, 0)
         return values
