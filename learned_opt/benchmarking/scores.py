@@ -1,4 +1,4 @@
-"""What each run is worth beside the baseline, tuned Adam: the rows of scores.csv."""
+"""Compares each run with the baseline, tuned Adam: the rows of scores.csv."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Results:
-    """An output folder of the benchmark.
+    """The contents of an output folder of the benchmark.
 
     Attributes:
-        facts: benchmark.json: tasks, entrants, seeds, budget, failures.
-        rows: results.csv, a row per reported run.
+        facts: benchmark.json: the tasks, entrants, seeds, budget and failures.
+        rows: results.csv, with a row for each reported run.
         tuning: tuning.csv.
-        losses: (steps,) minibatch losses of the reported runs by cell, NaN from a divergence on.
-        searched: (settings, runs, steps) the same of the baseline's tuning runs, by task.
+        losses: the minibatch losses of the reported runs, (steps,), by cell; NaN from the step at
+            which a run diverged.
+        searched: the same for the baseline's tuning runs, (settings, runs, steps), by task.
     """
 
     facts: dict[str, Any]
@@ -48,22 +49,22 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """What a run of the benchmark has left in `folder`.
+    """Returns the results of the benchmark in `folder`.
 
     Raises:
-        OutputError: there is none, or it is damaged or of another version.
+        OutputError: there are none, or they are damaged or from another version.
     """
     try:
         facts = json.loads((folder / "benchmark.json").read_text())
     except OSError as error:
         raise OutputError(
             f"folder={str(folder)!r} has no results of a benchmark ({error}); give the --output of "
-            "learned-opt benchmark, and if that was made by version 0.1, run it again elsewhere"
+            "learned-opt benchmark; if version 0.1 made it, run it again with another --output"
         ) from error
     if facts.get("format") != FORMAT:
         raise OutputError(
-            f"folder={str(folder)!r} has results in format {facts.get('format')}, this version "
-            f"reads {FORMAT}; use the version that wrote them, or another --output"
+            f"folder={str(folder)!r} has results in format {facts.get('format')}, but this "
+            f"version reads {FORMAT}; use the version that wrote them, or another --output"
         )
     rows, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "tuning"))
     steps = {row["task"]: row["steps"] for row in rows}
@@ -86,29 +87,31 @@ def read_results(folder: Path) -> Results:
     if lost := sorted(reported.keys() - losses):
         raise OutputError(
             f"folder={str(folder)!r} lacks cells/{lost[0]}.npz and {len(lost) - 1} more runs that "
-            "results.csv has; run the same command again to make them anew"
+            "results.csv has; run the same command again, which repeats them"
         )
     searched = {task: np.array(list(g.values())) for task, g in groups.items()}
     return Results(facts, rows, tuning, losses, searched)
 
 
 def score(results: Results) -> list[dict[str, Any]]:
-    """A row per reported run, in the order of results.csv; all runs of a task share its seeds.
+    """Returns a row for each reported run, in the order of results.csv.
 
-    best_smoothed_loss     least smoothed minibatch loss (stats.smooth)
-    target_loss            the baseline's smoothed loss at the end of its run of the same seed
-    steps_to_target        first step at which the smoothed loss is there; ∞ for a miss. Where the
-                           baseline diverged there is no target: all steps, ∞ for another divergence
-    seconds_to_target      the same in seconds, every step taken to be as long
+    best_smoothed_loss     the lowest smoothed minibatch loss (stats.smooth)
+    target_loss            the baseline's smoothed loss at the end of its run with the same seed
+    steps_to_target        the first step at which the smoothed loss is at most the target; ∞ for a
+                           miss. If the baseline diverged, there is no target: all steps of the run,
+                           or ∞ if it diverged too
+    seconds_to_target      the same in seconds, as if all steps took equally long
     steps_speed_up         the baseline's steps over the run's, 0 for a miss (stats.times_less); 1
-                           where the baseline has diverged and the run has not
-    seconds_speed_up       of seconds
-    envelope_speed_up      against Adam with the best learning rate at each step
+                           if the baseline diverged and the run did not
+    seconds_speed_up       the same for seconds
+    envelope_speed_up      the speed-up over Adam with the best learning rate at each step
     final_train_loss_ratio, mean_loss_ratio, test_loss_ratio
-                           the baseline's median over seeds, over the loss of this run
-    steps_to_targets       JSON: {"loss": steps} for the targets that the task itself names
+                           the baseline's median loss over seeds, over the loss of this run
+    steps_to_targets       JSON: {"loss": steps} for the targets in the config of the task
 
-    Without a baseline only best_smoothed_loss and steps_to_targets.
+    All entrants have the same seeds. Without a baseline, there are only best_smoothed_loss and
+    steps_to_targets.
     """
     baseline = results.facts["baseline"]
     base = {(row["task"], row["seed"]): row for row in results.rows if row["entrant"] == baseline}
@@ -136,7 +139,7 @@ def score(results: Results) -> list[dict[str, Any]]:
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """The rows of scores.csv, typed as they were written."""
+    """Returns the rows of scores.csv, with the types that were written."""
     text = ("task", "entrant", "steps_to_targets")
     with path.open(newline="") as file:
         return [
@@ -164,5 +167,5 @@ def _against(row: Row, losses: Array, reference: Row, reference_losses: Array) -
 
 
 def _whole(losses: Array, steps: int) -> Array:
-    """A run that failed may lack its end."""
+    """Pads losses with NaN; a run that failed may lack its end."""
     return np.concatenate([losses, np.full(steps - len(losses), np.nan)])

@@ -1,4 +1,4 @@
-"""Where records of cells are kept, so that nothing is run twice: a file each, or a row each."""
+"""Stores records of cells, in a file or a row for each, so that nothing is run twice."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from learned_opt.errors import ConfigError
 
 
 class Store(Protocol):
-    """What a Runner keeps records in."""
+    """The interface of what a Runner keeps records in."""
 
     def load(self, cell: Cell) -> Record | None:
-        """The record of a cell that has run, or None."""
+        """Returns the record of a cell that has run, or None."""
 
     def job(self, cell: Cell) -> Callable[[], Record]:
-        """What a worker process does for it."""
+        """Returns the job of a worker process that runs the cell."""
 
     def keep(self, cell: Cell, record: Record, saved: bool) -> None:
-        """Keeps a record; `saved`: it comes from `job`."""
+        """Keeps a record; `saved` says whether `job` returned it."""
 
 
 class Files:
-    """A file for each cell, which the worker writes."""
+    """Keeps a file for each cell, which the worker process writes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,26 +45,26 @@ class Files:
 
 
 class Rows:
-    """A line of JSON for each cell, appended to one file of each rank as cells end.
+    """Keeps a line of JSON for each cell, which is appended to a file of this rank.
 
-    A line that was cut off by an interruption, or is no record of its cell, is passed over, and the
-    cell is run again. A file that was deleted meanwhile is written again, with all its lines.
+    A line that was cut off by an interruption, or is not a record of its cell, is ignored, and the
+    cell is run again. A file that was deleted in the meantime is written again with all its lines.
 
     Args:
-        path: of rank 0; others have their number before the suffix. All are read.
-        known: more files, whose cells count as done and which are not written to.
+        path: the file of rank 0. Other ranks have their number before the suffix. All are read.
+        known: further files, whose cells count as done. They are not written to.
     """
 
     def __init__(self, path: Path, rank: int = 0, known: Iterable[str | Path] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path.with_stem(f"{path.stem}-{rank}") if rank else path
         self._rows: dict[str, Record] = {}
-        self._lines: list[bytes] = []  # of the file that is written to
+        self._lines: list[bytes] = []  # of the file at `_path`
         for file in (user_path(path, "done", ConfigError) for path in known):
             if not file.is_file():
                 raise ConfigError(
-                    f"done names {str(file)!r}, which is no file; run from the folder that it is "
-                    "relative to, or give done: [] to run everything anew"
+                    f"done names {str(file)!r}, which is not a file; run from the folder to which "
+                    "it is relative, or give done: [] to run everything again"
                 )
             self._read(file)
         for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
@@ -100,7 +100,7 @@ class Rows:
                 if row["error"] is None:
                     self._rows[row.pop("cell")] = row
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                continue  # cut off or damaged
+                continue  # the line is cut off or damaged
 
 
 def _ends_line(file: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The benchmark's results as files: results.csv, tuning.csv and benchmark.json."""
+"""Writes and reads the files of results: results.csv, tuning.csv and benchmark.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _FLAGS = ("tuned", "lr_at_edge", "diverged", "chosen", "at_edge")
 
 
 def result_rows(cells: Sequence[Cell], records: Sequence[Record], tunings: Tunings) -> list[Row]:
-    """A row of results.csv per cell; an error by its last line, the cell's file has the rest."""
+    """Returns a row of results.csv for each cell.
+
+    It has the last line of an error; the file of the cell has the rest.
+    """
     return [
         _result_row(cell, record, tunings.get((cell.task.label, cell.entrant.name)))
         for cell, record in zip(cells, records, strict=True)
@@ -53,7 +56,7 @@ def _result_row(cell: Cell, record: Record, tuning: Tuning | None) -> Row:
 
 
 def tuning_rows(tunings: Tunings, seeds: int) -> list[Row]:
-    """A row of tuning.csv per setting that was tried, on `seeds` seeds."""
+    """Returns a row of tuning.csv for each setting that was tried, on `seeds` seeds."""
     return [
         {
             "task": task,
@@ -79,11 +82,16 @@ def describe(
     records: Mapping[str, Record],
     ranks: int,
 ) -> dict[str, Any]:
-    """What benchmark.json holds: all that a report needs besides the numbers, and no folders.
+    """Returns the content of benchmark.json: what a report needs besides the numbers.
+
+    It has no folders, so that it can be published.
 
     Args:
-        facts: what is known of each task once it is made, by its label.
-        records: of all cells, those of the tuning too, by name.
+        config: the config of the benchmark.
+        facts: the facts about each task that are known once it is made, by label.
+        tunings: the searches by (task label, entrant name).
+        records: the records of all cells by name, including those of the tuning.
+        ranks: the number of processes of the torchrun job.
     """
     plain = json.loads(json.dumps(asdict(config)))
     del plain["data_root"], plain["data"]
@@ -141,7 +149,7 @@ def to_csv(rows: Sequence[Row]) -> bytes:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of results.csv or tuning.csv, typed as they were written."""
+    """Returns the rows of results.csv or tuning.csv, with the types that were written."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: _typed(key, text) for key, text in row.items()} for row in rows]
