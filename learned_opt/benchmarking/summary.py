@@ -1,7 +1,7 @@
-"""The tables of a benchmark: over all tasks, and task by task; in Markdown here, in html.py too.
+"""The tables of a benchmark, over all tasks and task by task, and their texts in Markdown.
 
-Rows are those of results.csv, which may have the columns of scores.csv with them: a table leaves
-out what they lack.
+Rows are those of results.csv, and may also have the columns of scores.csv. A table leaves out the
+columns that the rows lack. html.py has the tables in HTML.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from learned_opt.benchmarking.stats import (
 )
 from learned_opt.benchmarking.verdict import verdict
 
-# Of a task's table: column, heading, factor, and +1 where less is better, -1 where more, 0 neither.
+# The columns of a task's table: name, heading, factor, and sign. The sign is +1 if less is better,
+# -1 if more is better, and 0 if neither is.
 METRICS = (
     ("steps_speed_up", "speed-up, steps", 1, -1),
     ("seconds_speed_up", "speed-up, seconds", 1, -1),
@@ -35,7 +36,7 @@ METRICS = (
     ("seconds", "seconds", 1, 0),
     ("peak_memory", "peak memory, MB", 1e-6, 0),
 )
-# Of the table over all tasks: columns of scores.csv, more is better; the first one orders the rows.
+# The columns of scores.csv in the table over all tasks. More is better, and the first orders rows.
 SCORES = {
     "steps_speed_up": "speed-up, steps",
     "seconds_speed_up": "speed-up, seconds",
@@ -80,7 +81,7 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`largest_first`: the columns that are sorted so, by number."""
+    """A table; `largest_first` has the numbers of the columns whose largest value sorts first."""
 
     headings: list[str]
     rows: list[list[Entry]]
@@ -88,17 +89,17 @@ class Table(NamedTuple):
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """Markdown: a table per task, mean ± standard deviation over seeds, the best mean in bold.
+    """Returns a table in Markdown for each task.
 
-    A run that diverged or failed counts with an infinite loss: its entrant's mean is ∞, and the
-    last column says how many there were.
+    It has means ± standard deviations over seeds, with the best mean in bold. A run that diverged
+    or failed has an infinite loss, so the mean of its entrant is ∞; the last column counts them.
     """
     tables = task_tables(rows).items()
     return "\n\n".join(f"### {task}\n\n{markdown(table)}" for task, table in tables)
 
 
 def markdown(table: Table) -> str:
-    """As GitHub reads it; bold where best."""
+    """Returns a table in GitHub's Markdown, with the best of a column in bold."""
     rows = [[f"**{e.text}**" if e.best else e.text for e in row] for row in table.rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
              for row in (table.headings, *rows)]  # fmt: skip
@@ -106,7 +107,7 @@ def markdown(table: Table) -> str:
 
 
 def introduction(baseline: str | None) -> str:
-    """The sentences above an overview."""
+    """Returns the sentences above an overview."""
     if baseline is None:
         return f"{NO_BASELINE} Each row is an optimizer, over all runs of all tasks."
     return (
@@ -118,14 +119,14 @@ def introduction(baseline: str | None) -> str:
 
 
 def meaning(baseline: str | None, headings: Collection[str]) -> dict[str, str]:
-    """What the columns of an overview are, by heading; of those that it has."""
+    """Returns what the columns of an overview mean, for those that it has."""
     return column_meanings(MEANING, headings, baseline=baseline)
 
 
 def column_meanings(
     texts: Mapping[str, str], headings: Collection[str], **values: Any
 ) -> dict[str, str]:
-    """Of texts by parts of headings, those for `headings`, with `values` filled in."""
+    """Returns the `texts` whose key is a part of one of `headings`, with `values` filled in."""
     return {
         part.rstrip("("): text.format(**values)
         for part, text in texts.items()
@@ -134,15 +135,16 @@ def column_meanings(
 
 
 def bullets(meaning: Mapping[str, str]) -> str:
-    """Markdown: a list of terms."""
+    """Returns a list of terms in Markdown."""
     return "\n".join(f"- *{term}*: {text}." for term, text in meaning.items())
 
 
 def aligned(table: Table, columns: Collection[str] = ()) -> str:
-    """For a terminal; a star where Markdown is bold.
+    """Returns a table for a terminal, with a star after the best of a column.
 
     Args:
-        columns: the headings to keep, besides the first; by default all.
+        table: the table.
+        columns: the headings to keep besides the first; by default all.
     """
     kept = [i for i, h in enumerate(table.headings) if not i or not columns or h in columns]
     rows = [[e.text + "*" * bool(e.best) for e in row] for row in table.rows]
@@ -156,7 +158,7 @@ def aligned(table: Table, columns: Collection[str] = ()) -> str:
 
 
 def sentence(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Who won, by how much, and what was missed."""
+    """Says who won, by how much, and what was missed."""
     if facts["baseline"] is None:
         return NO_BASELINE
     speed_ups = {name: runs(rows, name, "steps_speed_up") for name in _distinct(rows, "entrant")}
@@ -164,14 +166,13 @@ def sentence(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def ranked(rows: Sequence[Row], overview: Table) -> list[Row]:
-    """The rows of `overview`'s first optimizer, then those of its second, and so on: the order of
-    optimizers in all of a report."""
+    """Returns the rows in the order of the optimizers in `overview`, as everywhere in a report."""
     places = {entries[0].text: place for place, entries in enumerate(overview.rows)}
     return sorted(rows, key=lambda row: places[row["entrant"]])
 
 
 def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]:
-    """The table over all tasks, then one for each family of tasks where there are several."""
+    """Returns the table over all tasks, and one for each family of tasks if there are several."""
     tables = {"all tasks": overview(rows, facts["baseline"])}
     families = {task["label"]: task["family"] for task in facts["tasks"]}
     if len(set(families.values())) > 1:
@@ -182,8 +183,10 @@ def overviews(facts: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Table]
 
 
 def overview(rows: Sequence[Row], baseline: str | None) -> Table:
-    """Each entrant over all tasks of `rows`, the fastest first, see `MEANING`; without a baseline,
-    only its costs."""
+    """Returns a table of the entrants over all tasks of `rows`, the fastest first, see `MEANING`.
+
+    Without a baseline, it has only their costs.
+    """
     entrants = _distinct(rows, "entrant")
     headings, columns = ["optimizer"], [[Entry(name, name) for name in entrants]]
 
@@ -219,19 +222,19 @@ def overview(rows: Sequence[Row], baseline: str | None) -> Table:
 
 
 def task_tables(rows: Sequence[Row]) -> dict[str, Table]:
-    """Task -> a table of its entrants."""
+    """Returns a table of the entrants for each task."""
     return {t: _task_table([r for r in rows if r["task"] == t]) for t in _distinct(rows, "task")}
 
 
 def runs(rows: Sequence[Row], entrant: str, column: str) -> np.ndarray:
-    """(tasks, runs) of one column."""
+    """Returns a column of an entrant's rows, (tasks, runs)."""
     mine = [row for row in rows if row["entrant"] == entrant]
     tasks = _distinct(rows, "task")
     return np.array([[float(r[column]) for r in mine if r["task"] == task] for task in tasks])
 
 
 def median_steps(rows: Sequence[Row], entrants: Sequence[str]) -> np.ndarray:
-    """Steps to the target, median over seeds: (entrants, tasks)."""
+    """Returns the steps to the target, median over seeds: (entrants, tasks)."""
     return np.array([np.median(runs(rows, name, "steps_to_target"), axis=1) for name in entrants])
 
 
@@ -276,11 +279,11 @@ def _estimate(statistic: Callable[..., np.ndarray], *scores: np.ndarray) -> Entr
 
 
 def mean_entry(values: Sequence[float], spread: bool = True) -> Entry:
-    """A mean, ± the standard deviation where there are several."""
+    """Returns a mean, ± the standard deviation if there are several values."""
     mean = float(np.mean(values))
     if not math.isfinite(mean):
         return Entry(number(mean), mean)
-    text = f"{mean:#.3g}".rstrip(".")  # with its zeros, so that figures stand in line
+    text = f"{mean:#.3g}".rstrip(".")  # with trailing zeros, so that numbers line up
     if not spread or len(values) == 1:
         return Entry(text, mean)
     return Entry(f"{text} ± {np.std(values, ddof=1):.2g}", mean)

@@ -1,4 +1,4 @@
-"""Optimizers by kind of tensor, each with parameter groups, under one schedule."""
+"""Combines optimizers of several kinds of tensors under one learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SCHEDULES = ("constant", "cosine", "warmup_cosine")
 
 
 class Together:
-    """Several optimizers as one, and their learning rates' schedule.
+    """Several optimizers that act as one, with a schedule of their learning rates.
 
     Args:
-        optimizers: of disjoint parameters.
+        optimizers: optimizers of disjoint parameters.
         schedule: one of SCHEDULES.
-        steps: of the run, in which a schedule ends.
-        warmup: share of the steps in which the rate of "warmup_cosine" rises linearly.
+        steps: the number of steps of the run, after which a schedule ends.
+        warmup: the share of the steps in which the rate of "warmup_cosine" rises linearly.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Together:
 
     @property
     def averages(self) -> bool:
-        """Whether one of them evaluates at other weights than it trains at, and has to be told."""
+        """Whether an optimizer evaluates other weights than it trains, so that it must be told."""
         return any(hasattr(optimizer, "eval") for optimizer in self.optimizers)
 
     def zero_grad(self) -> None:
@@ -61,11 +61,11 @@ class Together:
             schedule.step()
 
     def train(self) -> None:
-        """Before training, and again after an evaluation."""
+        """Is called before training, and again after an evaluation."""
         self._tell("train")
 
     def eval(self) -> None:
-        """Before an evaluation."""
+        """Is called before an evaluation."""
         self._tell("eval")
 
     def _tell(self, mode: str) -> None:
@@ -75,9 +75,9 @@ class Together:
 
 
 def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """Of step t from 0, the factor on the learning rate.
+    """Returns the factor of the learning rate as a function of the step t, from 0.
 
-    (t + 1) / w over the first w = max(1, warmup · steps) steps, and then
+    It is (t + 1) / w in the first w = max(1, warmup · steps) steps, and then
     (1 + cos(π (t − w) / (steps − w))) / 2, which is 0 only after the last step.
     """
     rise = max(1, round(warmup * steps))

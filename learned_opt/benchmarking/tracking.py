@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who follow a benchmark there."""
+"""Logs a benchmark to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from learned_opt.errors import ConfigError
 
 
 def make_tracker(config: BenchmarkConfig, folder: Path) -> Tracker | None:
-    """None where `logger` asks for none."""
+    """Returns a tracker, or None if `logger` is "none"."""
     return Tracker(config, folder) if config.logger == "wandb" else None
 
 
 class Tracker:
-    """A run of wandb: a point per cell as it ends, and the results as a table, with the report."""
+    """A run of wandb, with a point for each cell when it ends, then the results and the report."""
 
     def __init__(self, config: BenchmarkConfig, folder: Path) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "logger is 'wandb', which is not installed; pip install 'learned-opt[wandb]', or "
-                "use logger: none"
+                "logger is 'wandb', which is not installed; run pip install 'learned-opt[wandb]', "
+                "or use logger: none"
             ) from error
         self._wandb = wandb
         self._run = wandb.init(

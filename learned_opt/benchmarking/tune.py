@@ -1,4 +1,4 @@
-"""Hyperparameters for the entrants that need them: as good as a half-decade grid finds them."""
+"""Tunes the hyperparameters of entrants, on grids of half decades."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Tuning:
     """The search for one entrant on one task.
 
     Attributes:
-        scores: setting -> final loss on the full training set, mean over the tuning seeds;
-            infinite where a run diverged or failed.
-        extensions: settings by which the grid has grown.
-        failures: setting -> runs that diverged or failed.
-        errors: tracebacks of runs that failed, by cell name.
+        scores: the final loss on the full training set by setting, averaged over the tuning seeds;
+            infinite if a run diverged or failed.
+        extensions: the number of settings by which the grid has grown.
+        failures: the number of runs that diverged or failed, by setting.
+        errors: the tracebacks of runs that failed, by cell name.
     """
 
     task: BenchmarkTask
@@ -41,22 +41,24 @@ class Tuning:
 
     @property
     def best(self) -> Setting:
-        """The setting of the lowest score; of equals the first in order, the smaller values."""
+        """The setting with the lowest score; of equal ones the first, with the smaller values."""
         return min(self.tried, key=self.scores.__getitem__)
 
     @property
     def tried(self) -> list[Setting]:
-        """In order, numbers by size."""
+        """The settings that were tried, in order; numbers are ordered by size."""
         return sorted(self.scores, key=_order)
 
     @property
     def at_edge(self) -> bool:
-        """The best is at an end of a grid: a better one may lie beyond."""
+        """Whether the best setting is at an end of a grid, so that a better one may lie beyond."""
         return bool(self.beyond())
 
     def beyond(self, only: str | None = None) -> list[Setting]:
-        """The settings next to the best that are outside what each grid has so far, or that of
-        one hyperparameter."""
+        """Returns the neighbors of the best setting that lie outside of the grids so far.
+
+        `only` restricts them to the grid of one hyperparameter.
+        """
         found = []
         for name, value in self.best:
             if is_range(self.entrant.search[name]) and only in (None, name):
@@ -69,27 +71,29 @@ class Tuning:
 
 
 def half_decades(low: float, high: float) -> list[float]:
-    """10^(k/2) from low to high, both rounded to the nearest half-decade."""
+    """Returns all 10^(k/2) from low to high, which are rounded to the nearest half decades."""
     return [half_decade(k) for k in range(_index(low), _index(high) + 1)]
 
 
 def grid_of(entrant: Entrant) -> list[Setting]:
-    """All settings of what `entrant` has tuned, numbers by size."""
+    """Returns all settings of the search of `entrant`; numbers are ordered by size."""
     grids = [half_decades(*s) if is_range(s) else choices(s) for s in entrant.search.values()]
     return [tuple(zip(entrant.search, values, strict=True)) for values in product(*grids)]
 
 
 def settings_of(entrant: Entrant, count: int) -> list[Setting]:
-    """The `count` settings that `entrant` tries first: its grid, or a random part of a larger one.
+    """Returns the `count` settings that `entrant` tries first.
+
+    They are its grid, or a random part of a larger grid.
 
     Raises:
-        ConfigError: the grid has fewer, so that its budget would not be that of the others.
+        ConfigError: the grid has fewer, so its budget would be below that of the others.
     """
     grid = grid_of(entrant)
     if len(grid) < count:
         raise ConfigError(
-            f"entrant {entrant.name!r} has {len(grid)} settings to try, settings={count} for all "
-            "that are tuned; widen its search, or lower settings"
+            f"entrant {entrant.name!r} has {len(grid)} settings to try, but all that are tuned "
+            f"try settings={count}; widen its search, or lower settings"
         )
     order = torch.randperm(len(grid), generator=generator("settings", entrant.name))
     return [grid[i] for i in sorted(order[:count].tolist())]
@@ -100,13 +104,14 @@ def tune(
     run: Callable[[Sequence[Cell]], list[Record]],
     make_cell: Callable[[BenchmarkTask, Entrant, dict[str, Any], int], Cell],
 ) -> dict[tuple[str, str], Tuning]:
-    """The search for each tuned entrant on each task, by (task label, entrant name).
+    """Returns the search for each tuned entrant on each task, by (task label, entrant name).
 
-    All searches advance together, a grid or an extension at a time, which keeps processes busy.
+    All searches advance together, by a grid or an extension at a time, to keep processes busy.
 
     Args:
-        run: gives the records of cells.
-        make_cell: of task, entrant, setting and seed.
+        config: the config of the benchmark.
+        run: returns the records of cells.
+        make_cell: returns the cell of a task, an entrant, a setting and a seed.
     """
     searches = [Tuning(t, e) for t in config.tasks for e in config.entrants if e.search]
     pending = [(s, x) for s in searches for x in settings_of(s.entrant, config.settings)]
@@ -141,4 +146,4 @@ def _index(value: float) -> int:
 
 
 def half_decade(k: int) -> float:
-    return float(f"{10 ** (k / 2):.4g}")  # four digits: what tables and file names can show
+    return float(f"{10 ** (k / 2):.4g}")  # four digits, as many as tables and file names can show

@@ -1,4 +1,4 @@
-"""The protocol of real training: steps to a validation loss that the tuned AdamW ends at."""
+"""The protocol "validation": steps to the validation loss that the tuned AdamW reaches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task
 
 BASELINE = FIELD[0]  # AdamW with warm-up and cosine
-LENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0)  # by which a run of those who know its length is shortened
-SMOOTHING = 0.05  # of the budget, over which the validation loss is averaged
-EVALUATIONS = 50  # of a run, at equal distances
-FEW_EVALUATIONS = 10  # of a run of which only the end counts
-TRIAL = 0.25  # of a run, after which one that is above chance is given up in tuning
-# An entrant whose full run was never within this share of the target is not run for fewer steps.
+LENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0)  # factors that shorten runs of entrants that know the length
+SMOOTHING = 0.05  # the share of the budget over which the validation loss is averaged
+EVALUATIONS = 50  # in a run, at equal distances
+FEW_EVALUATIONS = 10  # in a run of which only the end counts
+TRIAL = 0.25  # the share of a tuning run after which it stops if its loss is above chance
+# An entrant whose full run never comes within this share of the target gets no shorter runs.
 HOPELESS = 0.05
 
 Run = Callable[[Sequence[Cell]], list[Record]]
@@ -34,11 +34,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class ValidationCell(Cell):
-    """A run with validation losses on its way.
+    """Describes a run with evaluations of the validation loss during training.
 
     Attributes:
-        evaluations: how many, at equal distances, besides the one before the first step.
-        trial: whether it is given up where its loss is above chance after TRIAL of its steps.
+        evaluations: their number, at equal distances, without the one before the first step.
+        trial: whether the run stops if its loss is above chance after TRIAL of its steps.
     """
 
     evaluations: int = EVALUATIONS
@@ -75,7 +75,7 @@ class ValidationCell(Cell):
         return self.blank(**facts, **ending, train_loss=_rounded(run.losses[-last:].mean()))
 
     def blank(self, **facts: Any) -> Record:
-        """The record of a run that came to nothing, but for `facts`: infinite losses."""
+        """Returns the record of a run without a result, with infinite losses, and with `facts`."""
         losses = ("validation_loss", "test_loss", "train_loss")
         accuracies = ("validation_accuracy", "test_accuracy")
         here = provenance()
@@ -103,7 +103,7 @@ class Target:
 
     Attributes:
         loss: the lowest validation loss of the tuned `entrant` in a run of the full length,
-            averaged over SMOOTHING of the budget; mean over tuning seeds.
+            averaged over SMOOTHING of the budget and over tuning seeds.
     """
 
     entrant: str
@@ -112,14 +112,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the protocol found.
+    """The results of the protocol.
 
     Attributes:
         rows: a dict for each (task, entrant, reporting seed), see `outcome_row`.
-        targets: by task: those of the baseline and of the best entrant of the field.
-        tuning: a dict for each setting that was tried: its final validation loss, whether it is
-            chosen, and whether a chosen one is at an end of its range.
-        curves: by (task, entrant): steps and validation loss, (evaluations, 2), of each full run.
+        targets: the targets by task: that of the baseline and that of the best entrant of the
+            field, which are the entrants that are not learned.
+        tuning: a dict for each setting that was tried, with its final validation loss, whether it
+            was chosen, and whether a chosen one is at an end of its range.
+        curves: the steps and validation losses of each full run, (evaluations, 2), by (task,
+            entrant).
     """
 
     rows: list[Row]
@@ -129,9 +131,9 @@ class Outcome:
 
 
 def run_validation(config: BenchmarkConfig, run: Run) -> Outcome:
-    """Tunes, sets the targets that the config leaves open, and runs all lengths.
+    """Tunes the entrants, measures targets that the config does not have, and runs all lengths.
 
-    `run` gives the records of cells, in their order.
+    `run` returns the records of cells, in their order.
     """
     cells = _Cells(config)
     chosen, tuning = _tune(config, cells, run)
@@ -179,7 +181,7 @@ Chosen = Mapping[tuple[str, str], dict[str, Any]]
 
 
 def _tune(config: BenchmarkConfig, make: _Cells, run: Run) -> tuple[Chosen, list[Row]]:
-    """The setting of the lowest final validation loss on the first tuning seed."""
+    """Returns the settings with the lowest final validation loss on the first tuning seed."""
     trials = [
         (task, entrant, dict(setting))
         for task in config.tasks
@@ -210,7 +212,7 @@ def _tune(config: BenchmarkConfig, make: _Cells, run: Run) -> tuple[Chosen, list
 def _targets(
     config: BenchmarkConfig, make: _Cells, run: Run, chosen: Chosen
 ) -> dict[str, tuple[Target, Target]]:
-    """By task: those that the config gives, else of the field's runs on the tuning seeds."""
+    """Returns the config's targets by task; others come from the field's runs on tuning seeds."""
     open_tasks = [t for t in config.tasks if t.target is None or t.best_target is None]
     field = [entrant for entrant in config.entrants if entrant.optimizer != LEARNED]
     pairs = [(task, entrant) for task in open_tasks for entrant in field]
@@ -257,7 +259,10 @@ def _shorter_runs(
     full: Mapping[tuple[str, str, int], Record],
     targets: Mapping[str, tuple[Target, Target]],
 ) -> dict[float, dict[tuple[str, str, int], Record]]:
-    """By length, from the shortest run to the longest: those that cannot do better are left out."""
+    """Returns the shorter runs by length, without those that cannot improve the result.
+
+    The shortest run comes first.
+    """
     tasks = {task.label: task for task in config.tasks}
     waiting = []
     for key, record in full.items():
@@ -286,15 +291,15 @@ def outcome_row(
     targets: tuple[Target, Target],
     shorter: Mapping[float, Record],
 ) -> Row:
-    """What one entrant is worth on one task and seed.
+    """Returns the row of results.csv for one entrant on one task and seed.
 
-    speed_up        how many times fewer steps than the budget it needs to the first of `targets`,
-                    0 for a miss: of those who know a run's length the largest length whose run
-                    ends there, of others the budget over the first of two evaluations in a row
-                    that are there
-    best_speed_up   the same to the second of `targets`, that of the best entrant of the field
+    speed_up        the budget over the steps to the first of `targets`, 0 for a miss. If the
+                    entrant knows the length of a run, it is the largest factor in `shorter`, or 1,
+                    whose run ends at or below the target. Otherwise it is the budget over the step
+                    of the first of two evaluations in a row that are at or below it
+    best_speed_up   the same for the second of `targets`, that of the best entrant of the field
 
-    and the losses and accuracies at the end of the full run.
+    The row also has the losses and accuracies at the end of the full run.
     """
     kept = ("task", "entrant", "seed", "steps", "hyperparameters", "train_loss", "validation_loss",
             "validation_accuracy", "test_loss", "test_accuracy", "seconds", "peak_memory",
@@ -313,8 +318,10 @@ def outcome_row(
 
 
 def anytime_speed_up(record: Record, target: float) -> float:
-    """Budget over the first of two evaluations in a row at or below `target`; 0 for a miss, and for
-    a run that diverged later on."""
+    """Returns the budget over the step of the first of two evaluations in a row at the target.
+
+    Both have to be at or below it. A miss and a run that diverged later have 0.
+    """
     if record["diverged"] or record["error"]:
         return 0.0
     curve = [point for point in record["validation"] if point[0]]
@@ -325,9 +332,9 @@ def anytime_speed_up(record: Record, target: float) -> float:
 
 
 def lowest(records: Sequence[Record]) -> float:
-    """Mean over runs of the lowest validation loss; infinite if one diverged.
+    """Returns the mean over runs of the lowest validation loss; infinite if one diverged.
 
-    Losses are averaged over the SMOOTHING of the budget before them.
+    Each loss is averaged over the preceding steps, as many as SMOOTHING of the budget.
     """
     lows = []
     for record in records:

@@ -1,4 +1,4 @@
-"""One sentence on a benchmark: who won, by how much, and what was missed."""
+"""Sums up a benchmark in a sentence: who won, by how much, and what was missed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Array = np.ndarray
 
 
 def verdict(speed_ups: Mapping[str, Array], baseline: str, goal: str) -> str:
-    """The sentence with which report and terminal begin.
+    """Returns the sentence of the report and of the terminal.
 
     Args:
-        speed_ups: (tasks, runs) of each entrant, 0 where a run missed the target.
+        speed_ups: the speed-ups of each entrant, (tasks, runs); 0 if a run missed the target.
         baseline: the entrant whose result is the target.
-        goal: what was to be reached, as in "validation loss".
+        goal: what was to be reached, such as "validation loss".
     """
     others = {name: scores for name, scores in speed_ups.items() if name != baseline}
     if not others:
@@ -44,12 +44,12 @@ def verdict(speed_ups: Mapping[str, Array], baseline: str, goal: str) -> str:
 
 
 def counted(number: int, noun: str, nouns: str = "") -> str:
-    """As in "1 task" and "2 tasks"."""
+    """Returns a number with its noun, such as "1 task" and "2 tasks"."""
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def _misses(scores: Array) -> str:
-    """In how many runs, and on how many tasks every time."""
+    """Says how many runs missed the target, and on how many tasks all of them did."""
     missed = int((scores == 0).sum())
     if not missed:
         return "never missed it"

@@ -1,4 +1,4 @@
-"""Processes that do one job after the other, and are killed and replaced where one does not end."""
+"""Worker processes that do one job after another, and are replaced if a job does not end."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from typing import Any
 from learned_opt.errors import LearnedOptError
 from learned_opt.interrupts import children_spared
 
-# Bytes that the path of a socket may have on every system: 108 on Linux, 104 on macOS, less one.
+# The most bytes in the path of a socket on every system: 108 on Linux, 104 on macOS, less one.
 SOCKET_PATH = 103
 LISTENER = "/pymp-12345678/listener-12345678"  # what multiprocessing appends to the folder
-GRACE = 2.0  # seconds that a job past its limit has to say where it was and to end by itself
+GRACE = 2.0  # seconds in which a job past its limit can write its traceback and end by itself
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A job without a result: its process was killed or died.
+    """The result of a job whose process was killed or died.
 
     Attributes:
-        reason: one line.
-        where: the traceback of where it was, empty if unknown.
+        reason: the reason, in one line.
+        where: the traceback at that time; empty if it is unknown.
     """
 
     reason: str
@@ -45,24 +45,25 @@ class Lost:
 class _Worker:
     process: BaseProcess
     connection: Connection
-    dump: Path  # where it writes, dying, where it was
+    dump: Path  # the file into which it writes its traceback when it dies
     job: int = -1
     started: float = 0.0
 
 
 class Workers:
-    """`count` processes, started as they are needed; a context manager that ends them.
+    """Up to `count` processes, started when they are needed; a context manager that ends them.
 
-    A process lasts for many jobs, so that imports and data are loaded once. Jobs are picklable
+    A process does many jobs, so that imports and data are loaded once. Jobs are picklable
     callables without arguments.
 
     Args:
-        time_limit: seconds that a job may take.
+        count: the number of processes.
+        time_limit: the number of seconds that a job may take.
     """
 
     def __init__(self, count: int, time_limit: float) -> None:
         self._count, self._limit = count, time_limit
-        # torch's threads do not survive a fork: of a process that has used none, or of none
+        # torch's threads do not survive a fork, so fork a server that has used none, or spawn
         methods = multiprocessing.get_all_start_methods()
         method = "forkserver" if "forkserver" in methods else "spawn"
         self._context = multiprocessing.get_context(method)
@@ -84,14 +85,14 @@ class Workers:
         self._folder.cleanup()
 
     def run(self, jobs: Sequence[Callable[[], Any]]) -> Iterator[tuple[int, Any]]:
-        """(index, what the job returned, or Lost) of each job, in the order in which they end."""
+        """Yields the index of each job and what it returned, or Lost, when the job ends."""
         waiting = deque(range(len(jobs)))
         while waiting or self._busy:
             while waiting and len(self._busy) < self._count:
                 worker = self._idle.pop() if self._idle else self._start()
                 worker.job, worker.started = waiting.popleft(), time.monotonic()
                 self._busy[worker.connection] = worker
-                with contextlib.suppress(OSError):  # it has died: seen below
+                with contextlib.suppress(OSError):  # the process has died, which is noticed below
                     worker.connection.send(jobs[worker.job])
             oldest = min(worker.started for worker in self._busy.values())
             patience = oldest + self._limit + GRACE - time.monotonic()
@@ -120,15 +121,15 @@ class Workers:
         )
         worker = _Worker(process, connection, dump)
         process.start()
-        other.close()  # so that its death ends the connection
+        other.close()  # then the death of the process closes the connection
         try:
-            connection.recv()  # it is ready: from now on time counts
+            connection.recv()  # it is ready; the time limit counts from now on
         except EOFError:
             raise LearnedOptError(
                 "a worker process died while starting, for the reason it printed above; a script "
                 "must call benchmark under `if __name__ == '__main__':`"
             ) from None
-        except BaseException:  # an interrupt: nobody else knows of it yet
+        except BaseException:  # an interrupt: nothing else would end this worker
             _end(worker)
             raise
         return worker
@@ -142,14 +143,17 @@ class Workers:
         code = worker.process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            memory = ", most often for want of memory: use fewer processes"
-            return Lost(f"WorkerDied: by {name}{memory if name == 'SIGKILL' else ''}", where)
-        return Lost(f"WorkerDied: with exit code {code}", where)
+            memory = ", most often because memory ran out; use fewer processes"
+            return Lost(f"WorkerDied: killed by {name}{memory if name == 'SIGKILL' else ''}", where)
+        return Lost(f"WorkerDied: it ended with exit code {code}", where)
 
 
 def _start_server() -> None:
-    """Python puts the working folder first on the path of a fork server: a learned_opt/ there, a
-    clone perhaps, must not take the place of what is installed."""
+    """Starts the fork server without the working folder on its path.
+
+    Python puts that folder first, and a learned_opt/ in it, such as that of a clone, must not
+    replace the installed package.
+    """
     _make_socket_folder()
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -164,8 +168,11 @@ def _start_server() -> None:
 
 
 def _make_socket_folder() -> None:
-    """The fork server listens on a socket in the temporary folder, or in /tmp where the name of
-    that is longer than a socket's may be. multiprocessing keeps the folder, and removes it."""
+    """Makes the folder of the fork server's socket in /tmp if the usual path is too long.
+
+    The usual path is in the temporary folder. multiprocessing keeps the folder, and removes it at
+    the end.
+    """
     before, usual = tempfile.tempdir, tempfile.gettempdir()
     if len(os.fsencode(usual + LISTENER)) <= SOCKET_PATH:
         return
@@ -188,8 +195,8 @@ def _end(worker: _Worker) -> None:
 
 
 def _work(connection: Connection, dump: Path, time_limit: float) -> None:
-    """Of a worker process: does jobs until nobody sends any."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for whoever sends the jobs
+    """Does jobs in a worker process until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that sends jobs handles it
     with open(dump, "w") as file, contextlib.suppress(EOFError, OSError):
         faulthandler.enable(file)
         connection.send(None)
@@ -200,4 +207,4 @@ def _work(connection: Connection, dump: Path, time_limit: float) -> None:
             result = job()
             faulthandler.cancel_dump_traceback_later()
             connection.send(result)
-    os._exit(0)  # whatever threads an entrant has left behind
+    os._exit(0)  # even if an entrant has left threads behind

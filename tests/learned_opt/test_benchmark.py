@@ -227,7 +227,7 @@ def test_budgets_are_equal() -> None:
     assert {len(settings_of(e, 9)) for e in NAMED.values() if e.search and e not in FIELD} == {9}
     assert {len(settings_of(e, 5)) for e in FIELD if e.search} == {5}
     small = replace(ADAM, search={"lr": [1e-2, 1e-1]})
-    with pytest.raises(ConfigError, match="'Adam <tuned>' has 3 settings to try, settings=5"):
+    with pytest.raises(ConfigError, match="'Adam <tuned>' has 3 settings to try, but all that"):
         benchmark(replace(CONFIG, entrants=[small, SGD]), "unused")
     assert not Path("unused").exists()
 

@@ -74,10 +74,10 @@ def test_what_an_entrant_does_is_a_result_and_the_others_go_on(
     bad, tmp_path: Path, processes: int
 ) -> None:
     says = {
-        "Killed": ["WorkerDied: by SIGKILL, most often for want of memory"],
-        "Crashes": ["WorkerDied: by SIGSEGV", 'File "bad.py", line', "in misbehave"],
+        "Killed": ["WorkerDied: killed by SIGKILL, most often because memory ran out"],
+        "Crashes": ["WorkerDied: killed by SIGSEGV", 'File "bad.py", line', "in misbehave"],
         "Exits": ["SystemExit: 3", 'File "bad.py", line'],
-        "Vanishes": ["WorkerDied: with exit code 7"],
+        "Vanishes": ["WorkerDied: it ended with exit code 7"],
         "Hangs": ["TimeLimitError: no result after time_limit=5 s", 'File "bad.py"', "misbehave"],
         "Raises": ["RuntimeError: no bad.py here", 'File "bad.py", line'],
     }
