@@ -1,4 +1,4 @@
-"""The report of the protocol "going_on" as one HTML page."""
+"""Makes the report of the protocol "going_on" as one HTML page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from learned_opt.benchmarking.validation_html import plain_config
 def page(
     config: BenchmarkConfig, rows: Sequence[Row], curves: Curves, raw: Mapping[str, bytes]
 ) -> str:
-    """The whole page; `raw`: name -> content of the files to download."""
+    """Returns the whole page; `raw` has the contents of the files to download by name."""
     summary = overview(config, rows)
     names = [line[0].text for line in summary.rows]
     figures = [

@@ -1,4 +1,4 @@
-"""The report of the protocol "going_on": results.csv, report.md and report.html."""
+"""Writes the report of the protocol "going_on": results.csv, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from learned_opt.benchmarking.summary import Entry, Table, aligned, bullets, mar
 from learned_opt.benchmarking.tables import to_csv
 from learned_opt.benchmarking.verdict import counted
 
-# What a run may do: rise by so much over the loss before the change, end so far above the best of
-# the others, and be so many steps behind the run without a disturbance.
+# The limits of a run: the factor by which its loss may rise over the loss before the change, the
+# factor by which it may end above the best of the others, and the steps by which it may be behind
+# the run without a disturbance.
 WORST, END, BEHIND = 1.1, 1.05, 100
 LOSS = "validation_loss"
 INTRODUCTION = (
@@ -36,17 +37,17 @@ MEANING = {
     f"trouble is more than {BEHIND}",
 }
 OVERVIEW = (
-    "Each row is an optimizer: on how many tasks it kept the loss that it began with, so that it "
-    f"rose by at most {WORST - 1:.0%} or by no more than under the calmest optimizer that is not "
-    f"learned; on how many it ended within {END - 1:.0%} of the best of these; and how many runs "
-    "diverged."
+    "Each row is an optimizer. It kept its loss on a task if the loss rose by at most "
+    f"{WORST - 1:.0%}, or by no more than under the calmest optimizer that is not learned. It "
+    f"ended low if its last loss is within {END - 1:.0%} of the best of the optimizers that are "
+    "not learned. The last column counts the runs that diverged."
 )
 
 
 def write_going_on_report(
     config: BenchmarkConfig, rows: Sequence[Row], curves: Curves, folder: Path
 ) -> tuple[str, Path]:
-    """Writes the report into `folder`; returns what the terminal shows, and the page's path."""
+    """Writes the report into `folder`; returns the text for the terminal and the page's path."""
     from learned_opt.benchmarking.going_on_html import page  # with matplotlib, slow to load
 
     write_atomic(folder / "results.csv", to_csv(rows))
@@ -63,12 +64,12 @@ def title(config: BenchmarkConfig) -> str:
 
 
 def fixed(config: BenchmarkConfig) -> list[str]:
-    """The entrants that others are compared with: those that are not learned."""
+    """Returns the entrants that others are compared with: those that are not learned."""
     return [e.name for e in config.entrants if e.optimizer != LEARNED]
 
 
 def sentence(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
-    """How often each learned entrant kept what it had, and ended as low as the best of others."""
+    """Says how often each learned entrant kept its loss, and ended as low as the best others."""
     learned = [e.name for e in config.entrants if e.optimizer == LEARNED]
     if not learned or not fixed(config):
         return "No learned optimizer was compared with others."
@@ -87,7 +88,7 @@ def sentence(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
 
 
 def passed(config: BenchmarkConfig, rows: Sequence[Row], name: str, what: str) -> list[str]:
-    """Tasks on which an entrant `kept` the loss that it began with, or ended as `low` as others."""
+    """Returns the tasks on which an entrant "kept" its loss or ended "low", see OVERVIEW."""
     others, tasks = fixed(config), [task.label for task in config.tasks]
     mine = {task: _runs(rows, task, name) for task in tasks}
     if what == "kept":
@@ -96,7 +97,7 @@ def passed(config: BenchmarkConfig, rows: Sequence[Row], name: str, what: str) -
 
 
 def overview(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
-    """Each entrant over all tasks, see OVERVIEW; who failed least comes first."""
+    """Returns a table of the entrants over all tasks, see OVERVIEW; the best comes first."""
     lines, tasks = [], len(config.tasks)
     for entrant in config.entrants:
         kept, low = (len(passed(config, rows, entrant.name, what)) for what in ("kept", "low"))
@@ -118,7 +119,7 @@ def overview(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
 
 
 def table(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
-    """A line for each task and entrant."""
+    """Returns a table with a row for each task and entrant."""
     entrants, tasks = [e.name for e in config.entrants], [task.label for task in config.tasks]
     tables = [(task, task_table(config, rows, task, entrants)) for task in tasks]
     lines = [[Entry(task, task), *line] for task, table in tables for line in table.rows]
@@ -128,7 +129,7 @@ def table(config: BenchmarkConfig, rows: Sequence[Row]) -> Table:
 def task_table(
     config: BenchmarkConfig, rows: Sequence[Row], task: str, names: Sequence[str]
 ) -> Table:
-    """A line for each of the entrants `names` on one task; bold is trouble."""
+    """Returns a table of the entrants `names` on one task; bold is trouble."""
     others, lines = fixed(config), []
     lowest, highest = best(rows, task, others, LOSS), allowed(rows, task, others)
     for name in names:
@@ -146,12 +147,12 @@ def task_table(
 
 
 def best(rows: Sequence[Row], task: str, others: Sequence[str], key: str) -> float:
-    """The lowest mean over seeds of `key` among the entrants `others` of a task; ∞ without any."""
+    """Returns the lowest mean over seeds of `key` of the entrants `others`; ∞ without any."""
     return min((_mean(_runs(rows, task, name), key) for name in others), default=np.inf)
 
 
 def allowed(rows: Sequence[Row], task: str, others: Sequence[str]) -> float:
-    """How high `worst` may be: a moving target may rise under all optimizers."""
+    """Returns how high `worst` may be, because the loss may rise under all optimizers."""
     calmest = best(rows, task, others, "worst")
     return max(WORST, calmest) if np.isfinite(calmest) else WORST
 

@@ -1,4 +1,4 @@
-"""The parts of a report as HTML, and the page that needs nothing but a browser: report.html."""
+"""Makes the HTML of a report: its parts, and report.html, which needs nothing but a browser."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from learned_opt.benchmarking.curves import profiles, style
 from learned_opt.benchmarking.stats import PROFILE_TASKS
 from learned_opt.benchmarking.summary import Entry, Table
 
-FULL = 8  # times better or worse at which a colour is full
+FULL = 8  # the factor, better or worse, at which a color is full
 MIME = {".csv": "text/csv", ".gz": "application/gzip"}
 
 
 class Section(NamedTuple):
-    """A part of the page: its anchor, its heading, how to read it, and its HTML."""
+    """A part of the page: its anchor, its heading, a note on how to read it, and its HTML."""
 
     name: str
     heading: str
@@ -33,11 +33,13 @@ class Section(NamedTuple):
 
 
 def document(title: str, verdict: str, size: str, sections: Sequence[Section]) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
-        verdict: one sentence on who won.
-        size: how much was run, in a line.
+        title: the title of the page.
+        verdict: a sentence on who won.
+        size: a line on how much was run.
+        sections: the parts of the page, in order.
     """
     links = (f'<a href="#{s.name}">{escape(s.heading)}</a>' for s in sections)
     bodies = (
@@ -57,10 +59,10 @@ def document(title: str, verdict: str, size: str, sections: Sequence[Section]) -
 
 
 def map_section(mean: str, baseline: str, heat_maps: str) -> Section:
-    """A task a row, an optimizer a column; `mean`: what stands for the runs of a task."""
+    """Returns the heat maps, with a note that calls the mean over the runs of a task `mean`."""
     note = (
-        f"{mean}, the best of a task in bold. Violet is better than {baseline}, grey is worse; "
-        f"the colour is full at {FULL} times."
+        f"{mean}, the best of a task in bold. Violet is better than {baseline}, gray is worse; "
+        f"the color is full at {FULL} times."
     )
     return Section("map", "Task by task", note, heat_maps)
 
@@ -68,7 +70,7 @@ def map_section(mean: str, baseline: str, heat_maps: str) -> Section:
 def curves_section(
     what: str, names: Sequence[str], figures: Iterable[str], more: str = ""
 ) -> Section:
-    """A figure for each task; `more`: a further sentence on how to read them."""
+    """Returns a figure for each task; `more` is a further sentence on how to read them."""
     note = (
         f"{what} of each optimizer: the mean over seeds, in a band from the lowest to the highest. "
         f"A line ends where the first of its runs diverged. {more}"
@@ -78,7 +80,7 @@ def curves_section(
 
 
 def profiles_section(costs: np.ndarray, names: Sequence[str]) -> list[Section]:
-    """Of costs (entrants, tasks); none where there are too few tasks."""
+    """Returns the profiles of costs (entrants, tasks); [] if there are too few tasks."""
     if costs.shape[1] < PROFILE_TASKS:
         return []
     note = (
@@ -91,19 +93,19 @@ def profiles_section(costs: np.ndarray, names: Sequence[str]) -> list[Section]:
 
 
 def errors_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The errors among the rows of results.csv, by what was run."""
+    """Returns the errors in the rows of results.csv by a description of the run."""
     failed = (row for row in rows if row["error"])
     return {f"{r['task']}, {r['entrant']}, seed {r['seed']}": r["error"] for r in failed}
 
 
 def failures_section(errors: Mapping[str, str]) -> Section:
-    """Of tracebacks by the run that they ended."""
+    """Returns a list of tracebacks, which are given by the run that they ended."""
     failed = "".join(details(run, preformatted(error)) for run, error in errors.items())
     return Section("failed", "Runs that failed", "", failed or "<p>None.</p>")
 
 
 def numbers_section(raw: Mapping[str, bytes]) -> Section:
-    """Files to download, by name."""
+    """Returns links to files to download, whose contents are given by name."""
     links = (
         f'<li><a download="{name}" href="data:{MIME[Path(name).suffix]};base64,'
         f'{base64.b64encode(data).decode()}">{name}</a></li>'
@@ -118,10 +120,10 @@ def html_table(
     sortable: bool = False,
     attributes: Callable[[Entry], str] = lambda _: "",
 ) -> str:
-    """A `<table>` of class `kind` in a box that scrolls by itself."""
+    """Returns a `<table>` of class `kind` in a box that scrolls by itself."""
     heads = []
     for i, heading in enumerate(table.headings):
-        heading = escape(heading).replace("speed-up", "speed\u2011up")  # in one line
+        heading = escape(heading).replace("speed-up", "speed\u2011up")  # does not break
         first = "descending" if i in table.largest_first else "ascending"
         button = f'<th data-first="{first}"><button>{heading}</button></th>'
         heads.append(button if sortable else f"<th>{heading}</th>")
@@ -130,7 +132,7 @@ def html_table(
         cells = []
         for entry in row:
             text = escape(entry.text)
-            if not isinstance(entry.key, str):  # its interval, spread or note on a second line
+            if not isinstance(entry.key, str):  # puts an interval, spread or note on a second line
                 text = re.sub(r",? ([\[(±].*|\d+ failed)$", r"<small>\1</small>", text)
             text = f"<strong>{text}</strong>" if entry.best else text
             key = f' data-key="{escape(_key(entry.key))}"' if sortable else ""
@@ -143,19 +145,19 @@ def html_table(
 
 
 def _key(key: float | str) -> str:
-    """As JavaScript's Number reads it."""
+    """Returns a key as JavaScript's Number reads it."""
     if isinstance(key, str):
         return key
     return str(float(key)).replace("inf", "Infinity").replace("nan", "NaN")
 
 
 def heat_table(heading: str, table: Table) -> str:
-    """A table of ratios to the baseline, in colours."""
+    """Returns a table of ratios to the baseline, in colors."""
     return f"<h3>{escape(heading)}</h3>" + html_table(table, "heat", True, _shade)
 
 
 def _shade(entry: Entry) -> str:
-    """For better than the baseline or for worse, the more the farther from 1."""
+    """Returns the color of an entry, which is stronger the farther its ratio is from 1."""
     if isinstance(entry.key, str):
         return ""
     octaves = math.log2(min(max(entry.key, 1 / FULL), FULL)) / math.log2(FULL)
@@ -177,7 +179,7 @@ def figure(svg: str, caption: str) -> str:
 
 
 def terms(meaning: Mapping[str, str]) -> str:
-    """Terms and what they mean."""
+    """Returns a list of terms and what they mean."""
     items = (f"<dt>{escape(term)}</dt><dd>{escape(text)}.</dd>" for term, text in meaning.items())
     return f"<dl>{''.join(items)}</dl>"
 
@@ -191,7 +193,7 @@ def details(title: str, body: str) -> str:
 
 
 def settings(config: Mapping[str, Any]) -> str:
-    """The configuration, folded."""
+    """Returns the configuration, folded."""
     return details("Configuration", preformatted(yaml.safe_dump(dict(config), sort_keys=False)))
 
 

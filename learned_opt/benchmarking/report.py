@@ -1,4 +1,4 @@
-"""The report on a benchmark's output folder: scores.csv, report.md and report.html."""
+"""Writes the report on an output folder of the benchmark: scores.csv, report.md, report.html."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ __all__ = ["meaning_of", "overview_of", "summary_table", "terminal_text", "write
 
 
 def write_report(folder: Path) -> Path:
-    """Writes scores.csv, report.md and report.html into `folder`; the path of the last.
+    """Writes scores.csv, report.md and report.html into `folder`; returns the path of the last.
 
-    Reads only what the benchmark has left there.
+    It reads only what the benchmark has left there.
 
     Raises:
         OutputError: the folder has no results, or those of another version.
@@ -66,13 +66,13 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-# Of what the terminal shows; the report has all columns.
+# The columns that the terminal shows; the report has all of them.
 TERMINAL = ("learning rate", "final train loss", "test loss", "test accuracy %", "speed-up, steps",
             "× lower final loss", "P(lower test loss)", "seconds", "diverged")  # fmt: skip
 
 
 def terminal_text(folder: Path) -> str:
-    """What the terminal shows of a report: each task, all tasks, and who won."""
+    """Returns what the terminal shows of a report: each task, all tasks, and who won."""
     rows, scores = read_rows(folder / "results.csv"), read_scores(folder / "scores.csv")
     facts = json.loads((folder / "benchmark.json").read_text())
     together = [more | row for more, row in zip(scores, rows, strict=True)]
@@ -88,13 +88,13 @@ def overview_of(
     family: str = "",
     baseline: str | None = None,
 ) -> str:
-    """Markdown of the table over all tasks of some benchmarks with the same entrants and seeds,
-    from their benchmark.json, results.csv and scores.csv.
+    """Returns the table over all tasks of benchmarks with the same entrants and seeds in Markdown.
 
     Args:
-        columns: the headings to keep, besides the optimizer's, of those that there are.
-        family: tasks whose family begins so.
-        baseline: whose runs the chances are relative to; by default the benchmarks'.
+        folders: the output folders, of which benchmark.json, results.csv and scores.csv are read.
+        columns: the headings to keep besides the optimizer's; absent ones are ignored.
+        family: only tasks whose family begins with this text.
+        baseline: the entrant that chances are relative to; by default that of the benchmarks.
     """
     rows: list[Row] = []
     for folder in folders:
@@ -109,7 +109,7 @@ def overview_of(
 
 
 def meaning_of(folder: Path, columns: Sequence[str]) -> str:
-    """Markdown: what the table of `overview_of` says, and what its columns are."""
+    """Returns what the table of `overview_of` says and what its columns mean, in Markdown."""
     baseline = json.loads((folder / "benchmark.json").read_text())["baseline"]
     return _escape(f"{introduction(baseline)}\n\n{bullets(meaning(baseline, columns))}")
 
@@ -141,12 +141,12 @@ def _markdown(results: Results, rows: Sequence[Row], provenance: Sequence[Facts]
 
 
 def _escape(text: str) -> str:
-    """Markdown passes HTML on."""
+    """Escapes HTML, which Markdown would pass on."""
     return html.escape(text, quote=False)
 
 
 def _losses(results: Results) -> bytes:
-    """A row per reported run: task, entrant, seed, then the minibatch loss before each step."""
+    """Returns a CSV row for each run: task, entrant, seed, and the minibatch loss of each step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in results.rows:

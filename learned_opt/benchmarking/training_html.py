@@ -1,4 +1,4 @@
-"""The report of the protocol "training" as one HTML page."""
+"""Makes the report of the protocol "training" as one HTML page."""
 
 from __future__ import annotations
 
@@ -57,12 +57,13 @@ HEAT = ("steps_speed_up", "final_train_loss_ratio")  # of summary.SCORES
 def page(
     results: Results, rows: Sequence[Row], provenance: Sequence[Facts], raw: Mapping[str, bytes]
 ) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
-        rows: those of `results`, with the columns of scores.csv, the best optimizer's first.
-        provenance: versions and hardware of each start of the benchmark.
-        raw: name -> content of the files to download.
+        results: the results of the benchmark.
+        rows: the rows of `results` with the columns of scores.csv, the best optimizer's first.
+        provenance: the versions and hardware of each start of the benchmark.
+        raw: the contents of the files to download by name.
     """
     facts, baseline = results.facts, results.facts["baseline"]
     names = list(dict.fromkeys(row["entrant"] for row in rows))

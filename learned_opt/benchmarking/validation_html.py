@@ -1,4 +1,4 @@
-"""The report of the protocol "validation" as one HTML page."""
+"""Makes the report of the protocol "validation" as one HTML page."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ from learned_opt.outputs import plain
 def page(
     config: BenchmarkConfig, facts: Mapping[str, Any], outcome: Outcome, raw: Mapping[str, bytes]
 ) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
-        facts: what is known of each task once it is made, by its label.
-        outcome: the best optimizer's rows first.
-        raw: name -> content of the files to download.
+        config: the config of the benchmark.
+        facts: the facts about each task that are known once it is made, by label.
+        outcome: the results, with the best optimizer's rows first.
+        raw: the contents of the files to download by name.
     """
     rows, baseline = outcome.rows, config.validation_baseline
     entrants, summary = names(rows), overview(rows, baseline)
@@ -102,7 +103,7 @@ def page(
 
 
 def plain_config(config: BenchmarkConfig) -> dict[str, Any]:
-    """What can be published of it: no folders."""
+    """Returns the config without folders, so that it can be published."""
     return {k: v for k, v in plain(config).items() if k not in ("data_root", "data", "done")}
 
 
@@ -118,5 +119,5 @@ def _heat_map(rows: list[dict[str, Any]], entrants: list[str]) -> str:
 
 
 def _score(value: float, best: bool) -> Entry:
-    """Of one task; 0 where every run missed."""
+    """Returns the entry of a task; a value of 0 says that every run missed."""
     return Entry(score_text(value), float(value), best) if value else Entry("missed", 0.0)

@@ -1,4 +1,4 @@
-"""The report of the protocol "validation": results.csv, tuning.csv, report.md and report.html."""
+"""Writes the report of the protocol "validation": CSV files, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -75,10 +75,15 @@ TERMINAL = ("speed-up, geometric mean", "speed-up, IQM", "missed", "P(lower vali
 def write_validation_report(
     config: BenchmarkConfig, facts: Mapping[str, Any], outcome: Outcome, folder: Path
 ) -> tuple[str, Path]:
-    """Writes the report into `folder`; returns what the terminal shows, and the page's path.
+    """Writes the report into `folder`; returns the text for the terminal and the page's path.
+
+    The files are results.csv, tuning.csv, targets.csv, report.md and report.html.
 
     Args:
-        facts: what is known of each task once it is made, by its label.
+        config: the config of the benchmark.
+        facts: the facts about each task that are known once it is made, by label.
+        outcome: the results.
+        folder: the output folder.
     """
     from learned_opt.benchmarking.validation_html import page  # with matplotlib, slow to load
 
@@ -105,7 +110,7 @@ def write_validation_report(
     ]
     write_atomic(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     raw = {n: (folder / n).read_bytes() for n in ("results.csv", "tuning.csv", "targets.csv")}
-    if (folder / "rows.jsonl").exists():  # not where all were known
+    if (folder / "rows.jsonl").exists():  # absent if the rows of all runs were known
         raw["rows.jsonl.gz"] = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
     html = page(config, facts, replace(outcome, rows=rows), raw)
     write_atomic(folder / "report.html", html.encode())
@@ -119,38 +124,41 @@ def title(config: BenchmarkConfig) -> str:
 
 
 def introduction(baseline: str) -> str:
-    """The sentences above the overview."""
+    """Returns the sentences above the overview."""
     return INTRODUCTION.format(baseline=baseline)
 
 
 def meaning(baseline: str, headings: Sequence[str]) -> dict[str, str]:
-    """What the columns of the overview are, by heading; of those that it has."""
+    """Returns what the columns of the overview mean, for those that it has."""
     lengths = ", 1/".join(f"{length:g}" for length in LENGTHS[1:])
     return column_meanings(MEANING, headings, baseline=baseline, lengths=lengths)
 
 
 def sentence(rows: Sequence[Row], baseline: str) -> str:
-    """Who won, by how much, and what was missed."""
+    """Says who won, by how much, and what was missed."""
     speed_ups = {name: runs(rows, name, "speed_up") for name in names(rows)}
     return verdict(speed_ups, baseline, "validation loss")
 
 
 def names(rows: Sequence[Row]) -> list[str]:
-    """The entrants."""
+    """Returns the names of the entrants."""
     return list(dict.fromkeys(row["entrant"] for row in rows))
 
 
 def costs(rows: Sequence[Row]) -> np.ndarray:
-    """Share of the budget to the target, median over seeds, ∞ for a miss: (entrants, tasks)."""
+    """Returns the shares of the budget to the target, median over seeds: (entrants, tasks).
+
+    A miss is ∞.
+    """
     speed_ups = np.array([np.median(runs(rows, name, "speed_up"), axis=1) for name in names(rows)])
     with np.errstate(divide="ignore"):
         return 1 / speed_ups
 
 
 def overview(rows: Sequence[Row], baseline: str) -> Table:
-    """Each entrant over all tasks of `rows`, see MEANING; the best geometric mean comes first.
+    """Returns a table of the entrants over all tasks of `rows`, see MEANING.
 
-    The profile is left out where there are too few tasks for one.
+    The best geometric mean comes first. The profile is left out if there are too few tasks for it.
     """
     headings = ["optimizer", "speed-up, geometric mean", "speed-up, IQM", "missed",
                 "against the best, geometric mean", "against the best, IQM", "missed the best",
@@ -184,7 +192,7 @@ def overview(rows: Sequence[Row], baseline: str) -> Table:
 
 
 def task_tables(rows: Sequence[Row]) -> dict[str, Table]:
-    """Task -> a table of its entrants: speed-ups by seed, and losses of the full run."""
+    """Returns a table for each task, with speed-ups by seed and losses of the full run."""
     return {
         task: _task_table([row for row in rows if row["task"] == task])
         for task in dict.fromkeys(row["task"] for row in rows)
@@ -219,7 +227,7 @@ def _task_table(rows: Sequence[Row]) -> Table:
 
 
 def size(config: BenchmarkConfig) -> str:
-    """In one line."""
+    """Returns the size of the benchmark in one line."""
     return size_text(*map(len, (config.entrants, config.tasks, config.reporting)))
 
 
@@ -228,7 +236,7 @@ def task_list(
     facts: Mapping[str, Any],
     targets: Mapping[str, tuple[Target, Target]],
 ) -> Table:
-    """What the tasks are, and the losses to reach."""
+    """Returns a table of the tasks and the losses to reach."""
     lines = []
     for task in config.tasks:
         fact, (base, best) = facts[task.label], targets[task.label]
@@ -242,7 +250,7 @@ def task_list(
 
 
 def target_rows(targets: Mapping[str, tuple[Target, Target]]) -> list[dict[str, Any]]:
-    """A row for each task, as a suite's file has them."""
+    """Returns a row for each task, with the targets as in the file of a suite."""
     return [
         {
             "task": task,
@@ -255,7 +263,7 @@ def target_rows(targets: Mapping[str, tuple[Target, Target]]) -> list[dict[str, 
 
 
 def protocol(config: BenchmarkConfig, tuning: Sequence[Row]) -> list[str]:
-    """Sentences: what is held equal, what is tuned, and on which seeds."""
+    """Returns sentences on what is held equal, what is tuned, and on which seeds."""
     searches = len({(row["task"], row["entrant"]) for row in tuning})
     edges = sum(row["at_edge"] for row in tuning)
     return [
