@@ -20,7 +20,7 @@ import yaml
 import learned_opt
 from geodesic.dataset import PathDataset
 from learned_opt import LearnedOptimizer
-from learned_opt.cli import main, make_parser
+from learned_opt.cli import main, make_parser, parse
 from learned_opt.interrupts import RANKS
 from learned_opt.outputs import claim_output
 
@@ -460,6 +460,12 @@ def test_help_has_types_defaults_and_the_docstrings(command, capsys):
         "train": "The number of meta-updates",
         "benchmark": "The tasks, and the number of steps on each",
     }[command] in text
+
+
+def test_a_config_is_shrunk_only_by_smoke():
+    args = ["benchmark", "--config", str(ROOT / "configs/benchmark/digits.yaml"), "--output", "x"]
+    whole, small = (parse([*args, *more])[1].tasks[0].steps for more in ([], ["--smoke"]))
+    assert whole == 800 and small < 100
 
 
 def test_the_version_and_the_commands_are_told(capsys):
