@@ -199,16 +199,23 @@ def _sandwich(x: Tensor, factors: dict[str, Tensor], back: bool = False) -> Tens
 def _eigenvectors(covariance: Tensor) -> Tensor:
     """Returns the eigenvectors (*, n, n) of a covariance (*, n, n).
 
-    A covariance that is not finite, as after a task diverged, is replaced by zero. If a covariance
-    is degenerate, as without gradients, a small increasing diagonal selects the coordinate axes,
-    instead of directions that depend on rounding.
+    Directions that never had a gradient, as those of padding or of dead units, are not mixed with
+    the others, so that their parameters stay exactly as they are. A covariance that is not finite,
+    as after a task diverged, is replaced by zero. If a covariance is degenerate, a small increasing
+    diagonal selects the coordinate axes, instead of directions that depend on rounding.
     """
     n = covariance.shape[-1]
     rising = torch.arange(1, n + 1, dtype=covariance.dtype, device=covariance.device) / n
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     scaled = covariance / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     good = scaled.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    scaled = torch.where(good, scaled, 0) + JITTER * rising.diag()
+    scaled = torch.where(good, scaled, 0)
+    dead = scaled.diagonal(dim1=-2, dim2=-1) == 0
+    # All other eigenvalues are positive, so that these and their eigenvectors come first.
+    scaled = scaled + torch.where(dead, rising - 2, JITTER * rising).diag_embed()
     if scaled.device.type == "mps":  # torch has no eigh there
-        return torch.linalg.eigh(scaled.cpu())[1].to(scaled.device)
-    return torch.linalg.eigh(scaled)[1]
+        q = torch.linalg.eigh(scaled.cpu())[1].to(scaled.device)
+    else:
+        q = torch.linalg.eigh(scaled)[1]
+    first = torch.arange(n, device=dead.device) < dead.sum(-1, keepdim=True)
+    return q.masked_fill(dead.unsqueeze(-1) != first.unsqueeze(-2), 0)  # what rounding left there
