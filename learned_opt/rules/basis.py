@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Layout, State, as_numbers, due, not_compiled
+from learned_opt.rules.base import as_numbers, due, not_compiled
+from learned_opt.rules.layout import Layout, State
 
 BETA = 0.95  # the decay of the averages L and R
 EVERY = 1024  # steps between two bases, and at first after 1, 2, 4, 8, ... steps, see `due`
@@ -218,4 +219,5 @@ def _eigenvectors(covariance: Tensor) -> Tensor:
     else:
         q = torch.linalg.eigh(scaled)[1]
     first = torch.arange(n, device=dead.device) < dead.sum(-1, keepdim=True)
-    return q.masked_fill(dead.unsqueeze(-1) != first.unsqueeze(-2), 0)  # what rounding left there
+    # Rounding may have left something there. In place: another layout of q would round otherwise.
+    return q.masked_fill_(dead.unsqueeze(-1) != first.unsqueeze(-2), 0)
