@@ -38,10 +38,10 @@ from torch.optim import Adam, Optimizer
 
 from learned_opt import LearnedOptimizer, make_rule
 from learned_opt.rules import GeodesicRNN
-from learned_opt.rules.base import Layout
 from learned_opt.rules.basis import SIDES, matrices
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import TENSOR_INPUTS
+from learned_opt.rules.layout import Layout
 
 BASELINE, FUSED = "Adam foreach", "Adam fused"
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {

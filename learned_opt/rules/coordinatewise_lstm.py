@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import Layout, Observation, State, UpdateRule, register
+from learned_opt.rules.base import Observation, UpdateRule, register
 from learned_opt.rules.cell import LSTMCell, per_task
+from learned_opt.rules.layout import Layout, State
 
 PRESETS = {
     "deepmind-code": {"log_scale": 5.0, "output_scale": 0.01},

@@ -10,19 +10,16 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules.base import (
-    Chunk,
-    Layout,
     Observation,
-    State,
     UpdateRule,
     as_numbers,
     due,
-    join,
     not_compiled,
     register,
 )
 from learned_opt.rules.basis import ENTRIES, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
+from learned_opt.rules.layout import Chunk, Layout, State, join
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages out noise
 BETA_V = 0.99  # second moment

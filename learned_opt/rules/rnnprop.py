@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from learned_opt.rules.base import Observation, State, register
+from learned_opt.rules.base import Observation, register
 from learned_opt.rules.cell import per_task
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM, lstm_layers
+from learned_opt.rules.layout import State
 
 BETA = 0.95  # the decay of both moments, as in the paper
 EPS = 1e-8

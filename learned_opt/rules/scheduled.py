@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import Layout, Observation, State, UpdateRule, make_rule, register
+from learned_opt.rules.base import Observation, UpdateRule, make_rule, register
 from learned_opt.rules.cell import LSTMCell, per_task
+from learned_opt.rules.layout import Layout, State
 
 BETAS = (0.5, 0.9, 0.99)  # averages of the progress over a few, tens and hundreds of steps
 EPS = 1e-12
@@ -106,13 +107,14 @@ class Scheduled(UpdateRule):
         """Returns the network's inputs, (*tasks, INPUTS, tensors), and the next state entries."""
         layout, previous = state.layout, state.coordinate["previous"].squeeze(-2)
         sums = grads.new_zeros(*grads.shape[:-1], len(layout.sizes), 4)  # g·m, g², m², θ²
-        for i, n, a, b in layout.runs:
+        for span in layout.spans:
             g, theta, before = (
-                x[..., a:b].unflatten(-1, (n, -1)) for x in (grads, params, previous)
+                x[..., span.where].unflatten(-1, (span.count, -1))
+                for x in (grads, params, previous)
             )
             m = theta - before
             pairs = ((g, m), (g, g), (m, m), (theta, theta))
-            sums[..., i : i + n, :] += torch.stack([torch.linalg.vecdot(*p) for p in pairs], -1)
+            sums[..., span.tensors, :] += torch.stack([torch.linalg.vecdot(*p) for p in pairs], -1)
         slope, *squares = layout.reduce(sums).unbind(-1)
         g, m, theta = (x.sqrt() for x in squares)
         cosine = slope / (g * m).clamp(min=EPS)

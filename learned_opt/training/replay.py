@@ -22,7 +22,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Layout, Observation, State, UpdateRule, merge_tasks
+from learned_opt.rules.base import Observation, UpdateRule, merge_tasks
+from learned_opt.rules.layout import Layout, State
 from learned_opt.tasks.base import generator
 
 TINY = 1e-30  # an update with a squared norm below this has no direction

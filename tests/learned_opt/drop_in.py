@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
-from learned_opt.rules.base import CHUNK
+from learned_opt.rules.layout import CHUNK
 
 RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),

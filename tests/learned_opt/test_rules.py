@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules import State, UpdateRule, make_rule
-from learned_opt.rules.base import CHUNK, SMALL
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import LARGEST, MAX_STEP, STEP, VECTOR_SIZE
+from learned_opt.rules.layout import CHUNK, SMALL
 from tests.learned_opt.conftest import RULES
 
 SHAPES = ((6, 5), (6,), ())

@@ -1,0 +1,262 @@
+"""How a flat vector divides into tensors, and the state that a rule keeps for it.
+
+Tensors are flattened and concatenated along the last dimension. Their entries are called
+coordinates. Ranges of coordinates are processed together, few enough to stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide the cost of a call
+SMALL = 1 << 12  # the most coordinates of tensors of several sizes that are processed together
+
+
+class Span(NamedTuple):
+    """A range of coordinates: neighboring tensors of one size, or a part of one large tensor.
+
+    Its coordinates are a matrix (tensors, size).
+
+    Attributes:
+        first: the number of its first tensor.
+        count: the number of tensors.
+        start: its first coordinate.
+        stop: the coordinate after its last.
+    """
+
+    first: int
+    count: int
+    start: int
+    stop: int
+
+    @property
+    def tensors(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        """The coordinates of each tensor."""
+        return (self.stop - self.start) // self.count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Describes how a flat vector is divided into tensors.
+
+    Attributes:
+        shapes: the shapes of the tensors.
+        local: if tensors are sharded over processes, the shapes of the parts on this process.
+        reduction: adds sums over these parts, (*, tensors, *), over all processes.
+        chunk: the number of coordinates that are processed together; None for all.
+        gather: maps the part on this process, (*, local coordinates), and the number of its tensor
+            to all coordinates of the tensor, (*, coordinates).
+        scatter: the inverse of `gather`.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    local: tuple[tuple[int, ...], ...] | None = None
+    reduction: Callable[[Tensor], Tensor] | None = None
+    chunk: int | None = CHUNK
+    gather: Callable[[Tensor, int], Tensor] | None = None
+    scatter: Callable[[Tensor, int], Tensor] | None = None
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of coordinates of each tensor on this process."""
+        return tuple(math.prod(s) for s in self.local or self.shapes)
+
+    @cached_property
+    def tensor_of(self) -> Tensor:
+        """(d,), the number of the tensor of each coordinate."""
+        numbers, sizes = range(len(self.sizes)), self.sizes
+        numbers, sizes = (torch.tensor(x, dtype=torch.long, device="cpu") for x in (numbers, sizes))
+        return numbers.repeat_interleave(sizes)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The ranges of coordinates that are processed together, of about `chunk` at most."""
+        return self.spans_of(self.chunk)
+
+    def spans_of(self, chunk: int | None) -> list[Span]:
+        """Returns the `spans` for another size of chunk."""
+        if chunk not in self._spans:
+            self._spans[chunk] = self._divide(chunk)
+        return self._spans[chunk]
+
+    @cached_property
+    def _spans(self) -> dict[int | None, list[Span]]:
+        return {}
+
+    def _divide(self, limit: int | None) -> list[Span]:
+        spans, first, start = [], 0, 0
+        for size, equal in groupby(self.sizes):
+            last = first + len(list(equal))
+            chunk = limit or max(1, size * (last - first))
+            for i in range(first, last, step := max(1, chunk // max(1, size))):
+                count = min(step, last - i)
+                stop = start + count * size
+                spans += [
+                    Span(i, count, a, min(a + chunk, stop)) for a in range(start, stop, chunk)
+                ]
+                start = stop
+            first = last
+        return spans
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The `spans`, with small ones combined, so that many small tensors need few calls."""
+        gathered: list[list[Span]] = []
+        for span in self.spans:
+            if not gathered or span.stop - gathered[-1][0].start > SMALL:
+                gathered.append([])
+            gathered[-1].append(span)
+        return [Chunk(tuple(spans)) for spans in gathered]
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Adds sums over the parts of tensors on this process to those of the other processes."""
+        return sums if self.reduction is None else self.reduction(sums)
+
+    def squared_norms(self, x: Tensor) -> Tensor:
+        """Returns |x|² of each tensor, (*, tensors), for x (*, d)."""
+        squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
+        for span in self.spans:
+            part = _side_by_side(x[..., span.where], span.count)
+            squares[..., span.tensors] += torch.linalg.vecdot(part, part)
+        return self.reduce(squares)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Repeats a value of each tensor, (*, tensors), for each of its coordinates, (*, d)."""
+        parts = []
+        for chunk in self.chunks:
+            part = chunk.spread(x)
+            size = (chunk.where.stop - chunk.where.start) // part.shape[-2]
+            parts.append(part.expand(*part.shape[:-1], size).flatten(-2))
+        return join(parts) if parts else x[..., :0]
+
+    def numbers(self, of: Callable[[tuple[int, ...]], float], x: Tensor) -> Tensor:
+        """Returns `of(shape)` of each tensor, (tensors,), with the dtype and device of `x`."""
+        key = (of, x.dtype, x.device)
+        if key not in self._made:
+            self._made[key] = x.new_tensor([float(of(shape)) for shape in self.shapes])
+        return self._made[key]
+
+    def constant(self, values: tuple, x: Tensor) -> Tensor:
+        """Returns `values` as a tensor with the dtype and device of `x`."""
+        key = (values, x.dtype, x.device)
+        if key not in self._made:
+            self._made[key] = x.new_tensor(values)
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[tuple, Tensor]:
+        return {}  # cached: a copy to an accelerator at every step would wait for the device
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Coordinates that are processed together, as a matrix (n, size).
+
+    A row of the matrix is one of n tensors of equal size, or a part of one tensor. A chunk of
+    tensors of several sizes has a single row.
+
+    Attributes:
+        spans: neighboring spans of the layout.
+    """
+
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def where(self) -> slice:
+        return slice(self.spans[0].start, self.spans[-1].stop)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Returns the coordinates of x in this chunk: (*, d) -> (*, n, size)."""
+        n = self.spans[0].count if len(self.spans) == 1 else 1
+        return _side_by_side(x[..., self.where], n)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Returns a value of each tensor, (*, tensors), in a shape that broadcasts with `of`.
+
+        The result is (*, n, 1) or (*, 1, size). A value (*, 1) that all tensors share gives
+        (*, 1, 1).
+        """
+        if x.shape[-1] == 1:
+            return x[..., None]
+        if len(self.spans) == 1:
+            return x[..., self.spans[0].tensors, None]
+        if x.device not in self._tensor_of:
+            counts = torch.tensor(
+                [[i, span.size] for span in self.spans
+                 for i in range(span.first, span.first + span.count)], device="cpu",
+            )  # fmt: skip
+            self._tensor_of[x.device] = counts[:, 0].repeat_interleave(counts[:, 1]).to(x.device)
+        return x.index_select(-1, self._tensor_of[x.device]).unsqueeze(-2)
+
+    @cached_property
+    def _tensor_of(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def parts(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Splits x (*, n, size), as `of` returns it, by spans.
+
+        Yields the slice of the tensors of a span and their coordinates, (*, tensors, size).
+        """
+        if len(self.spans) == 1:
+            yield self.spans[0].tensors, x
+            return
+        row, start = x.squeeze(-2), self.where.start
+        for span in self.spans:
+            part = row[..., span.start - start : span.stop - start]
+            yield span.tensors, _side_by_side(part, span.count)
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a rule in a training run.
+
+    Attributes:
+        layout: how d coordinates are divided into tensors.
+        step: the number of updates made so far; (tensors,) if the tensors differ in it.
+        coordinate: features of each coordinate by name, (*tasks, features, d).
+        tensor: features of each tensor by name, (*tasks, features, tensors).
+        matrix: for each tensor, square matrices by name, (*tasks, n, n); see basis.py.
+    """
+
+    layout: Layout
+    step: int | Tensor
+    coordinate: dict[str, Tensor]
+    tensor: dict[str, Tensor]
+    matrix: tuple[dict[str, Tensor], ...] = ()
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> State:
+        """Returns the state with `f` applied to all tensors except the step."""
+
+        def each(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: f(x) for name, x in entries.items()}
+
+        return State(
+            self.layout, self.step, each(self.coordinate), each(self.tensor),
+            tuple(map(each, self.matrix)),
+        )  # fmt: skip
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Concatenates pieces along the last dimension; a single piece is returned without a copy."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _side_by_side(x: Tensor, n: int) -> Tensor:
+    """Reshapes (*, n · size) to (*, n, size). `unflatten` takes three times as long."""
+    return x.view(*x.shape[:-1], n, -1)
