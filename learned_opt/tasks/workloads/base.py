@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from learned_opt.tasks.trainee import Parameters, Trainee
 SPLITS = ("train", "validation", "test")
 CHUNK = 1024  # the number of examples that an evaluation processes at once
 CALIBRATION = 10  # the number of minibatches that recompute running statistics
+Device = torch.device | str
 
 
 class Workload(ABC):
@@ -44,7 +46,7 @@ class Workload(ABC):
         config: TaskConfig,
         data: Mapping[str, Batch],
         chance: float,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> None:
         self.config, self.name, self.chance, self.device = config, config.label, chance, device
         self.data = {split: tuple(t.to(device) for t in data[split]) for split in SPLITS}
@@ -55,11 +57,25 @@ class Workload(ABC):
         return sum(map(math.prod, self.shapes))
 
     @classmethod
-    @abstractmethod
     def make(
         cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
     ) -> Workload:
-        """Returns the workload that `config` describes."""
+        """Returns the workload that `config` describes.
+
+        Raises:
+            ConfigError: `draw` asks for several tasks at once.
+        """
+        if draw.num_tasks is not None:
+            raise ConfigError(
+                f"kind {config.kind!r} is for benchmarks only: its tasks cannot be batched, as "
+                "those of a family must be; use another kind in the family"
+            )
+        return cls.read(config, data_root, draw.device)
+
+    @classmethod
+    @abstractmethod
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
+        """Reads the data and returns the workload that `config` describes."""
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -169,12 +185,3 @@ class Workload(ABC):
                 for name, buffer in module.named_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
-
-
-def no_draw(kind: str, draw: Draw) -> None:
-    """Raises ConfigError if `draw` asks for several tasks at once."""
-    if draw.num_tasks is not None:
-        raise ConfigError(
-            f"kind {kind!r} is for benchmarks only: its tasks cannot be batched, as those of a "
-            "family must be; use another kind in the family"
-        )

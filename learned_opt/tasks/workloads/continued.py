@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import seed_of
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, make_task, register_workload
+from learned_opt.tasks.kinds import Draw, TaskConfig, make_task, register_workload
 from learned_opt.tasks.trainee import Trainee
-from learned_opt.tasks.workloads.base import Workload, no_draw
+from learned_opt.tasks.workloads.base import Device, Workload
 
 PRETRAINING_RATE = 1e-3  # the learning rate of Adam
 # Changes of the images, which a network pretrained on them does not expect: negated pixels, or a
@@ -100,11 +100,8 @@ class ContinuedWorkload(Workload):
         super().__init__(config, data, self.base.chance, device)
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> ContinuedWorkload:
-        no_draw(config.kind, draw)
-        return cls(config, data_root, draw.device)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
+        return cls(config, data_root, device)
 
     def network(self) -> nn.Module:
         return self.base.network()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, generator
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
-from learned_opt.tasks.workloads.base import Workload, no_draw
+from learned_opt.tasks.kinds import TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import Device, Workload
 
 NEIGHBOURS = 6
 NODES = {"train": 369, "validation": 100, "test": 100}  # of 569
@@ -100,14 +101,11 @@ class GraphWorkload(Workload):
     unused = (*Workload.unused, "data", "train_size", "test_size", "batch_size")
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> GraphWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         features, _ = load_graph()
         nodes = torch.arange(len(features)).split(list(NODES.values()))
         data = {split: (i, features[i]) for split, i in zip(NODES, nodes, strict=True)}
-        return cls(config, data, 1.0, draw.device)
+        return cls(config, data, 1.0, device)
 
     def network(self) -> nn.Module:
         features, adjacency = load_graph()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError, DataError
 from learned_opt.tasks.base import Batch
 from learned_opt.tasks.data import ImageData, load_images
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
-from learned_opt.tasks.workloads.base import Workload, no_draw
+from learned_opt.tasks.kinds import TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import Device, Workload
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,11 @@ class ImageWorkload(Workload):
         super().__init__(config, data, math.log(images.num_classes), device)
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> ImageWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         images = load_images(config.data, data_root)
         if kept := config.own.classes:
             images = only(images, tuple(kept))
-        return cls(config, images, draw.device)
+        return cls(config, images, device)
 
     def augment(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
         own, (n, _, height, width) = self.config.own, inputs.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError, DataError
 from learned_opt.tasks.base import Batch, generator
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
-from learned_opt.tasks.workloads.base import SPLITS, Workload, no_draw
+from learned_opt.tasks.kinds import TaskConfig, register_workload
+from learned_opt.tasks.workloads.base import SPLITS, Device, Workload
 from learned_opt.tasks.workloads.texts import Corpus, load_corpus
 
 LEVELS = ("char", "word", "ascii")
@@ -75,13 +76,10 @@ class LanguageWorkload(Workload):
         super().__init__(config, data, math.log(corpus.vocabulary), device)
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> LanguageWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         own = config.own
         corpus = load_corpus(config.data, data_root, own.level, own.vocabulary)
-        return cls(config, corpus, draw.device)
+        return cls(config, corpus, device)
 
     def batch(self, seed: int, step: int) -> Batch:
         length, rng = self.config.own.context + 1, generator("batch", seed, step)

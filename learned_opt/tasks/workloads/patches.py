@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import generator
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.kinds import TaskConfig, register_workload
 from learned_opt.tasks.module import squared_error
-from learned_opt.tasks.workloads.base import Workload, no_draw
+from learned_opt.tasks.workloads.base import Device, Workload
 
 SIDE = 8  # pixels of a patch
 SHARES = (0.8, 0.9)  # where validation and test begin, as shares of a photograph's width
@@ -71,16 +72,13 @@ class PatchWorkload(Workload):
     unused = (*Workload.unused, "data")
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> PatchWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         data = {}
         for split, x in load_patches().items():
             order = torch.randperm(len(x), generator=generator("patches", split))
             size = config.train_size if split == "train" else config.test_size
             data[split] = (x[order[:size]],) * 2
-        return cls(config, data, float(data["train"][0].square().mean()), draw.device)
+        return cls(config, data, float(data["train"][0].square().mean()), device)
 
     def network(self) -> nn.Module:
         widths = [3 * SIDE**2, *self.config.hidden]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.diabetes import load_diabetes
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.kinds import TaskConfig, register_workload
 from learned_opt.tasks.module import squared_error
-from learned_opt.tasks.workloads.base import Workload, no_draw
+from learned_opt.tasks.workloads.base import Device, Workload
 
 # The target in the breast cancer data: the worst fractal dimension of a sample's cell nuclei.
 TARGET = 29
@@ -76,16 +77,13 @@ class RegressionWorkload(Workload):
     unused = (*Workload.unused, "train_size", "test_size")
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> RegressionWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         if config.data not in ("diabetes", "breast_cancer"):
             raise ConfigError(
                 f"data is {config.data!r}; use 'diabetes' or 'breast_cancer' with kind 'regression'"
             )
         data = load_table(config.data)
-        return cls(config, data, float(data["train"][1].square().mean()), draw.device)
+        return cls(config, data, float(data["train"][1].square().mean()), device)
 
     def network(self) -> nn.Module:
         layers: list[nn.Module] = []

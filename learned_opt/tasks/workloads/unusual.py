@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,9 @@ from geodesic.finite import check_finite
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.base import Batch, generator
 from learned_opt.tasks.data import load_images
-from learned_opt.tasks.kinds import SINGLE, Draw, TaskConfig, register_workload
+from learned_opt.tasks.kinds import TaskConfig, register_workload
 from learned_opt.tasks.module import squared_error
-from learned_opt.tasks.workloads.base import SPLITS, Workload, no_draw
+from learned_opt.tasks.workloads.base import SPLITS, Device, Workload
 from learned_opt.tasks.workloads.language import one_width
 from learned_opt.tasks.workloads.texts import load_corpus
 
@@ -76,10 +77,7 @@ class AddingWorkload(Workload):
     unused = (*Workload.unused, "data")
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> AddingWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         own, data = config.own, {}
         for split in SPLITS:
             size = (config.train_size if split == "train" else config.test_size) or SIZES[split]
@@ -89,7 +87,7 @@ class AddingWorkload(Workload):
             marks = (places < own.marked).float()
             sums = (numbers * marks).sum(1, keepdim=True) * math.sqrt(3 / own.marked)
             data[split] = torch.stack([numbers, marks], -1), sums
-        return cls(config, data, 1.0, draw.device)
+        return cls(config, data, 1.0, device)
 
     def network(self) -> nn.Module:
         return LastState(2, one_width(self.config)[0], self.config.own.gain)
@@ -188,11 +186,8 @@ class EncoderWorkload(Workload):
         return torch.where(labels[:, None] == 1, shuffled, windows), labels
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> EncoderWorkload:
-        no_draw(config.kind, draw)
-        return cls(config, data_root, draw.device)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
+        return cls(config, data_root, device)
 
     def network(self) -> nn.Module:
         hidden = one_width(self.config)
@@ -250,10 +245,7 @@ class Seq2SeqWorkload(Workload):
     unused = (*Workload.unused, "data")
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> Seq2SeqWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         own, data = config.own, {}
         for split in SPLITS:
             size = (config.train_size if split == "train" else config.test_size) or SIZES[split]
@@ -262,7 +254,7 @@ class Seq2SeqWorkload(Workload):
             y = x.flip(1) if own.rule == "reversed" else x.sort(1).values
             said = F.pad(y[:, :-1], (1, 0), value=own.symbols)
             data[split] = torch.stack([x, said], 1), y
-        return cls(config, data, math.log(own.symbols), draw.device)
+        return cls(config, data, math.log(own.symbols), device)
 
     def network(self) -> nn.Module:
         hidden = one_width(self.config)
@@ -286,10 +278,7 @@ class SirenWorkload(Workload):
     """
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> SirenWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         if config.data == "photo":
             from sklearn.datasets import load_sample_image
 
@@ -306,7 +295,7 @@ class SirenWorkload(Workload):
         tenth = len(pixels) // 10
         parts = order.split([len(pixels) - 2 * tenth, tenth, tenth])
         data = {s: (places[i], pixels[i]) for s, i in zip(SPLITS, parts, strict=True)}
-        return cls(config, data, float(data["train"][1].square().mean()), draw.device)
+        return cls(config, data, float(data["train"][1].square().mean()), device)
 
     def network(self) -> nn.Module:
         """Returns a network with weights U(±1/n) in the first layer and U(±√(6/n)/ω) in the others.
@@ -364,10 +353,7 @@ class GameWorkload(Workload):
     NOISE = 8
 
     @classmethod
-    def make(
-        cls, config: TaskConfig, data_root: str | Path | None = None, draw: Draw = SINGLE
-    ) -> GameWorkload:
-        no_draw(config.kind, draw)
+    def read(cls, config: TaskConfig, data_root: str | Path | None, device: Device) -> Self:
         if config.data == "ring":
             rng = generator("ring")
             n = sum(SIZES.values())
@@ -381,7 +367,7 @@ class GameWorkload(Workload):
             points = F.avg_pool2d(x, 4).flatten(1)
         parts = points.split(list(SIZES.values()))
         data = {split: (x, x) for split, x in zip(SIZES, parts, strict=True)}
-        return cls(config, data, math.inf, draw.device)
+        return cls(config, data, math.inf, device)
 
     def network(self) -> nn.Module:
         return Game(self.NOISE, self.data["train"][0].shape[1], self.config.hidden)
