@@ -97,16 +97,17 @@ IMITATION, META = ("imitation",), ("meta_loss",)
 BOTH = ("imitation", "meta_loss", "meta_loss")
 ADAM = TeacherConfig("Adam", lr=0.01, steps=4, length=100)
 ARMS = {
-    "adam_teacher": Arm("imitation of Adam, four of its steps each", 480, None, {
+    "adam_teacher": Arm("imitation of Adam, four steps an update", 480, None, {
         "objectives": ("torch_imitation",), "teacher": ADAM}),
     "adam_meta": Arm("Adam's steps and meta-loss", 1020, None, {
         "objectives": ("torch_imitation", "meta_loss", "meta_loss"), "teacher": ADAM}),
-    "trajectory": Arm("imitation of SGD's own way", 780, "trajectory", {"objectives": IMITATION}),
+    "trajectory": Arm("imitation of SGD's own path", 780, "trajectory", {"objectives": IMITATION}),
     "chord": Arm("imitation of chords", 780, "chord", {"objectives": IMITATION}),
     "geodesic_off": Arm("imitation of geodesics, off policy", 840, "geodesic", {
         "objectives": IMITATION, "teacher_share": (1.0, 1.0)}),
     "geodesic": Arm("imitation of geodesics", 780, "geodesic", {"objectives": IMITATION}),
-    "trajectory_meta": Arm("SGD's own way and meta-loss", 1260, "trajectory", {"objectives": BOTH}),
+    "trajectory_meta": Arm("SGD's own path and meta-loss", 1260, "trajectory", {
+        "objectives": BOTH}),
     "chord_meta": Arm("chords and meta-loss", 1260, "chord", {"objectives": BOTH}),
     "geodesic_meta": Arm("geodesics and meta-loss", 1260, "geodesic", {"objectives": BOTH}),
     "meta": Arm("meta-loss", 1560, None, {"objectives": META}),
@@ -322,7 +323,7 @@ def table() -> str:
             "training seeds": len(seeds),
             "core-minutes": f"{np.mean(minutes):.1f}" if minutes else "–",
             "speed-up, steps": speed_up(seeds),
-            **({"the same, held out": held_out_speed_up} if away else {}),
+            **({"speed-up, held-out tasks": held_out_speed_up} if away else {}),
             "mean loss / Adam's": times[0],
             "final loss / Adam's": times[1],
             "P(lower mean loss)": chances[0],

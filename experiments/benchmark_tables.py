@@ -19,9 +19,9 @@ OVERVIEW = ("speed-up, steps", "speed-up, seconds", "× lower final loss", "P(lo
 SCORES = {
     "steps_speed_up": "speed-up, steps",
     "seconds_speed_up": "speed-up, seconds",
-    "final_train_loss_ratio": "× lower final loss",
-    "mean_loss_ratio": "× lower mean loss",
-    "test_loss_ratio": "× lower test loss",
+    "final_train_loss_ratio": "Adam's final loss / its",
+    "mean_loss_ratio": "Adam's mean loss / its",
+    "test_loss_ratio": "Adam's test loss / its",
 }
 
 PLAIN = {
@@ -53,9 +53,9 @@ def benchmark(results: Path) -> str:
     found = folders(results)
     held_out, chances = "held-out", [name for name in OVERVIEW if name.startswith("P(")]
     parts = [
-        "**All held-out tasks** of all suites, beside tuned Adam",
+        "**All held-out tasks** of all suites, compared with a tuned Adam",
         overview_of(found, OVERVIEW, held_out),
-        "The same tasks, beside Adam with a tuned learning rate that follows a cosine to zero",
+        "The same tasks, compared with Adam whose tuned learning rate follows a cosine to zero",
         overview_of(found, chances, held_out, "Adam cosine"),
     ]
     for path in found:
@@ -84,26 +84,31 @@ def headline(results: Path) -> str:
     seconds = np.array(
         [[float(r["seconds_speed_up"]) for r in turns if r["task"] == task] for task in tasks]
     )
-    where = f"{steps.shape[0]} small networks on data it never saw, {steps.shape[1]} runs each"
+    where = (
+        f"{steps.shape[0]} small networks with data that the weights were not trained on, "
+        f"{steps.shape[1]} runs each"
+    )
     cost = {
         (r["parameters"], r["tensors"], r["optimizer"]): r for r in read(results / "throughput.csv")
     }
     step, behind = cost["1000000", "100", "geodesic_rnn as shipped"], missed(results)
     lines = [
         [f"Steps to the final training loss of a tuned Adam: {where}",
-         f"{_estimate(iqm, steps)} times fewer (interquartile mean)"],
+         f"{_estimate(iqm, steps)} times fewer (interquartile mean: of the middle half)"],
         ["Seconds to the same loss, with Adam and the learned optimizer training alternately",
          f"{_estimate(iqm, seconds)} times fewer (interquartile mean)"],
-        ["Probability of a lower final training loss: than a tuned Adam / than one with a cosine",
-         f"{_lower(rows, 'final_train_loss', 'Adam')} / "
+        ["Probability of a lower final training loss than a tuned Adam",
+         f"{_lower(rows, 'final_train_loss', 'Adam')}, with a cosine schedule "
          f"{_lower(rows, 'final_train_loss', 'Adam cosine')}"],
-        ["Probability of a lower *test* loss: than a tuned Adam / than one with a cosine",
-         f"{_lower(rows, 'test_loss', 'Adam')} / {_lower(rows, 'test_loss', 'Adam cosine')}"],
-        ["Kinds of task in its training on which most runs never reach the loss of a tuned Adam",
+        ["Probability of a lower *test* loss than a tuned Adam",
+         f"{_lower(rows, 'test_loss', 'Adam')}, with a cosine schedule "
+         f"{_lower(rows, 'test_loss', 'Adam cosine')}"],
+        ["Task kinds from its own training set on which most runs never reach a tuned Adam's loss",
          f"{len(behind)}: {', '.join(behind)}"],
-        ["Time of the optimizer's step on 100 tensors of 10,000 parameters / size of its state",
-         f"{float(step['ratio_to_adam_foreach']):.1f} times Adam's / "
-            f"{float(step['state_bytes_per_parameter']):.0f} bytes a parameter (Adam: 8)"],
+        ["Time of the optimizer's step, for 100 tensors of 10,000 parameters",
+         f"{float(step['ratio_to_adam_foreach']):.1f} times that of PyTorch's foreach Adam"],
+        ["Size of its state",
+         f"{float(step['state_bytes_per_parameter']):.0f} bytes a parameter (Adam: 8)"],
     ]  # fmt: skip
     return markdown_table(["measure", "shipped weights, nothing tuned"], lines)
 
@@ -175,4 +180,4 @@ def task_by_task(results: Path) -> str:
             medians = (np.median([float(row[name]) for row in mine]) for name in SCORES)
             family, steps = task["family"], str(task["steps"])
             lines.append([task["label"], family, steps, *(f"{m:.2f}" for m in medians)])
-    return markdown_table(["task", "how far from training", "steps", *SCORES.values()], lines)
+    return markdown_table(["task", "relation to training", "steps", *SCORES.values()], lines)

@@ -139,7 +139,7 @@ def table(folder: Path = RESULTS) -> str:
         counts = (len(cell), len(certified), chords, len(violated))
         lines.append([kind, dtype, *map(str, counts), worst])
     counts = [str(sum(int(line[i]) for line in lines)) for i in range(2, 6)]
-    header = ["F", "dtype", "problems", "certified", "of these chords", "violations",
+    header = ["F", "dtype", "problems", "certified", "of which chords", "violations",
               "largest excess / level"]  # fmt: skip
     return markdown_table(header, [*lines, ["all", "", *counts, ""]])
 

@@ -238,8 +238,9 @@ def readme_table(folder: Path = RESULTS) -> str:
     for (horizon, stage), data in load(folder).items():
         both = zip(outcome(data, 0.0), outcome(data, 1.0), strict=True)
         lines.append([str(horizon), stage, str(len(data["draw"])), *map(" / ".join, both)])
-    header = ["T", "stage", "pairs", "chord feasible, constant / sgd_profile", "certified",
-              "median length of the others"]  # fmt: skip
+    header = ["T", "stage", "pairs", "chord feasible, constant / sgd_profile",
+              "certified, constant / sgd_profile",
+              "median length of the other pairs, constant / sgd_profile"]  # fmt: skip
     return markdown_table(header, lines)
 
 

@@ -99,7 +99,13 @@ def table(results: Path) -> str:
     ends = (f"**{iqm(x):.2f}** [{low:.2f}, {high:.2f}]" for x in scores[2:]
             for low, high in [stratified_bootstrap(iqm, x)])  # fmt: skip
     lines.append(["**all, IQM**", "", "", *ends])
-    header = ["task", "Adam's step, ms", "the rule's, × Adam's", "speed-up, steps", "seconds"]
+    header = [
+        "task",
+        "Adam's step, ms",
+        "learned step / Adam's",
+        "speed-up, steps",
+        "speed-up, seconds",
+    ]
     return markdown_table(header, lines)
 
 

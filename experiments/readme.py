@@ -45,7 +45,7 @@ ARMS = {  # the files of results/generalization, and their names on the pages
     "initial": "untrained rule",
     "scaled": "untrained, step tuned",
 }
-SIZES = {"light": "one LSTM(32) a tensor", "full": "one LSTM(16) a coordinate"}
+SIZES = {"light": "one LSTM(32) per tensor", "full": "one LSTM(16) per coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 LONG = ("final_train_loss", "largest_rise", "largest_rise_minibatches")
@@ -75,12 +75,13 @@ def load() -> Cells:
 def results(cells: Cells) -> str:
     scale = json.loads((RESULTS / "generalization" / "scaled-0.json").read_text())["scale"]
     return (
-        "Each cell has the final loss on all training data / the mean loss over the run, as means "
-        "of 5 runs. Columns of trained rules are means over training seeds ("
+        "Each cell shows the final loss on all training data / the mean loss over the run, as "
+        "means of 5 runs. Columns of trained rules are means over training seeds ("
         + seeds_text(cells)
         + "), ± the standard deviation of the final losses. Learning rates are tuned for the final "
-        "loss. *Untrained, step tuned* has the factor on its step that gives the lowest mean loss "
-        f"on these very runs; that factor is {scale:g}.\n\n"
+        "loss. *Untrained, step tuned* multiplies the untrained rule's step by the factor that "
+        f"gives the lowest mean loss on these very runs. The best factor is {scale:g}"
+        + (", so its column equals that of the untrained rule.\n\n" if scale == 1 else ".\n\n")
         + losses(cells, {b: b for b in BASELINES} | ARMS)
         + "\n\n![Losses of the learned rules relative to tuned Adam](validation.png)\n\n"
         + long_runs()
@@ -112,7 +113,7 @@ def seeds_text(cells: Cells) -> str:
 
 
 def long_runs() -> str:
-    """Returns a table of the shipped weights beside Adam, with its best rate for each row."""
+    """Returns a table of the shipped weights and Adam, with its best rate for each row."""
     learned, adam = (
         {key: np.array(runs) for key, runs in grouped(name, *columns).items()}
         for name, columns in (("long", ()), ("long_adam", ("lr",)))
@@ -132,13 +133,15 @@ def long_runs() -> str:
         figures = loss, adams_loss, f"{lower:.2f}", rise, adams_rise, small, adams_small
         lines.append([*key, *figures, f"{bad} of {len(mine)}"])
     return (
-        "The next table has runs of the shipped weights that are far longer than those of their "
-        "training. Adam has the best of three constant rates: the rate tuned for short runs, 0.3 "
-        "and 0.1 of it. *P* is the probability that a run's loss is lower than one of Adam's. "
+        "The next table shows runs of the shipped weights that are far longer than their training "
+        "runs. It compares training losses, with Adam at a constant rate: the best of the rate "
+        "that was tuned for short runs, that rate times 0.3, and that rate times 0.1. In long "
+        "runs with a learning-rate schedule, a tuned AdamW ends lower on validation. *P* is the probability "
+        "that a run's final loss is lower than that of a run of Adam. "
         "*Largest rise* is the factor by which the loss on all training data, plus .001, rises "
-        "above its running minimum; it is measured every 100 steps. *Minibatches* has the same "
-        "factor for means of 100 minibatch losses. It is mostly noise, which a network that no "
-        "longer moves shows as well.\n\n"
+        "above its running minimum; it is measured every 100 steps. *Minibatches* is the same "
+        "factor for means of 100 minibatch losses. It is mostly noise: a network that no "
+        "longer moves shows it as well.\n\n"
         + markdown_table(["task", "steps", "final loss", "Adam's", "P(lower)", "largest rise",
                           "Adam's", "minibatches", "Adam's", "diverged"], lines)
     )  # fmt: skip
@@ -234,7 +237,9 @@ def training() -> str:
         for row in (read(path) if path.exists() else ())
         if row["optimizer"] == "geodesic_rnn"
     ]  # fmt: skip
-    return markdown_table(["task", "parameters", "tensors", "ms", "× Adam foreach"], lines)
+    return markdown_table(
+        ["task", "parameters", "tensors", "ms", "training step, × Adam foreach"], lines
+    )
 
 
 def figure1() -> str:
@@ -261,8 +266,9 @@ def figure1() -> str:
                     f"{len(found)} of {len(sampled)}",
                 ]
             )
-    header = ["F", "level", "published", "DSS", "beads published", "beads", "DSS, all parameters",
-              "shortened", "pairs joined"]  # fmt: skip
+    header = ["F", "level", "length, published", "length, DSS", "beads, published", "beads, DSS",
+              "length in all parameters, DSS", "length in all parameters, shortened",
+              "pairs connected"]  # fmt: skip
     return markdown_table(header, lines)
 
 

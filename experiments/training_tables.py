@@ -18,8 +18,8 @@ def _read(folder: Path, name: str) -> list[dict[str, str]]:
 
 def speed_table(folder: Path) -> str:
     """Returns a table of inner steps per second, beside the naive loop and the floors."""
-    header = ["rule", "way", "tasks", "unroll", "inner steps/s", "× naive",
-              "of the floor, autograd", "of the floor, written out"]  # fmt: skip
+    header = ["rule", "method", "tasks", "unroll", "inner steps/s", "× naive",
+              "share of the ceiling, autograd", "share of the ceiling, closed form"]  # fmt: skip
     names = ("inner_steps_per_second", "ratio_to_naive", "of_floor_autograd", "of_floor")
     rows = [
         [r["rule"], r["way"], r["tasks"], r["unroll"], *(f"{float(r[n]):.3g}" for n in names)]
@@ -30,7 +30,7 @@ def speed_table(folder: Path) -> str:
 
 def shares_table(folder: Path) -> str:
     """Returns a table of the share of each part in the time, in percent, at unroll 20."""
-    header = ["rule", "way", "tasks", *(p.replace("_", " ") for p in PARTS)]
+    header = ["rule", "method", "tasks", *(p.replace("_", " ") for p in PARTS)]
     rows = [
         [r["rule"], r["way"], r["tasks"], *(f"{100 * float(r[f'share_{p}']):.0f}" for p in PARTS)]
         for r in _read(folder, "training_throughput")
@@ -45,7 +45,7 @@ def memory_table(folder: Path) -> str:
     for r in _read(folder, "training_memory"):
         cells[r["rule"], r["way"]][int(r["tasks"]), int(r["unroll"])] = float(r["peak_memory_mb"])
     sizes = sorted({size for row in cells.values() for size in row})
-    header = ["rule", "way", *(f"{tasks} × {unroll}" for tasks, unroll in sizes)]
+    header = ["rule", "method", *(f"{tasks} × {unroll}" for tasks, unroll in sizes)]
     rows = [[*key, *(f"{row[size]:.0f}" for size in sizes)] for key, row in cells.items()]
     return markdown_table(header, rows)
 
@@ -67,7 +67,7 @@ def growth_table(folder: Path) -> str:
             x, y = np.log(curve[len(curve) // 2 - 1 :]).T
             line.append(f"{np.polyfit(x, y, 1)[0]:.2f}")
         rows.append([*key, *line])
-    return markdown_table(["rule", "way", "in tasks", "in coordinates"], rows)
+    return markdown_table(["rule", "method", "in tasks", "in coordinates"], rows)
 
 
 def weak_table(folder: Path) -> str:

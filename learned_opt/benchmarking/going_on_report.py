@@ -28,17 +28,17 @@ INTRODUCTION = (
 )
 MEANING = {
     "before": "the loss before the first update of the new phase",
-    "worst": f"the highest loss after it, over the one before; trouble is a rise by more than "
-    f"{WORST - 1:.0%}, and by more than under the calmest of the optimizers that are not learned",
-    "end": "the last loss, over the one before",
+    "worst": f"the highest loss after it, divided by the loss before; trouble is a rise by more "
+    f"than {WORST - 1:.0%}, and by more than with the best of the optimizers that are not learned",
+    "end": "the last loss, divided by the loss before",
     "final": f"the last loss; trouble is more than {END - 1:.0%} above the best of the optimizers "
     "that are not learned",
-    "behind": "steps by which a disturbed run is behind the same run without the disturbance; "
-    f"trouble is more than {BEHIND}",
+    "behind": "how many steps before its end the same run without the disturbance had reached the "
+    f"last loss of the disturbed run; trouble is more than {BEHIND}",
 }
 OVERVIEW = (
     "Each row is an optimizer. It kept its loss on a task if the loss rose by at most "
-    f"{WORST - 1:.0%}, or by no more than under the calmest optimizer that is not learned. It "
+    f"{WORST - 1:.0%}, or by no more than with the best optimizer that is not learned. It "
     f"ended low if its last loss is within {END - 1:.0%} of the best of the optimizers that are "
     "not learned. The last column counts the runs that diverged."
 )
@@ -77,12 +77,14 @@ def sentence(config: BenchmarkConfig, rows: Sequence[Row]) -> str:
     for name in learned:
         kept, low = (set(passed(config, rows, name, what)) for what in ("kept", "low"))
         if parts:
-            parts.append(f"{name} on {len(kept)}, {len(low)} and {len(kept & low)}")
+            parts.append(f"{name} did so on {len(kept)}, {len(low)} and {len(kept & low)} tasks")
             continue
         parts.append(
             f"{name} kept its validation loss on {len(kept)} of "
-            f"{counted(len(config.tasks), 'task')}, ended within {END - 1:.0%} of the best "
-            f"optimizer that is not learned on {len(low)}, and did both on {len(kept & low)}"
+            f"{counted(len(config.tasks), 'task')} (it rose by at most {WORST - 1:.0%}, or by no "
+            "more than with the best optimizer that is not learned), ended within "
+            f"{END - 1:.0%} of the best optimizer that is not learned on {len(low)}, and did both "
+            f"on {len(kept & low)}"
         )
     return "; ".join(parts) + "."
 

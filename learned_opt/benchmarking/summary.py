@@ -57,18 +57,19 @@ TABLES = (
 )
 # Parts of headings, and what they mean.
 MEANING = {
-    "speed-up, steps": "the steps in which {baseline} reaches its own final training loss, over "
-    "those in which the optimizer reaches it with the same seed; 0 for a run that never does. "
-    "Losses are smoothed over a twentieth of the run",
+    "speed-up, steps": "the steps in which {baseline} reaches its own final training loss, "
+    "divided by those in which the optimizer reaches it with the same seed; 0 for a run that never "
+    "does. Losses are smoothed over a twentieth of the run",
     "speed-up, seconds": "the same in seconds of training",
     "speed-up, envelope": "the steps that Adam needs for the optimizer's final loss, with the best "
-    "learning rate at each step, over the steps of the optimizer",
-    "× lower": "the median loss of {baseline} over the loss of the optimizer; 0 for a run that "
-    "diverged or failed",
+    "learning rate at each step, divided by the steps of the optimizer",
+    "× lower": "the median loss of {baseline} divided by the loss of the optimizer: above 1 the "
+    "optimizer is better; 0 for a run that diverged or failed",
     "P(": "the probability that the loss of a run is below that of a run of {baseline}; a tie "
     "counts as half",
     "profile": "the share of tasks on which the optimizer takes at most τ times the steps of the "
-    "fastest one, averaged over 1 ≤ τ ≤ 4; steps are the median over seeds",
+    "fastest one, averaged over 1 ≤ τ ≤ 4: 1 means that it is the fastest on every task, 0 that it "
+    "never comes within a factor of 4; steps are the median over seeds",
 }
 
 
@@ -111,8 +112,8 @@ def introduction(baseline: str | None) -> str:
     if baseline is None:
         return f"{NO_BASELINE} Each row is an optimizer, over all runs of all tasks."
     return (
-        f"Each row is an optimizer beside {baseline}, over all runs of all tasks. A speed-up of 2 "
-        "is half the steps; the best of a column is bold. Speed-ups and ratios are interquartile "
+        f"Each row compares an optimizer with {baseline} over all runs of all tasks. A speed-up of "
+        "2 is half the steps; the best of a column is bold. Speed-ups and ratios are interquartile "
         "means (IQM): the mean of the middle half of the runs. Brackets hold 95 % intervals, from "
         "5,000 stratified bootstrap resamples of the seeds."
     )

@@ -48,8 +48,8 @@ INTRODUCTION = (
 )
 # Parts of headings, and what they mean.
 MEANING = {
-    "speed-up": "the budget over the steps to the target. An optimizer that knows the length of "
-    "its run is also run for 1/{lengths} of the budget, and the shortest run that ends at or "
+    "speed-up": "the budget divided by the steps to the target. An optimizer that knows the length "
+    "of its run is also run for 1/{lengths} of the budget, and the shortest run that ends at or "
     "below the target counts. For others the first of two evaluations in a row at or below it "
     "counts",
     "geometric mean": "over all runs; a miss counts as ½",
@@ -60,7 +60,8 @@ MEANING = {
     "P(": "the probability that the loss of a run of the full budget is below that of a run of "
     "{baseline}; a tie counts as half",
     "profile": "the share of tasks on which the optimizer takes at most τ times the steps of the "
-    "fastest one, averaged over 1 ≤ τ ≤ 4; steps are the median over seeds",
+    "fastest one, averaged over 1 ≤ τ ≤ 4: 1 means that it is the fastest on every task, 0 that it "
+    "never comes within a factor of 4; steps are the median over seeds",
     "diverged": "runs of the full budget that diverged",
 }
 TABLES = (
