@@ -20,10 +20,9 @@ class PermutationSpec:
     (("h", None), ("h",), (None, "h"), (None,)))``. `mlp_spec` and `sequential_spec` construct it.
 
     Attributes:
-        shapes: the shapes of the tensors, in the order of θ. A shape may be any view of the tensor:
-            write ``(c, k)`` for an input axis of c channels of k pixels and permute c; write
-            ``(4, h)`` for the four stacked gates of an LSTM and permute h; write ``(1,)`` for a
-            scalar.
+        shapes: the shapes of the tensors, in the order of θ. You may split an axis: as ``(c, k)``
+            if it holds c channels of k pixels, to permute the channels; as ``(4, h)`` if it holds
+            the four stacked gates of an LSTM, to permute the units. Write ``(1,)`` for a scalar.
         axes: a name or None for each axis of each tensor. Axes of one name are permuted alike. An
             axis with None is not permuted; the network's inputs and outputs must have None.
 
@@ -91,9 +90,10 @@ def match_weights(theta_a: Tensor, theta_b: Tensor, spec: PermutationSpec) -> di
     This is weight matching (Ainsworth et al. 2022, arXiv 2209.04836, sec. 3.2): with the other
     permutations fixed, one permutation is a linear assignment problem. These are solved in turn
     until none lowers the distance, which is a local minimum. Two starts are tried: the identity,
-    and a greedy one that matches layer after layer from the inputs, each by the layers matched
-    before it. In a chain of layers the greedy start finds an exact copy. The paper starts from the
-    identity and takes the layers in random order; this function is deterministic.
+    and a greedy one that matches layer after layer from the inputs; each layer is matched by its
+    weights to the layers before it. In a chain of layers the greedy start finds an exact copy. The
+    paper starts from the identity and takes the layers in random order; this function is
+    deterministic.
 
     The result is never farther from θ_a than θ_b is.
 

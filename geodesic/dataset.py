@@ -48,7 +48,7 @@ _RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "fac
 
 
 class DatasetError(ValueError):
-    """A dataset of paths is missing, unfinished, damaged, or belongs to another header."""
+    """A dataset of paths is missing, unfinished or damaged, or was made with another header."""
 
 
 class PathDataset:
@@ -192,7 +192,8 @@ class PathDataset:
         """Returns the numbers of the shards that were not written, not completed, or damaged.
 
         Raises:
-            DatasetError: some shards are of another header, or by now the folder is.
+            DatasetError: some shards were made with another header, or the folder has since been
+                made again with another one.
         """
         return [index for index, record in enumerate(self._found()) if record is None]
 

@@ -33,7 +33,8 @@ class StringSampling:
             "worst" point of the grid, where F - λ is largest (the first such point). If F is flat,
             use the midpoint.
         grid: the number of grid steps on a segment, at least 2; both ends are grid points.
-        max_depth: the number of rounds of insertion after which a pair counts as not connected.
+        max_depth: the largest number of rounds of insertion. If a pair is not connected after them,
+            it counts as not connected.
         always_insert: whether to begin with a trained midpoint bead even if the chord passes.
         optimizer: "adam" (β = .9, .999) or "sgd". Each bead starts with a fresh optimizer.
         learning_rate: the learning rate of the beads.
@@ -150,9 +151,9 @@ def sample_strings(
     its target. Pairs do not wait for each other: a pair's next round begins right after its last
     bead is done. Its result does not depend on the other pairs, apart from rounding.
 
-    When a bead is inserted, its target is set by the level at its arclength fraction. If the level
-    falls along the path, a growing string can move a bead to where the level is lower than the bead
-    reached. The bead is then trained further in the next round.
+    When a bead is inserted, its target is set by the level at its arclength fraction. Later
+    insertions can change this fraction. If the level falls along the path, a bead's loss may then
+    lie above the level at its new fraction, and the bead is trained further in the next round.
 
     Args:
         loss_fn: F; ``loss_fn(theta, *args)`` maps ``(d,)`` to a scalar. It must be deterministic
@@ -162,7 +163,8 @@ def sample_strings(
         level: λ; a number, a tensor ``(pairs,)``, or a callable from ``(pairs, m)`` arclength
             fractions to levels, such as `geodesic.sgd_profile` returns.
         settings: see `StringSampling`; `PRESETS` has the published ones.
-        loss_args: tensors with a leading dimension of pairs, passed to both functions.
+        loss_args: tensors with a leading dimension of pairs, passed to ``loss_fn`` and
+            ``train_fn``.
         train_fn: the function that beads descend if it is not F, because F has no gradient or needs
             all data. ``train_fn(theta, step, *args)`` returns a scalar and supports vmap. ``step``
             is an int that counts descent steps over all rounds and selects the minibatch, the same

@@ -65,10 +65,9 @@ class LevelProfile:
     """A level that falls along the path, linear between knots, with one profile for each pair.
 
     Args:
-        values: ``(m,)`` or ``(pairs, m)`` levels at the knots. They are made non-increasing by a
-            running maximum from the far end, λ_k = max_{j ≥ k} values_j. This is the smallest
-            non-increasing level that is nowhere below the values, so a path that is feasible for
-            the values stays feasible.
+        values: ``(m,)`` or ``(pairs, m)`` levels at the knots. If they increase anywhere, they are
+            raised by a running maximum from the far end, λ_k = max_{j ≥ k} values_j. No level is
+            lowered, so a path that is feasible for the values stays feasible.
         fractions: the arclength fractions of the knots, of the same shape, non-decreasing from 0 to
             1. None spaces them evenly.
 
@@ -121,16 +120,17 @@ def sgd_profile(
     loss_args: tuple[Tensor, ...] = (),
     chunk_size: int = 256,
 ) -> LevelProfile:
-    """Returns SGD's own loss along its trajectory as a level, which the trajectory itself meets.
+    """Returns SGD's own loss along its trajectory as a level, below which the trajectory stays.
 
         λ(s_k) = max over j ≥ k - 1 of F(γ(s_j)) + ¼ max(0, -Δ²F(γ(s_j))),    λ(1) = F(θ_b)
 
     Here γ is the polyline through the recorded iterates, and s_j are the arclength fractions of 16
     even samples of each of its segments. The running maximum holds the level up to the height of
     any later bump, so λ(0) is F(θ_a) unless SGD climbed above it. Two margins keep F below λ
-    between the samples as well: the index j starts one sample early, and the second difference adds
-    twice the height by which a parabola rises above its samples. Without them the trajectory would
-    exceed its own level, because F is often concave between iterates.
+    between the samples as well. First, the index j starts one sample early. Second, the term with
+    the second difference Δ² is twice the height by which a parabola through three samples rises
+    above them. Without these margins the trajectory would exceed its own level, because F is often
+    concave between iterates.
 
     Args:
         loss_fn: F, ``loss_fn(theta, *args)``, as for `geodesic.find_geodesics`.

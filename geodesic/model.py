@@ -36,10 +36,10 @@ class ModelLoss:
 
     *Batch norm.* The running statistics at θ_a and θ_b do not hold for the points between them, so
     ``recalibrate`` must be chosen for a module with batch norm. True normalizes with the mean and
-    the (biased) variance of the whole data set at each θ, and differentiates through them (as by
-    Garipov et al. 2018, arXiv 1802.10026, the statistics are recomputed at each point). With one
-    chunk that is the forward pass in train mode. With several chunks a first pass pools the
-    moments of the chunks,
+    the (biased) variance of the whole data set at each θ, and differentiates through them. Garipov
+    et al. (2018, arXiv 1802.10026) recompute the statistics at each point too. With one chunk that
+    is the forward pass in train mode. With several chunks a first pass pools the moments of the
+    chunks,
 
         μ = Σ_c (n_c / n) μ_c        σ² = Σ_c (n_c / n) (σ_c² + (μ_c - μ)²),
 
@@ -60,9 +60,9 @@ class ModelLoss:
             once, into memory.
         targets: ``(n, ...)``; None with a `DataLoader`.
         chunk_size: the largest number of examples in one forward pass; None for all. Chunks are of
-            even size. The memory needed is that of one chunk for each θ of a vmap, also for
-            gradients: with several chunks they repeat the forward pass of each chunk instead of
-            storing it.
+            even size. For each θ of a vmap, F needs the memory of a single chunk. This holds for
+            gradients too: if there are several chunks, the backward pass repeats the forward pass
+            of each chunk instead of storing it.
         recalibrate: how batch norm is evaluated, see above. False uses the module's running
             statistics at every θ, which is right only if θ stays close to the module's own.
 

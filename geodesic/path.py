@@ -93,9 +93,9 @@ def subdivide(path: Tensor, per_segment: int) -> Tensor:
 
 
 def project(path: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the path's point nearest to ``point (..., d)``, and its arclength fraction ``(...)``.
+    """Returns the path's point nearest to ``point (..., d)``, and its arclength fraction.
 
-    The point is ``(..., d)``.
+    They are ``(..., d)`` and ``(...)``.
     """
     start, step = path[..., :-1, :], path.diff(dim=-2)
     squared = step.square().sum(-1).clamp_min(torch.finfo(path.dtype).tiny)

@@ -47,21 +47,22 @@ class Geodesic:
         length: |γ|. If the path is certified, this is an upper bound on the geodesic's length.
         normalized_length: |γ| / |θ_a - θ_b|; it is exactly 1 for the chord.
         max_loss: the largest F among the dense samples.
-        certified: whether the path passes the test that F is finite and F - λ(s) is at most
-            min(tol · max(1, |λ|), |λ| / 1000), with tol = 1e-9 in float64 and 1e-6 in float32. The
-            test covers the dense samples of every segment, 8 more around the largest sample of each
-            segment and where a crest may hide between those, the knots of a `LevelProfile`, and
-            estimated maxima between samples. False means that no such path was found, not that none
-            exists. If the level is near zero, rounding errors may exceed a thousandth of it; use
-            float64 then. If the loss jumps, samples may miss a part above the level.
+        certified: whether the path passes the test that F is finite and F - λ(s) is at most min(tol
+            · max(1, |λ|), |λ| / 1000), with tol = 1e-9 in float64 and 1e-6 in float32. The test
+            covers the dense samples of every segment, 8 more around the largest sample of each
+            segment and around gaps between samples in which a crest may hide, the knots of a
+            `LevelProfile`, and estimated maxima between samples. False means that the search found
+            no path that passes, not that none exists. If the level is near zero, rounding errors
+            may exceed a thousandth of it; use float64 then. If the loss jumps, samples may miss a
+            part above the level.
         chord_feasible: whether the chord is certified. The geodesic is then the chord.
         level: λ(0).
         loss_evaluations: the number of points at which F alone was computed.
         gradient_evaluations: the number of points at which F and its gradient were computed.
         iterations: the number of quadratic programs solved; 0 for the chord.
         residual: the H¹ norm of the last projected gradient, divided by the length. It is about
-            √(2r) if a share r of the length can still be gained, 0 for the chord, and inf if the
-            path is an initial path that was not shortened.
+            √(2r) if the path could still be shortened by a share r of its length, 0 for the chord,
+            and inf if the path is an initial path that was not shortened.
         error: why the pair was not searched, or "" if it was.
     """
 
@@ -88,7 +89,7 @@ def find_geodesic(
     initial_path: Tensor | None = None,
     seed: int = 0,
 ) -> Geodesic:
-    """Returns a shortest path from ``theta_a`` to ``theta_b`` in the sublevel set of ``loss_fn``.
+    """Returns a short path from ``theta_a`` to ``theta_b`` in the sublevel set of ``loss_fn``.
 
         γ* = argmin |γ|   over γ from θ_a to θ_b with F(γ(s)) ≤ λ(s) for all s in [0, 1]
 
@@ -126,7 +127,7 @@ def find_geodesics(
     chunk_size: int = 256,
     max_iterations: int = 60,
 ) -> Geodesic:
-    """Returns shortest paths inside sublevel sets (Freeman & Bruna 2017, arXiv 1611.01540).
+    """Returns short paths inside sublevel sets (Freeman & Bruna 2017, arXiv 1611.01540).
 
     All pairs are solved at once. For each pair, these steps are tried until a path is certified:
 
@@ -136,13 +137,14 @@ def find_geodesics(
     3. Chords that bulge to a random side, pushed into the set and shortened.
     4. Dynamic String Sampling (`geodesic.dss`) for a bounded time, then shortened.
 
-    A certified path is a local minimum of the length, in the homotopy class of its start, and is
-    never longer than a feasible initial path. If no path is certified, nothing is raised, and the
-    path that exceeds the level least is returned. This also happens to a pair that has used up its
-    budget of evaluations (`geodesic.level_set.BUDGET`), more than twice what any certified pair
-    took, so that one pair cannot hold up the batch. A pair that cannot be searched, such as one
-    with NaN, does not affect the others: its `error` says why, its path is the chord, which is not
-    certified, and a warning gives the number of such pairs.
+    A certified path is as short as the search can make it: a local minimum of the length among the
+    paths into which its start can be deformed inside the set. It is never longer than a feasible
+    initial path. If no path is certified, nothing is raised, and the path that exceeds the level
+    least is returned. This also happens to a pair that has used up its budget of evaluations
+    (`geodesic.level_set.BUDGET`). The budget keeps one pair from holding up the batch; it is more
+    than twice what any certified pair of our studies took. A pair that cannot be searched, such as
+    one with NaN, does not affect the others: its `error` says why, its path is the chord, which is
+    not certified, and a warning gives the number of such pairs.
 
     Args:
         loss_fn: F; ``loss_fn(theta, *args)`` maps ``(d,)`` to a scalar. It must be deterministic
@@ -153,10 +155,11 @@ def find_geodesics(
             callable, such as `geodesic.sgd_profile` returns, maps a ``(pairs, m)`` tensor of
             arclength fractions to levels, and must not increase.
         num_segments: the number K of segments of the resulting polyline. With few segments a path
-            around an obstacle is longer than the geodesic: by about φ²/12m² of its length for m
-            segments on an arc of angle φ.
-        initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory. It is
-            cut into K segments unless n = K + 1; if K allows it, its corners are kept first.
+            around an obstacle is longer than the geodesic: on an arc of angle φ that takes m of the
+            K segments, by about φ²/(12 m²) of its length.
+        initial_path: ``(pairs, n, d)`` from θ_a to θ_b, such as a subsampled SGD trajectory. If it
+            does not have K segments, it is resampled to K, and as many of its corners are kept as K
+            allows.
         loss_args: tensors with a leading dimension of pairs, passed to ``loss_fn`` pair by pair.
         seed: the seed of the direction in which the chord bulges.
         chunk_size: the number of points evaluated at once; lower it if memory runs out.

@@ -28,8 +28,8 @@ class TargetConfig:
 
     Attributes:
         horizon: The number T of SGD steps between θ_a and θ_b.
-        updates: The number K of updates in which the rule is to follow one path. A rule that
-            follows it makes the progress of T/K SGD steps in each update.
+        updates: The number K of updates in which the rule should cover one path. Each of its
+            updates then covers as much as T/K steps of SGD.
         pairs_per_run: The number of consecutive pairs that one SGD run gives.
         stride: The number of SGD steps between recorded iterates. It must divide the horizon.
         level: "constant" is the level λ = F(θ_a); "sgd_profile" falls as SGD's own loss does.

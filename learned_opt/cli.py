@@ -77,20 +77,20 @@ COMMANDS = {
         "learned_opt.training.stages:train",
     ),
     "benchmark": Command(
-        "Compare optimizers, which are tuned on some seeds and reported on others.",
+        "Compare optimizers: tune them on some seeds and report them on others.",
         "learned_opt.benchmarking.config:BenchmarkConfig",
         "learned_opt.benchmarking:benchmark",
-        task_flags={"steps": Flag("N", "The number of steps on --task (default: 1000)", int)},
+        task_flags={"steps": Flag("N", "The number of steps for --task (default: 1000)", int)},
     ),
 }
 FLAGS = {
-    "output": Flag("DIR", "The folder of the results; the same command resumes from them"),
+    "output": Flag("DIR", "The folder of the results; repeat an interrupted command to resume"),
     "config": Flag("FILE", "A YAML file with the settings below; flags override it"),
     "smoke": Flag("", "Shrinks everything to seconds, to test whether it works"),
     "task": Flag(
         "MODULE:FUNCTION",
-        "A task of your own in place of the config's: the task that FUNCTION in MODULE.py of the "
-        "current folder returns",
+        "A task of your own, in place of those in the config. FUNCTION in MODULE.py, in the "
+        "current folder, returns it",
     ),
 }
 

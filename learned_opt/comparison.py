@@ -35,9 +35,9 @@ class Comparison:
     """The result of `compare`, which prints as a table.
 
     Attributes:
-        rows: a dict for each optimizer, sorted by final validation loss. Its keys are `optimizer`;
-            `setting`, the tuned values; `final_loss` and `lowest_loss` on the validation data;
-            `steps_to_match`, the number of steps to the baseline's final loss; and `ms_per_step`.
+        rows: a dict for each optimizer, sorted by final validation loss. The keys are `optimizer`,
+            `setting` (the tuned values), `final_loss` and `lowest_loss` (on the validation data),
+            `steps_to_match` (the number of steps to the baseline's final loss) and `ms_per_step`.
             The final loss is ∞ if the run diverged, and `steps_to_match` is ∞ if the run did not
             reach that loss.
         curves: for each optimizer, the steps and validation losses, (evaluations, 2), of its best
@@ -50,7 +50,7 @@ class Comparison:
     baseline: str
 
     def table(self) -> Any:
-        """Returns the rows as a table of `learned_opt.benchmarking`."""
+        """Returns the rows as a `learned_opt.benchmarking.summary.Table`."""
         from learned_opt.benchmarking.summary import Entry, Table, number
 
         headings = ["optimizer", "setting", "final validation loss", "lowest",
@@ -162,8 +162,9 @@ def compare(
     All runs start from the same initial weights and see the same minibatches if `make_model` and
     `train_loader` draw from torch's global random numbers, as a DataLoader with shuffle=True does.
     An optimizer with a learning rate to tune is run `tuning_runs` times, and the rate with the
-    lowest final validation loss is reported. This selection flatters its result slightly, unlike
-    that of an optimizer with nothing to tune.
+    lowest final validation loss is reported. This selection makes the result of a tuned optimizer
+    look slightly better than it is; the result of an optimizer with nothing to tune has no such
+    bias.
 
     Args:
         make_model: returns the model with fresh weights, on the device of training.
@@ -173,7 +174,8 @@ def compare(
         steps: the number of steps of each run.
         optimizers: names of optimizers (docs/benchmarks.md) or `Entrant`s. The last one is the
             baseline, to which the speed of the others is relative.
-        tuning_runs: the number of learning rates to try, half decades from the middle of the range.
+        tuning_runs: the number of learning rates to try. They are half decades around the middle of
+            the range that the benchmark searches for this optimizer.
         seed: the seed of initial weights, minibatches and dropout.
         progress: prints the number of steps in all, and then shows a progress bar.
 

@@ -36,7 +36,7 @@ class GeodesicsConfig:
         family: The family of tasks on which SGD runs.
         targets: What the target paths are.
         num_shards: The number of draws from the family. Each draw is a shard.
-        evaluation_size: The number of training examples on which F is evaluated.
+        evaluation_size: The number of training examples on which the loss F of a path is evaluated.
         seed: The seed of everything random.
         data_root: The folder of data sets; the default is $LEARNED_OPT_DATA.
     """
@@ -57,7 +57,7 @@ class GeodesicsConfig:
             )
 
     def on(self, task: TaskConfig) -> GeodesicsConfig:
-        """The same on one task, in place of the family's."""
+        """Returns this config with one task in place of the family's random ones."""
         return replace(self, family=replace(self.family, task=task))
 
     def smoke(self) -> GeodesicsConfig:
@@ -135,13 +135,15 @@ class StepSizeConfig:
 
     Attributes:
         sigma: The standard deviation of the perturbation of the logarithm of a tensor's step size.
-        together: The number of windows after which the two particles of a pair are set to the same
-            point again. A step is judged by the rest of these windows.
-        common: The share of the perturbation's variance that all tensors of a network have in
-            common.
-        pace: The bounds of u; all steps of a run are multiplied by e^u, with u uniform.
-        mixture: The standard deviation of the perturbation of the gains, in units of their norm; 0
-            does not perturb them. It needs a rule with gains per tensor.
+        together: The number of windows after which the two perturbed runs of a pair restart from
+            the same point. The effect of a perturbed step is measured by the losses of both runs up
+            to then.
+        common: The share of the perturbation's variance that comes from a part which is the same
+            for all tensors of a network.
+        pace: All steps of a run are multiplied by e^u, with u uniform between these bounds.
+        mixture: The standard deviation of the perturbation of the gains, the weights with which the
+            rule mixes the gradient and its averages, relative to the norm of the gains; 0 does not
+            perturb them. It needs a rule with gains per tensor, such as geodesic_rnn.
     """
 
     sigma: float = 0.2
@@ -200,63 +202,69 @@ class TrainConfig:
         rule_config: The constructor arguments of the rule.
         geodesics: The data set of target paths. It is made first if it is missing.
         dataset: The folder of the target paths; the default is `geodesics` in the output folder.
-        start_from: The initial weights: "shipped", or the path of a weights file of this rule or of
-            its base rule. null initializes the rule afresh.
-        first: The settings of a first training stage that differ from these. A nested config that
-            is given, such as `family`, replaces the whole nested config. The stage is trained on
-            one device in the folder `first` of the output folder, and its weights are the initial
-            weights of this training.
+        start_from: The initial weights: "shipped", or the path of a weights file of this rule, or,
+            for the rule "scheduled", of the rule that it scales. By default the rule is initialized
+            afresh.
+        first: A first training stage: those of its settings that differ from the settings of this
+            training. A nested config that is given, such as `family`, replaces the whole nested
+            config. The stage is trained on one device in the folder `first` of the output folder,
+            and its weights are the initial weights of this training.
         frozen: The prefixes of the names of meta-parameters that are not trained, such as
             ["base."].
         objectives: The objectives, which take turns in the meta-updates. "imitation" imitates
             target paths, and "torch_imitation" a torch optimizer. The others minimize the loss of
-            the rule's own runs: "meta_loss" by replay, "backprop" through the unrolled run, "pes"
-            by evolution strategies on the meta-parameters, and "step_size" by evolution strategies
-            on the step sizes and gains.
+            the rule's own runs. "meta_loss" records what the rule's network saw and differentiates
+            the network on these records (replay); "backprop" differentiates through the unrolled
+            run, which keeps its whole graph; "pes" uses persistent evolution strategies on the
+            meta-parameters, and "step_size" evolution strategies on the step sizes and gains.
         updates: The number of meta-updates.
         epoch_length: The number of meta-updates between validations and checkpoints.
         learning_rate: The initial learning rate of the meta-optimizer, Adam. It falls linearly to
             5 % of this.
         clip: The norm to which longer meta-gradients are clipped.
         average: The decay of an exponential moving average of the meta-parameters over the updates.
-            The average is then validated, selected and written. null does not average.
-        coordinates: The number of coordinates that are used in a meta-update. A rule with gains per
-            tensor uses all of them.
-        teacher_share: The share of imitation sequences in which the teacher makes the updates, at
-            the start and from halfway on. (1, 1) is off-policy throughout.
-        imitation_weight: The factor of the imitation losses before their gradient is clipped, at
-            the start and at the end. A falling factor trains for robustness first and for speed
-            later.
-        weights: The factors of the losses of any objectives by name, at the start and at the end.
-            They override imitation_weight; the default for other objectives is 1.
+            The averaged meta-parameters are then validated, selected and written. By default there
+            is no averaging.
+        coordinates: The number of randomly chosen coordinates on which a meta-update replays the
+            rule. It has no effect on a rule with gains per tensor, such as the default
+            geodesic_rnn, which uses all coordinates.
+        teacher_share: The share of imitation sequences in which the parameters follow the imitated
+            path (off-policy) instead of the rule's own updates (on-policy), at the start of
+            training and from halfway on. (1, 1) is off-policy throughout.
+        imitation_weight: The factor of the imitation losses, at the start and at the end. It is
+            applied before the meta-gradient is clipped. A falling factor trains for robustness
+            first and for speed later.
+        weights: Loss factors by objective, such as {pes: [1, 0.5]}: a factor at the start and one
+            at the end. They override imitation_weight; the default for other objectives is 1.
         imitation_form: The imitation loss: "huber" is the Huber loss of the error relative to the
             teacher's step; "cosine" compares direction and size separately.
         teacher: The torch optimizer that torch_imitation imitates.
-        window: The number of updates in a window of a run. States continue from one window to the
-            next.
+        window: The number of steps of a run between two meta-updates, over which its loss is
+            minimized. The state of the run continues from one window to the next.
         horizon: The least and the largest length of a run, in steps, drawn log-uniformly.
-        curriculum: The lengths of runs, instead of `horizon`, and of the validation runs.
+        curriculum: Increasing lengths of the training runs, in place of `horizon`. They are the
+            lengths of the validation runs too.
         open_runs: The number of runs that are in progress at the same time, so that long runs do
             not displace short ones.
         loss_floor: A task is weighted by 1 / (mean loss of the window + loss_floor).
-        loss_clip: Losses of runs are clipped at this many times the loss of chance; null does not
-            clip.
+        loss_clip: Losses of runs are clipped at this many times the loss of a guess that ignores
+            the inputs. By default they are not clipped.
         first_order: Whether backprop treats the inputs of the rule as constants. If not, second
             derivatives of the loss are used, and the rule's statistics must be differentiable.
         pes: The settings of the objective pes.
         step_size: The settings of the objective step_size.
         family: The tasks of the rule's own runs; the default is the family of `geodesics`.
         validation_steps: The length of the validation runs after each epoch.
-        validation_draws: The number of draws of the family to validate on, of `num_tasks` tasks
-            each. Training never uses these draws, and no benchmark reports them.
-        select: The weights that are written to weights.safetensors: the "best" by the score that
-            selection_interval describes, or the "last".
-        selection_interval: The number of epochs between candidates for the best weights; the last
-            epoch is always a candidate. A candidate is run on all validation draws for as many
-            steps as the longest training run, and on the draw with the fewest parameters for ten
-            times as many. The score is the average of the two means of log10(final loss +
-            loss_floor). One measures how low the loss gets, and the other whether it stays low far
-            beyond the horizon. See training/callbacks.py.
+        validation_draws: The number of draws of the family to validate on. Each draw has
+            `num_tasks` tasks. Training never uses these draws, and no benchmark reports them.
+        select: The weights that are written to weights.safetensors: the "last", or the "best" of
+            some candidates. A candidate is run on all validation draws for as many steps as the
+            longest training run, and on the draw with the fewest parameters for ten times as many.
+            Its score is the average of two means of log10(final loss + loss_floor): that of the
+            first runs measures how low the loss gets, and that of the long runs whether it stays
+            low far beyond the horizon. See training/callbacks.py.
+        selection_interval: The number of epochs between candidates for the best weights, see
+            `select`. The last epoch is always a candidate.
         seed: The seed of everything random except the data set.
         accelerator: The accelerator of Lightning's Trainer: "cpu", "gpu" or "auto".
         devices: The number of processes or GPUs on each node.
@@ -396,7 +404,7 @@ class TrainConfig:
         return self.weights.get(objective, given)
 
     def on(self, task: TaskConfig) -> TrainConfig:
-        """The same on one task, in place of the families'."""
+        """Returns this config with one task in place of the families' random ones."""
         family = self.family and replace(self.family, task=task)
         return replace(self, family=family, geodesics=self.geodesics.on(task))
 

@@ -36,11 +36,11 @@ def command_help(
         config_class: the dataclass of the config.
     """
     parts = [f"usage: {usage}", textwrap.fill(description, WIDTH), _listed(options)]
-    parts.append("Settings. Each is a flag here and a key of the file after --config:")
+    parts.append("Settings. Each can be a flag, or a key of the file that --config names:")
     parts.append(_listed(list(_options(config_class))))
     for name, part, several in _parts(config_class):
         summary = parse(inspect.getdoc(part) or "").short_description or ""
-        where = f"Settings of each of {name}, in the file" if several else f"Settings of {name}"
+        where = f"Keys of each entry of {name}, in the file" if several else f"Settings of {name}"
         prefix = "" if several else f"--{name}."
         parts += [textwrap.fill(f"{where}: {summary}", WIDTH), _listed([*_options(part, prefix)])]
     return "\n\n".join(parts)

@@ -45,35 +45,36 @@ class LearnedOptimizer(Optimizer):
     The state of a parameter p is in float32: "step" and "skipped"; the rule's averages of each
     coordinate, (*p.shape, features); a few small vectors for the whole tensor; and, for a matrix
     under the shipped rule, two square matrices for each side of up to 256. The shipped rule takes
-    20 bytes for each parameter (Adam: 8), and 8 n² for each such side of length n. Other code may
-    add entries to the state of p; they are kept, saved and loaded. Entries of the rule are views of
-    larger buffers, but they are saved as tensors of their own size, and `state_dict()` copies them.
+    20 bytes for each parameter (Adam: 8), and 8 n² bytes for each such side of length n: 36 bytes
+    for each parameter of a square matrix of at most 256 rows. Other code may add entries to the
+    state of p; they are kept, saved and loaded. `state_dict()` returns copies.
 
     Args:
         params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
         lr: multiplies the whole update; the rule was trained with 1. A value above 0 and up to 0.02
             gives a warning, because it was probably meant for another optimizer.
-        weight_decay: decoupled, and relative to the tensor's own step |u|/|θ|, so it has no unit. A
-            value of 1 shrinks θ by as much as the update adds, but never beyond zero. A tensor that
-            does not move does not decay.
+        weight_decay: decoupled, and relative to the tensor's own step |u|/|θ|, see the equation, so
+            the same value suits all tensors. A value of 1 shrinks θ by as much as the update adds,
+            but never beyond zero. A tensor that does not move does not decay.
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
         maximize: maximizes instead of minimizing.
         compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
-            CPU only the `kernels` of the rule are compiled, in a few seconds whatever the tensors.
-            On an accelerator the whole update is compiled; compile time grows with the number of
-            distinct tensor sizes.
-        revision: the commit of a repository on the Hub. It is required there.
+            CPU only some methods of the rule (its `kernels`) are compiled, which takes a few
+            seconds for any number of tensors. On an accelerator the whole update is compiled;
+            compile time grows with the number of distinct tensor sizes.
+        revision: the commit of the repository. It is required if `weights` is on the Hugging Face
+            Hub.
         diagnose: keeps the facts that `diagnostics()` returns. You can set it at any time, as in
             `optimizer.diagnose = True`.
 
     Raises:
         WeightsError: the weights cannot be used.
         TypeError: an argument is unknown, or belongs to another optimizer.
-        ValueError: lr or weight_decay is not a number, is negative or not finite; parameters are
-            flattened by FSDP1; the groups given to `load_state_dict` are of another optimizer; or,
-            raised by `step`, a loaded state is of another rule or shape.
-        RuntimeError: a gradient is sparse or complex; raised by `step`.
+        ValueError: lr or weight_decay is not a number, is negative or not finite; or parameters are
+            flattened by FSDP1. `load_state_dict` raises it for the state of another optimizer, and
+            `step` for a loaded state of another rule or shape.
+        RuntimeError: a gradient is sparse or complex. `step` raises it.
     """
 
     diagnose = False  # of those that were pickled before there was this
@@ -185,16 +186,16 @@ class LearnedOptimizer(Optimizer):
 
         The facts are not part of the state, so they change no step and no checkpoint. After loading
         a checkpoint there are none until the next step. With `diagnose` a step takes a few more
-        passes over the parameters and is not compiled as a whole. Reading the facts waits for the
-        device.
+        passes over the parameters and is not compiled as a whole; without it, diagnostics cost
+        nothing. Reading the facts waits for the device.
 
         The entries of a parameter are
 
         - "relative_step": the RMS of the step without decay, divided by the RMS of the parameter
           before the step;
         - "gains": a number for each direction d_k. The step is lr · Σ_k gain_k d_k, and the d_k are
-          the gradient and its averages, normalized to about unit size, so that a step downhill has
-          negative gains. It is empty for rules that do not mix whole tensors;
+          the gradient and its averages, normalized to about unit size. A negative gain means a step
+          downhill. The entry is empty for rules that do not mix whole tensors;
         - "decay": the share of the parameter that weight decay removed;
         - "skipped": the number of updates skipped so far because the tensor or its gradient was not
           finite. If the last step was skipped, the other entries are 0.

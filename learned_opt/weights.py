@@ -69,8 +69,8 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
 
     Raises:
         WeightsError: the file is missing, truncated, altered, not written by learned-opt, or from a
-            newer version; its rule is not registered, or does not fit the tensors; the file cannot
-            be downloaded; or `revision` is missing.
+            newer version. It is also raised if the rule of the file is not registered or does not
+            fit the tensors, if the file cannot be downloaded, and if `revision` is missing.
     """
     if isinstance(weights, str) and weights.startswith(HUB):
         path = _download(weights, revision)

@@ -60,11 +60,11 @@ def benchmark(config: BenchmarkConfig, output: str | Path) -> list[dict[str, Any
             rows = benchmark(config, "runs/benchmark")
 
     This is the command `learned-opt benchmark`. It prints the tables, who won, and the path of the
-    report. `output` gets results.csv, the report, and the data behind them. With the protocol
-    "training" these are tuning.csv, benchmark.json, and cells/ with a file for each run, which has
-    its whole loss curve. With the other protocols they are rows.jsonl, with a line for each run.
-    If called again with the same config, it runs only what is missing. In a torchrun job all
-    processes call it, with an `output` that all of them can access.
+    report. It writes results.csv and the report into `output`. The protocol "training" also writes
+    tuning.csv, benchmark.json and cells/, which has a file with the loss curve of each run. The
+    other protocols also write rows.jsonl, which has a line for each run. If called again with the
+    same config, it runs only what is missing. In a torchrun job all processes call it, with an
+    `output` that all of them can access.
 
     Args:
         config: the tasks, optimizers, seeds and budgets. `config.smoke()` runs in seconds.

@@ -26,17 +26,16 @@ class BenchmarkTask:
         task: The task that is optimized.
         steps: The number of optimizer steps in a run.
         label: The name in tables; the default is the label of `task`, see TaskConfig.label.
-        family: How the task relates to the training of the shipped weights. They were trained on
-            both its kind of network and its kind of data (in-family), on only one of the two
-            (held-out architecture, held-out data), or on neither (held-out both), or choices were
-            made on the task (validation).
+        family: How the task relates to the training of the shipped weights. In-family: they were
+            trained on its kind of network and on its data. Held-out data: on its kind of network,
+            but not on its data. Held-out architecture: on its data, but not on its kind of network.
+            Held-out both: on neither. Validation: choices were made on the task.
         targets: Training losses to reach, besides that of the tuned Adam.
         target: The validation loss to reach with the protocol "validation". The default is the
             loss of the tuned AdamW with warm-up and a cosine schedule, which is measured.
-        best_target: A second validation loss to reach, that of `best_entrant`. The default is
-            measured.
-        best_entrant: The optimizer with the lowest validation loss of those that are not learned.
-            It is given together with best_target.
+        best_target: A second validation loss to reach: the lowest of any optimizer that is not
+            learned. By default it is measured. If you give it, give best_entrant too.
+        best_entrant: The name of the optimizer that reached best_target.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -85,24 +84,25 @@ class BenchmarkConfig:
         name: The name of the benchmark in its report.
         protocol: What is measured. "training" measures the steps to the final training loss of the
             tuned Adam, and "validation" the steps to the validation loss of the tuned AdamW with
-            warm-up and a cosine schedule. "going_on" measures how far the loss rises in runs whose
-            training changes midway or starts from a trained network. The last two need tasks with
-            a validation split.
+            warm-up and a cosine schedule. "going_on" measures how far the loss rises in runs that
+            do not begin fresh, because they start from a trained network or are disturbed midway,
+            and on unusual networks. The last two need tasks with a validation split.
         tasks: The tasks, and the number of steps on each.
-        entrants: The optimizers. Each is described by its settings, or is one of those known by
-            name: learned, learned tuned, Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam
-            cosine, AdamW cosine and SGD momentum cosine, or from the current field AdamW warm-up
-            cosine, NAdamW, Schedule-Free, Schedule-Free tuned, Muon, SOAP, SOAP tuned, Prodigy and
-            learned decay.
+        entrants: The optimizers. Give the settings of each, or one of these names: learned (the
+            shipped weights), learned tuned (with a tuned factor on its steps), learned decay (with
+            weight decay 0.1), Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam cosine, AdamW
+            cosine, SGD momentum cosine, AdamW warm-up cosine, NAdamW, Schedule-Free, Schedule-Free
+            tuned, Muon, SOAP, SOAP tuned and Prodigy. The protocol "validation" is made for the
+            last eight.
         reporting_seeds: The seeds of the runs that are reported, or the number of these seeds.
         tuning_seeds: The seeds on which hyperparameters are chosen, or the number of these seeds.
             They are never reported.
         settings: The number of hyperparameter settings that each tuned entrant tries on each task.
             They are its whole grid, or a random part of a larger grid.
-        max_grid_extensions: The largest number of settings that a search adds, one at a time, while
-            its best setting is at an end of a grid.
-        done: Files with rows of earlier runs, which are not run again. They are for the protocols
-            "validation" and "going_on".
+        max_grid_extensions: If the best setting lies at an end of the grid, the search extends the
+            grid beyond this end, by one setting at a time and by at most this many.
+        done: Files `rows.jsonl` of earlier outputs. The runs in them count as finished and are not
+            repeated. This is for the protocols "validation" and "going_on".
         data: Folders or files that are read in place of those that the tasks name, as in
             {cifar10: my_cifar}.
         data_root: The folder of data sets; the default is $LEARNED_OPT_DATA.
@@ -205,10 +205,12 @@ class BenchmarkConfig:
 
     @property
     def reporting(self) -> list[int]:
+        """The seeds of the runs that are reported."""
         return _seeds(self.reporting_seeds, _FIRST_REPORTING)
 
     @property
     def tuning(self) -> list[int]:
+        """The seeds on which hyperparameters are chosen."""
         return _seeds(self.tuning_seeds, _FIRST_TUNING)
 
     @property

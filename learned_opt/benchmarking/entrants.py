@@ -56,9 +56,9 @@ class Entrant:
         kwargs: The keyword arguments, except those that are searched. Text in braces is a number of
             steps: "{steps}" is the length of the run, and "{0.02 * steps}" a share of it, rounded.
         search: The keyword arguments to tune; if empty, nothing is tuned. Each has either the
-            bounds [low, high] of a log-uniform grid of half decades (…, 0.1, 0.3, 1, 3, …), which
-            grows while the best value is at an end of it, or {values: [...]} to choose from. If
-            there are several, their product is searched.
+            bounds [low, high] of a log-uniform grid of half decades (…, 0.1, 0.3, 1, 3, …) or
+            {values: [...]} to choose from. A grid is extended while the best value lies at an end
+            of it. With several arguments, all combinations are searched.
         schedule: The schedule of the learning rate over a run: constant, cosine to zero, or
             warmup_cosine, which first rises linearly over the share `warmup` of the steps.
         warmup: The share of the steps in which the schedule warmup_cosine rises.
@@ -66,9 +66,10 @@ class Entrant:
         groups: The kinds of tensors that have an optimizer or arguments of their own. If several
             groups name a kind, it belongs to the first of them. All other tensors have the
             entrant's optimizer and arguments.
-        anytime: Whether the entrant is judged along one run of the full length. If not, it runs
-            once for each length. The default is true if it has no schedule and no argument tells it
-            the number of steps.
+        anytime: Whether the protocol "validation" measures the speed-up along one run of the full
+            length. If not, the entrant is run once for each length: the full one, and 1/1.25,
+            1/1.5, 1/2 and 1/3 of it. The default is true if it has no schedule and no argument
+            depends on the number of steps.
     """
 
     name: str

@@ -120,8 +120,8 @@ def pick_columns(x: Tensor, index: Tensor) -> Tensor:
 class UpdateRule(nn.Module, ABC):
     """An update rule θ ← θ + u, with u = update(∇F(θ), θ, state).
 
-    A subclass holds only meta-parameters, is registered under its `name`, and returns in `config`
-    the constructor arguments that build it again.
+    A subclass holds only meta-parameters and is registered under its `name`. Its `config` has the
+    constructor arguments that build the rule again.
     """
 
     name: ClassVar[str]
@@ -143,7 +143,7 @@ class UpdateRule(nn.Module, ABC):
     @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor arguments, as JSON."""
+        """The constructor arguments, as a dict that JSON can hold."""
 
     @abstractmethod
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
@@ -158,7 +158,7 @@ class UpdateRule(nn.Module, ABC):
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Observation, State]:
-        """Returns the statistics of this step, and the next state except its `hidden`.
+        """Returns the statistics of this step, and the next state with the old `hidden`.
 
         Args:
             grads: (*tasks, d).
@@ -176,16 +176,17 @@ class UpdateRule(nn.Module, ABC):
         Args:
             observation: what `observe` returned, or a part of it.
             hidden: the recurrent state, (*tasks, rows, units).
-            in_place: whether to overwrite `hidden`. Only rules with hidden_per="coordinate" are
-                called so, with one of `Observation.pieces` and without an autograd graph.
+            in_place: whether to overwrite `hidden`. It is True only for rules with
+                hidden_per="coordinate", with one of `Observation.pieces` as the observation and
+                without an autograd graph.
         """
 
     def compile_kernels(self) -> None:
         """Compiles the methods named in `kernels`, once for all sizes of tensors.
 
         Compiling the whole step would take minutes if tensors have many sizes. `fullgraph` is not
-        set, so that a program with many optimizers falls back to Python beyond torch's limit of
-        recompilations.
+        set. So if a program with many optimizers exceeds torch's limit of recompilations, it falls
+        back to plain Python instead of failing.
         """
         for module in self.modules():
             for name in getattr(module, "kernels", ()):
@@ -209,7 +210,7 @@ class UpdateRule(nn.Module, ABC):
     def advance(
         self, observation: Observation, state: State, in_place: bool = False
     ) -> tuple[Tensor, State]:
-        """Returns the update by `respond`, and `state` with the next recurrent state.
+        """Calls `respond`; returns its update, and `state` with the next recurrent state.
 
         The recurrent state is overwritten if `in_place`.
         """

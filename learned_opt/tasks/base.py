@@ -68,10 +68,12 @@ class Task(ABC):
 
     @property
     def dim(self) -> int:
+        """The number d of coordinates of theta."""
         return sum(math.prod(s) for s in self.shapes)
 
     @property
     def lead(self) -> tuple[int, ...]:
+        """The leading dimensions of theta: (num_tasks,), or () for a single task."""
         return () if self.num_tasks is None else (self.num_tasks,)
 
     def unflatten(self, theta: Tensor) -> list[Tensor]:
@@ -97,7 +99,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, theta: Tensor) -> dict[str, Tensor]:
-        """Returns train_loss, test_loss and test_accuracy on all data, each (*tasks,).
+        """Returns train_loss, test_loss and test_accuracy on all data, as a tensor (*tasks,) each.
 
         The accuracy is NaN if there are no classes.
         """
@@ -115,10 +117,12 @@ class Task(ABC):
         )
 
     def loss_and_grad(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns F, (*tasks,), and its gradient, (*tasks, d). F_i depends on theta_i only.
+        """Returns F, (*tasks,), and its gradient, (*tasks, d).
 
-        If theta is (particles, *tasks, d), both results have that dimension too, and all particles
-        use the same batch.
+        The F of each task depends only on the theta of that task.
+
+        If theta is (particles, *tasks, d), both results have the dimension of particles too, and
+        all particles use the same batch.
         """
         many = theta.dim() > len(self.lead) + 1
         losses = torch.func.vmap(self.loss, in_dims=(0, None)) if many else self.loss

@@ -18,42 +18,45 @@ from learned_opt.tasks.kinds import ACTIVATIONS, KINDS, Draw, TaskConfig, check_
 class FamilyConfig:
     """A distribution of tasks, by default MLPs on one image set.
 
-    A draw is `num_tasks` tasks of one shape. Sizes, batch sizes and init scales are given for MLPs,
-    and the classes of other kinds document how they use them. Input maps, input scales and input
-    noise are for MLPs only.
+    A draw is `num_tasks` tasks of one shape. Sizes, batch sizes and init scales are given for MLPs.
+    The docstring of each other kind's class says what it makes of them. Input maps, input scales
+    and input noise are for MLPs only.
 
     Attributes:
         data: The image set, see TaskConfig.
-        num_tasks: The number of tasks in a draw. They differ in their initial weights, their input
-            maps and the numbers of their classes.
+        num_tasks: The number of tasks in a draw. They differ in their initial weights, in their
+            input maps and in a permutation of the class labels.
         hidden_layers: The least and the largest number of hidden layers.
         width: The least and the largest number of units of a hidden layer, drawn log-uniformly.
-        activations: The activations, from which one is drawn.
-        batch_sizes: The batch sizes, from which one is drawn.
-        input_sizes: The sizes, from which one is drawn, to which a random linear map takes the
-            images. The map keeps the mean square of the pixels.
-        projection_probability: The share of draws that have such a map.
-        log10_init_scale: The bounds of u; the initial weights are multiplied by 10^u, with u
-            uniform.
-        log10_input_scale: The bounds of u; the inputs of each task are multiplied by 10^u, with u
-            uniform. Curvature grows with the square of the scale and with the number of inputs, so
-            large scales substitute for inputs that are too wide to train on.
+        activations: Activations, of which one is drawn.
+        batch_sizes: Batch sizes, of which one is drawn.
+        input_sizes: Sizes, of which one is drawn. A random linear map projects the images to this
+            size and keeps the mean square of the pixels.
+        projection_probability: The share of draws whose images are projected, see input_sizes.
+        log10_init_scale: The initial weights are multiplied by 10^u, with u uniform between these
+            bounds.
+        log10_input_scale: The inputs of each task are multiplied by 10^u, with u uniform between
+            these bounds. Curvature grows with the square of the scale and with the number of
+            inputs, so small inputs on a large scale can stand in for wide ones, which are too
+            expensive to train on.
         input_noise: The bounds of the standard deviation of the Gaussian noise that is added to the
             inputs of every minibatch (the data's is 1). No network can memorize such a task, so
             gradients stay noisy, as on data sets larger than digits.
-        noise_probability: The share of draws that have such noise.
+        noise_probability: The share of draws with noise on the inputs, see input_noise.
         kinds: The kinds of task with their relative frequencies, see TaskConfig.
         text: The text of language models, see TaskConfig. For "markov" each draw has its own chain.
-        train_sizes: The numbers of training examples, from which one is drawn, counted from the
-            first example. By default all examples are used.
-        log10_reparametrization: The bounds of u; the optimizer is given θ/s with s = 10^u, u
-            uniform.
+        train_sizes: Numbers of training examples, of which one, n, is drawn. The first n examples
+            are used; by default all are.
+        log10_reparametrization: The optimizer is given θ/s instead of θ, with s = 10^u and u
+            uniform between these bounds.
         reparametrize: Whether s is drawn for each "tensor" or for each "task".
-        equalize_gradients: Whether the losses are scaled so that the initial gradients of a draw
-            have one norm. Use it for rules whose inputs are unnormalized gradients, and if the
-            losses of several tasks are summed without weights. geodesic_rnn does not need it.
-        task: A task to use in every draw instead of random ones. Only initial weights, minibatches
-            and what its kind draws (such as W and y of quadratics) are then random.
+        equalize_gradients: Whether the losses are scaled so that the initial gradients of all tasks
+            of a draw have the same norm. Use it for rules whose inputs are unnormalized gradients,
+            and if the losses of several tasks are summed without weights. geodesic_rnn does not
+            need it.
+        task: A task to use in every draw instead of random ones. Then only its initial weights and
+            its minibatches are random, and the random parts of its kind, such as W and y of
+            quadratics.
     """
 
     data: str = "digits"

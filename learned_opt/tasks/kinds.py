@@ -34,7 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def register(name: str, drawn: bool = True) -> Callable[[K], K]:
     """Class decorator that lets configs refer to a kind of task by `name`.
 
-    Families draw tasks of the kind if `drawn`; otherwise they can only have one as their `task`.
+    If `drawn`, families draw random tasks of the kind. Otherwise a family can only have a task of
+    this kind as its fixed `task`.
 
     The class is a `Task` with these attributes:
 
@@ -204,8 +205,9 @@ class Draw:
 
     Attributes:
         num_tasks: the number of tasks, or None for a single task.
-        rng: the generator of what differs between tasks, such as the numbers of the classes; None
-            if nothing differs.
+        rng: the generator of everything that is random in the draw except initial weights and
+            minibatches, such as the permutation of each task's class labels. It differs from draw
+            to draw; None if nothing is random.
         init_scales: factors of the initial weights of each task, (tasks,).
         device: the device of theta and of the data. Random numbers are drawn on the CPU, so that a
             key gives the same numbers on every device.
@@ -218,6 +220,7 @@ class Draw:
 
     @property
     def lead(self) -> tuple[int, ...]:
+        """The leading dimensions: (num_tasks,), or () for a single task."""
         return () if self.num_tasks is None else (self.num_tasks,)
 
     def share(self, x: Tensor) -> Tensor:

@@ -52,8 +52,9 @@ class OwnTask(ModuleTask):
             return OwnTask(make_model, (x, x.sin()), batch_size=32, draw=draw)
 
     `learned-opt benchmark --task my_module:make_task` calls the function once in each process.
-    `train` calls it for each draw, for `draw.num_tasks` tasks that differ in their initial weights.
-    If `draw.rng` is not None, random numbers taken from it differ between draws.
+    `train` calls it once for each draw, which is `draw.num_tasks` tasks that differ in their
+    initial weights. Random numbers that the function takes from `draw.rng` differ from draw to
+    draw, and all tasks of a draw share them. `benchmark` calls it with `draw.rng` None.
 
     Args:
         make_model: returns the module with fresh weights, from torch's global random numbers. The
@@ -63,8 +64,8 @@ class OwnTask(ModuleTask):
         batch_size: the number of examples in a minibatch.
         losses: returns the loss of each element from outputs and targets; by default the
             cross-entropy for classes, and the squared error for other targets.
-        chance: the loss of a guess that ignores the inputs; by default the guess is that all
-            classes are equally likely, or the mean target.
+        chance: the loss of a guess that ignores the inputs. By default it is the loss of equal
+            probabilities for all classes, or of the mean target.
         draw: the argument of the function, which says how many tasks to make at once.
         name: the name in tables.
     """
@@ -124,6 +125,7 @@ class OwnTask(ModuleTask):
 
     @classmethod
     def architecture(cls, family: FamilyConfig, rng: torch.Generator) -> TaskConfig:
+        """Families cannot draw such a task at random, so this raises NotImplementedError."""
         raise NotImplementedError  # a family can have it only as its `task`
 
 

@@ -33,8 +33,8 @@ class Parameters(list[Tensor]):
     def of(cls, module: nn.Module) -> Parameters:
         """Returns the parameters of a module.
 
-        Weights of nn.Embedding are embeddings, also if the output layer shares them. If it does
-        not, the last matrix in the module's order is the head.
+        The weight of an nn.Embedding is an embedding, also if the output layer shares it. If the
+        output layer does not share it, the last matrix in the module's order is the head.
         """
         names, tensors = zip(*module.named_parameters(), strict=True)
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -54,9 +54,10 @@ class Trainee:
         params: the parameters that an optimizer may change.
         loss: maps the number of a step to the differentiable loss of its minibatch, in training
             mode. It must be called for the steps in order, because a task may change over time.
-        evaluate: returns losses and accuracies on all data, in evaluation mode. With True it first
-            recomputes running statistics at the present weights, for optimizers that evaluate at
-            other weights than they train at.
+        evaluate: returns losses and accuracies on all data, in evaluation mode. Called with True,
+            it first recomputes the running statistics of batch norm at the present weights.
+            Optimizers such as Schedule-Free need this, because they evaluate at other weights than
+            they train at.
         validate: returns the validation loss, in the same way; None for a task without a validation
             split.
     """

@@ -54,6 +54,7 @@ class Workload(ABC):
 
     @property
     def dim(self) -> int:
+        """The number of parameters."""
         return sum(map(math.prod, self.shapes))
 
     @classmethod
