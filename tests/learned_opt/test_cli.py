@@ -468,6 +468,14 @@ def test_a_config_is_shrunk_only_by_smoke():
     assert whole == 800 and small < 100
 
 
+@pytest.mark.parametrize("args", [["--version"], ["train", "--help"]])
+def test_a_reader_that_closes_the_output_gets_no_traceback(args):
+    command = [sys.executable, "-m", "learned_opt.entry", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert not process.stderr.read() and process.wait() == 1
+
+
 def test_the_version_and_the_commands_are_told(capsys):
     for args, words in ((["--version"], learned_opt.__version__), (["--help"], "benchmark")):
         with pytest.raises(SystemExit) as exit:
