@@ -95,7 +95,7 @@ def headline(results: Path) -> str:
     lines = [
         [f"Steps to the final training loss of a tuned Adam: {where}",
          f"{_estimate(iqm, steps)} times fewer (interquartile mean: of the middle half)"],
-        ["Seconds to the same loss, with Adam and the learned optimizer training alternately",
+        ["Seconds to the same loss, in interleaved runs of Adam and the learned optimizer",
          f"{_estimate(iqm, seconds)} times fewer (interquartile mean)"],
         ["Probability of a lower final training loss than a tuned Adam",
          f"{_lower(rows, 'final_train_loss', 'Adam')}, with a cosine schedule "
