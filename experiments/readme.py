@@ -135,8 +135,8 @@ def long_runs() -> str:
     return (
         "The next table shows runs of the shipped weights that are far longer than their training "
         "runs. It compares training losses, with Adam at a constant rate: the best of the rate "
-        "that was tuned for short runs, that rate times 0.3, and that rate times 0.1. In long "
-        "runs with a learning-rate schedule, a tuned AdamW ends lower on validation. *P* is the "
+        "that was tuned for short runs, that rate times 0.3, and that rate times 0.1. None "
+        "of them has a schedule, and validation losses were not measured. *P* is the "
         "probability that a run's final loss is lower than that of a run of Adam. "
         "*Largest rise* is the factor by which the loss on all training data, plus .001, rises "
         "above its running minimum; it is measured every 100 steps. *Minibatches* is the same "
