@@ -7,7 +7,7 @@ tested. The string is never shortened, so its length is only an upper bound on t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -242,6 +242,7 @@ def sample_strings(
                     objective = grad(partial(_seeded, train_fn, step))
                     gradients = evaluate(objective, beads.theta, beads.pair)
                 gradient_evaluations += torch.bincount(beads.pair, minlength=pairs)
+            assert gradients is not None  # of F, which `grad_and_value` gave
             beads.descend(gradients, settings)
         step += 1
         if complete:
@@ -280,8 +281,8 @@ class _String:
 
     path: Tensor  # (n, d)
     losses: Tensor  # (n - 1, grid + 1)
-    draft: Tensor | None = None  # (n', d)
-    known: Tensor | None = None  # (n' - 1, grid + 1), the losses of the draft
+    draft: Tensor = field(init=False)  # (n', d)
+    known: Tensor = field(init=False)  # (n' - 1, grid + 1), the losses of the draft
     rounds: int = 0
     connected: bool = False
 

@@ -1,12 +1,14 @@
 """Turns a network, a loss and a fixed data set into F(θ) on flat parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from geodesic.level_set import TOLERANCE, check_loss
@@ -93,9 +95,12 @@ class ModelLoss:
         self.loss_fn, self._module = loss_fn, _copy(module).eval()
         # A chunk is (its share of the data, inputs, targets).
         self._chunks = self._split(*_read(inputs, targets), chunk_size)
+        # During a forward pass: layers with the moments that they saw, and moments to use instead.
+        self._seen: list[tuple[_BatchNorm, Tensor]] = []
+        self._given: Iterator[Tensor] | None = None
         self._layers = _recalibrated(self._module, recalibrate)
         for layer in self._layers.values():
-            layer.forward = partial(self._normalize, layer)
+            layer.forward = partial(self._normalize, layer)  # type: ignore[method-assign]
         self._recurrent = any(
             isinstance(layer, nn.RNNBase | nn.RNNCellBase) for layer in self._module.modules()
         )
@@ -109,7 +114,7 @@ class ModelLoss:
         if len(self._chunks) == 1:
             return self._run(self._chunks[0], self._loss, theta)
         pooled = (self._pool(theta),) if self._layers else ()
-        return sum(
+        return _sum(
             chunk[0] * _recompute(partial(self._run, chunk, self._loss), theta, *pooled)
             for chunk in self._chunks
         )
@@ -138,10 +143,10 @@ class ModelLoss:
         if self._layers:
             pooled, names = self._pool(theta), {v: k for k, v in self._layers.items()}
             for layer, (mean, variance) in self._by_call(pooled):
-                target = module.get_submodule(names[layer])
-                if target.running_mean is not None:
-                    target.running_mean.copy_(mean)
-                    target.running_var.copy_(variance)
+                running = dict(module.get_submodule(names[layer]).named_buffers(recurse=False))
+                if "running_mean" in running:
+                    running["running_mean"].copy_(mean)
+                    running["running_var"].copy_(variance)
 
     def _check(self, theta: Tensor) -> None:
         d = sum(shape.numel() for shape in self.shapes.values())
@@ -181,8 +186,9 @@ class ModelLoss:
 
     def _matching(self, source: nn.Module | Mapping[str, Tensor]) -> list[Tensor]:
         """Returns the tensors of ``source`` in the order of θ."""
-        module = isinstance(source, nn.Module)
-        tensors = dict(source.named_parameters()) if module else source
+        tensors: Mapping[str, Tensor] = (
+            dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+        )
         for name, shape in self.shapes.items():
             if name not in tensors or tensors[name].shape != shape:
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -224,7 +230,7 @@ class ModelLoss:
                 self._given = (moments for _, moments in self._by_call(*pooled))
             outputs = functional_call(self._module, self._unflatten(theta), inputs)
             value = result(outputs, targets)
-            self._seen = self._given = None  # they hold the graph
+            self._seen, self._given = [], None  # they hold the graph
             return value
 
         arguments = (theta,) if pooled is None else (theta, pooled)
@@ -233,7 +239,7 @@ class ModelLoss:
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return check_loss(self.loss_fn(outputs, targets))
 
-    def _normalize(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _normalize(self, layer: _BatchNorm, x: Tensor) -> Tensor:
         """Runs the forward pass of a recalibrated batch-norm layer."""
         if self._given is not None:
             mean, variance = next(self._given)
@@ -259,8 +265,8 @@ class ModelLoss:
         parts = [
             _recompute(partial(self._run, chunk, self._moments), theta) for chunk in self._chunks
         ]
-        mean = sum(chunk[0] * part[0] for chunk, part in zip(self._chunks, parts, strict=True))
-        variance = sum(
+        mean = _sum(chunk[0] * part[0] for chunk, part in zip(self._chunks, parts, strict=True))
+        variance = _sum(
             chunk[0] * (part[1] + (part[0] - mean).square())
             for chunk, part in zip(self._chunks, parts, strict=True)
         )
@@ -334,6 +340,11 @@ def check_deterministic(loss_fn: Callable[[Tensor], Tensor], theta: Tensor) -> N
         )
 
 
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """Returns the sum of one or more tensors."""
+    return reduce(torch.add, parts)
+
+
 def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
     """Returns the data as (inputs, targets), all ``(n, ...)``."""
     fix = (
@@ -341,10 +352,11 @@ def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
         "shuffle=False, which is read once"
     )
     if isinstance(inputs, DataLoader):
-        batches = inputs.batch_sampler  # with a custom one, inputs.sampler is always sequential
-        if type(batches) is BatchSampler:
-            batches = batches.sampler
-        sampler = inputs.sampler if batches is None else batches
+        # with a custom batch sampler, inputs.sampler is always sequential
+        sampler: Any = inputs.batch_sampler
+        if type(sampler) is BatchSampler:
+            sampler = sampler.sampler
+        sampler = inputs.sampler if sampler is None else sampler
         if not isinstance(sampler, SequentialSampler):
             raise ValueError(
                 f"inputs must come in one fixed order, got a DataLoader with "
@@ -371,13 +383,12 @@ def _read(inputs, targets) -> tuple[tuple[Tensor, ...], Tensor]:
     return inputs, targets
 
 
-def _recalibrated(module: nn.Module, recalibrate: bool | None) -> dict[str, nn.Module]:
+def _recalibrated(module: nn.Module, recalibrate: bool | None) -> dict[str, _BatchNorm]:
     """Returns the layers to recalibrate by name."""
-    layers = {
+    layers: dict[str, Any] = {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        or getattr(layer, "running_mean", None) is not None
+        if isinstance(layer, _BatchNorm) or getattr(layer, "running_mean", None) is not None
     }
     if layers and recalibrate is None:
         raise ValueError(

@@ -192,10 +192,10 @@ def find_geodesics(
     if not good.any():
         raise ValueError(errors[0])
     if not good.all():
-        first = next(i for i, error in enumerate(errors) if error)
+        wrong = next(i for i, error in enumerate(errors) if error)
         warnings.warn(
-            f"{int((~good).sum())} of {pairs} pairs are not searched, see `error`; pair {first}: "
-            f"{errors[first]}",
+            f"{int((~good).sum())} of {pairs} pairs are not searched, see `error`; pair {wrong}: "
+            f"{errors[wrong]}",
             stacklevel=3,  # the caller of the decorated function
         )
     samples = sublevel.certify(straight, losses.shape[2] - 1, every, losses)
@@ -209,7 +209,8 @@ def find_geodesics(
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
         given = initial_path.detach()
-        cuts = [partial(resample, num_segments=num_segments)]  # even beads are easier to shorten
+        # even beads are easier to shorten
+        cuts: list[Callable[[Tensor], Tensor]] = [partial(resample, num_segments=num_segments)]
         if given.shape[1] == num_segments + 1:
             cuts = [lambda path: path]  # given[rows] is a copy already
         elif given.shape[1] <= num_segments:
@@ -221,9 +222,11 @@ def find_geodesics(
             return path
 
         starts += [(partial(from_given, cut=cut), True) for cut in cuts]
-    for size in BULGES:
-        bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
-        starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
+
+    def bulging(rows: Tensor, size: float) -> Tensor:
+        return _bulge(theta_a[rows], theta_b[rows], num_segments, size, seed)
+
+    starts += [(partial(bulging, size=size), False) for size in BULGES]
     starts.append((lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows), True))
     for start, may_do in starts:
         rows = (~best.certified & good & sublevel.affords(every, num_segments)).nonzero().squeeze(1)

@@ -27,19 +27,19 @@ class Span(NamedTuple):
 
     Attributes:
         first: the number of its first tensor.
-        count: the number of tensors.
+        number: how many tensors it has.
         start: its first coordinate.
         stop: the coordinate after its last.
     """
 
     first: int
-    count: int
+    number: int
     start: int
     stop: int
 
     @property
     def tensors(self) -> slice:
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.number)
 
     @property
     def where(self) -> slice:
@@ -48,7 +48,7 @@ class Span(NamedTuple):
     @property
     def size(self) -> int:
         """The coordinates of each tensor."""
-        return (self.stop - self.start) // self.count
+        return (self.stop - self.start) // self.number
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,10 @@ class Layout:
     @cached_property
     def tensor_of(self) -> Tensor:
         """(d,), the number of the tensor of each coordinate."""
-        numbers, sizes = range(len(self.sizes)), self.sizes
-        numbers, sizes = (torch.tensor(x, dtype=torch.long, device="cpu") for x in (numbers, sizes))
+        numbers, sizes = (
+            torch.tensor(x, dtype=torch.long, device="cpu")
+            for x in (range(len(self.sizes)), self.sizes)
+        )
         return numbers.repeat_interleave(sizes)
 
     @cached_property
@@ -132,7 +134,7 @@ class Layout:
         """Returns |x|² of each tensor, (*, tensors), for x (*, d)."""
         squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
         for span in self.spans:
-            part = _side_by_side(x[..., span.where], span.count)
+            part = _side_by_side(x[..., span.where], span.number)
             squares[..., span.tensors] += torch.linalg.vecdot(part, part)
         return self.reduce(squares)
 
@@ -183,7 +185,7 @@ class Chunk:
 
     def of(self, x: Tensor) -> Tensor:
         """Returns the coordinates of x in this chunk: (*, d) -> (*, n, size)."""
-        n = self.spans[0].count if len(self.spans) == 1 else 1
+        n = self.spans[0].number if len(self.spans) == 1 else 1
         return _side_by_side(x[..., self.where], n)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ class Chunk:
         if x.device not in self._tensor_of:
             counts = torch.tensor(
                 [[i, span.size] for span in self.spans
-                 for i in range(span.first, span.first + span.count)], device="cpu",
+                 for i in range(span.first, span.first + span.number)], device="cpu",
             )  # fmt: skip
             self._tensor_of[x.device] = counts[:, 0].repeat_interleave(counts[:, 1]).to(x.device)
         return x.index_select(-1, self._tensor_of[x.device]).unsqueeze(-2)
@@ -219,7 +221,7 @@ class Chunk:
         row, start = x.squeeze(-2), self.where.start
         for span in self.spans:
             part = row[..., span.start - start : span.stop - start]
-            yield span.tensors, _side_by_side(part, span.count)
+            yield span.tensors, _side_by_side(part, span.number)
 
 
 @dataclass(frozen=True)

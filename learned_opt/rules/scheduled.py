@@ -109,7 +109,7 @@ class Scheduled(UpdateRule):
         sums = grads.new_zeros(*grads.shape[:-1], len(layout.sizes), 4)  # g·m, g², m², θ²
         for span in layout.spans:
             g, theta, before = (
-                x[..., span.where].unflatten(-1, (span.count, -1))
+                x[..., span.where].unflatten(-1, (span.number, -1))
                 for x in (grads, params, previous)
             )
             m = theta - before
