@@ -26,11 +26,11 @@ from learned_opt.benchmarking.html import (
     figure,
     html_table,
     numbers_section,
+    plain_config,
     settings,
     terms,
 )
 from learned_opt.benchmarking.protocol import seeds_text, size_text
-from learned_opt.benchmarking.validation_html import plain_config
 
 
 def page(

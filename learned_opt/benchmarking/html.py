@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.benchmarking.curves import profiles, style
 from learned_opt.benchmarking.stats import PROFILE_TASKS
 from learned_opt.benchmarking.summary import Entry, Table
+from learned_opt.outputs import plain
 
 FULL = 8  # the factor, better or worse, at which a color is full
 MIME = {".csv": "text/csv", ".gz": "application/gzip"}
@@ -190,6 +192,11 @@ def listing(sentences: Iterable[str]) -> str:
 
 def details(title: str, body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def plain_config(config: BenchmarkConfig) -> dict[str, Any]:
+    """Returns the config without folders, so that it can be published."""
+    return {k: v for k, v in plain(config).items() if k not in ("data_root", "data", "done")}
 
 
 def settings(config: Mapping[str, Any]) -> str:

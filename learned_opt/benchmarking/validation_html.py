@@ -22,6 +22,7 @@ from learned_opt.benchmarking.html import (
     listing,
     map_section,
     numbers_section,
+    plain_config,
     profiles_section,
     settings,
     terms,
@@ -43,7 +44,6 @@ from learned_opt.benchmarking.validation_report import (
     task_tables,
     title,
 )
-from learned_opt.outputs import plain
 
 
 def page(
@@ -100,11 +100,6 @@ def page(
         numbers_section(raw),
     ]
     return document(title(config), sentence(rows, baseline), size(config), sections)
-
-
-def plain_config(config: BenchmarkConfig) -> dict[str, Any]:
-    """Returns the config without folders, so that it can be published."""
-    return {k: v for k, v in plain(config).items() if k not in ("data_root", "data", "done")}
 
 
 def _heat_map(rows: list[dict[str, Any]], entrants: list[str]) -> str:

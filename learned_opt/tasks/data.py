@@ -37,8 +37,7 @@ _DIGITS_SPLIT_SEED = 0
 
 # The errors of gzip, zipfile and numpy for files that are truncated, altered or of another kind. A
 # damaged header may ask for more memory than there is, or for an unknown compression
-# (NotImplementedError, which is a RuntimeError). The last two come from opening a .npy file as an
-# archive (AttributeError in Python 3.10, TypeError later).
+# (NotImplementedError, which is a RuntimeError). Opening a .npy file as an archive is a TypeError.
 DAMAGED = (
     OSError,
     EOFError,
@@ -50,7 +49,6 @@ DAMAGED = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
-    AttributeError,
     TypeError,
 )
 

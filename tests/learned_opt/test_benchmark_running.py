@@ -213,7 +213,6 @@ def test_killed_halfway_it_goes_on_where_it_was(bad, tmp_path: Path) -> None:
     assert facts["cells"] == 8 and not facts["failures"]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
 def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Path) -> None:
     for module in ("learned_opt", "torch"):
         (tmp_path / module).mkdir()
