@@ -96,8 +96,8 @@ class Block:
 
     `states` are the rule's entries in `Optimizer.state`, one dict for each parameter. They are
     views of the flat buffers with the shape of the parameter and features last, and sharded as the
-    parameter is. "step" and "skipped" count updates. Further entries in `saved` belong to other
-    code, such as wrappers of optimizers.
+    parameter is. "step" and "skipped" count updates, and "clock" the steps of the run. Further
+    entries in `saved` belong to other code, such as wrappers of optimizers.
 
     Raises:
         ValueError: `saved` is the state of another rule or of other shapes.
@@ -112,7 +112,7 @@ class Block:
         theta = _flatten(parts)
         fresh = rule.init_state(theta, self.layout.shapes)
         steps = theta.new_zeros(len(params))
-        self.state = replace(fresh, layout=self.layout, step=steps)
+        self.state = replace(fresh, layout=self.layout, step=steps, clock=torch.zeros_like(steps))
         self.skipped = torch.zeros_like(steps)
         self.layout.expand(steps)  # fills the layout's caches, which a compiled step could not do
         self.used = False
@@ -122,7 +122,7 @@ class Block:
             known = known_entries() | views.keys()
             entries = {name: _as_tensor(entries[name]) for name in entries if name in known}
             had, kept = ({k: tuple(x.shape) for k, x in e.items()} for e in (entries, views))
-            if had and had | {"skipped": ()} != kept:  # older states have no "skipped"
+            if had and had | {"skipped": (), "clock": ()} != kept:  # older states have neither
                 raise ValueError(
                     f"state has {had}, but the rule keeps {kept}; load the state of a "
                     "LearnedOptimizer with the same rule, for parameters of the same shapes"
@@ -191,7 +191,8 @@ class Block:
         return gather, scatter
 
     def _views(self, i: int, shape: torch.Size) -> dict[str, Tensor]:
-        views = {"step": _view(self.state.step[i]), "skipped": _view(self.skipped[i])}
+        counts = {"step": self.state.step, "skipped": self.skipped, "clock": self.state.clock}
+        views = {name: _view(count[i]) for name, count in counts.items()}
         start = sum(self.layout.sizes[:i])
         for name, flat in self.state.coordinate.items():
             view = flat[:, start : start + shape.numel()].reshape(len(flat), *shape)
@@ -215,6 +216,13 @@ class Block:
             if len(entries) < len(mine) or not all(map(is_, entries, mine)):
                 return False
         return True
+
+    @not_compiled  # a compiled step would be compiled anew for each number
+    def set_time(self, clock: int, num_steps: int | None) -> None:
+        """Tells the state how many steps of the run were made, and how many it has."""
+        self.state.clock.fill_(clock)
+        if num_steps != self.state.num_steps:
+            self.state = replace(self.state, num_steps=num_steps)
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
@@ -286,7 +294,7 @@ def _move_on(
 
     `finite`, (tensors,), and `here`, (d,), say so for tensors and coordinates; None means all are.
     """
-    moves = [(state.step, new.step, finite)]
+    moves = [(state.step, new.step, finite), (state.clock, new.clock, None)]
     for olds, news, where in (
         (state.coordinate, new.coordinate, here), (state.tensor, new.tensor, finite)
     ):  # fmt: skip

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from learned_opt.blocks import Block, guarded_update, own, partition
 from learned_opt.rules import UpdateRule
-from learned_opt.rules.base import not_compiled
+from learned_opt.rules.base import as_numbers, not_compiled
 from learned_opt.weights import load_rule
 
 SMALL = 0.02  # an lr of at most this was probably meant for Adam or SGD
@@ -58,6 +58,11 @@ class LearnedOptimizer(Optimizer):
             but never beyond zero. A tensor that does not move does not decay.
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
+        num_steps: the number of steps of the whole run. It is the one thing worth giving: steps
+            then fall to zero over the run, as with a cosine schedule, so leave other schedules
+            out. State and checkpoints keep it. After `num_steps` steps there is a warning, and
+            further steps are tiny. If it is None, steps fall in a way that suits any length. Rules
+            with another form than the shipped one refuse it.
         maximize: maximizes instead of minimizing.
         compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
             CPU only some methods of the rule (its `kernels`) are compiled, which takes a few
@@ -71,9 +76,10 @@ class LearnedOptimizer(Optimizer):
     Raises:
         WeightsError: the weights cannot be used.
         TypeError: an argument is unknown, or belongs to another optimizer.
-        ValueError: lr or weight_decay is not a number, is negative or not finite; or parameters are
-            flattened by FSDP1. `load_state_dict` raises it for the state of another optimizer, and
-            `step` for a loaded state of another rule or shape.
+        ValueError: lr or weight_decay is not a number, is negative or not finite; num_steps is not
+            a positive int, or the rule has no use for it; or parameters are flattened by FSDP1.
+            `load_state_dict` raises it for the state of another optimizer, and `step` for a loaded
+            state of another rule or shape.
         RuntimeError: a gradient is sparse or complex. `step` raises it.
     """
 
@@ -86,6 +92,7 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         weights: str | Path | UpdateRule | None = None,
         *,
+        num_steps: int | None = None,
         maximize: bool = False,
         compile: bool = False,
         revision: str | None = None,
@@ -93,10 +100,12 @@ class LearnedOptimizer(Optimizer):
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
-        _check(lr, weight_decay)
+        _check(lr, weight_decay, num_steps)
         rule = weights if isinstance(weights, UpdateRule) else load_rule(weights, revision)
         self.rule, self.compile, self.diagnose = rule, compile, diagnose
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "maximize": maximize
+        }  # fmt: skip
         super().__init__(params, defaults)
         self._forget()
         _warn_of_small(self.param_groups)
@@ -105,7 +114,12 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group["lr"], group["weight_decay"])
+            _check(group["lr"], group["weight_decay"], group["num_steps"])
+            if group["num_steps"] is not None and not self.rule.falls:
+                raise ValueError(
+                    f"num_steps is {group['num_steps']}, but rule {self.rule.name!r} does not use "
+                    "it; leave it out, or use a rule of the kind geodesic_rnn"
+                )
             if any(getattr(p, "_fsdp_flattened", False) for p in group["params"]):
                 raise ValueError(
                     "params are flattened by FullyShardedDataParallel, so the shapes of the "
@@ -126,7 +140,8 @@ class LearnedOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:
-            group.setdefault("maximize", False)  # checkpoints may be older than the setting
+            for name in ("maximize", "num_steps"):  # checkpoints may be older than the setting
+                group.setdefault(name, self.defaults[name])
         for p, entries in self.state.items():
             if isinstance(entries, _AsSaved):
                 saved = entries.entries
@@ -138,6 +153,7 @@ class LearnedOptimizer(Optimizer):
         """Clears derived caches: the blocks of each group, and the copies of the rule by device."""
         self._blocks: dict[int, tuple[list[Tensor], list[Block]]] = {}
         self._rules: dict[torch.device, UpdateRule] = {}
+        self._clock: int | None = None  # the steps of the run, read from the state when needed
         self._guarded = guarded_update
         if self.compile:
             self._guarded = torch.compile(guarded_update, dynamic=False)
@@ -151,15 +167,37 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._tick()
         for number, group in enumerate(self.param_groups):
             for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
                 device = block.params[0].device
                 guarded = guarded_update if device.type == "cpu" else self._guarded
+                block.set_time(self._clock - 1, group["num_steps"])
                 block.update(
                     self._rule_on(device), guarded, group["lr"], group["weight_decay"],
                     group["maximize"], self.diagnose,
                 )  # fmt: skip
         return loss
+
+    @not_compiled  # Python must know the number, which would be compiled anew for each
+    def _tick(self) -> None:
+        """Starts a step of the run, and warns where the run gets longer than was said.
+
+        After a checkpoint was loaded, the clock continues from that of the tensor that took part in
+        a step last.
+        """
+        if self._clock is None:
+            states = [x for p, x in self.state.items() if isinstance(p, Tensor)]
+            clocks = [as_numbers(x[k]) for x in states for k in ("clock", "step") if k in x]
+            self._clock = max((n for numbers in clocks for n in numbers), default=0)
+        self._clock += 1
+        ended = {group["num_steps"] for group in self.param_groups} & {self._clock - 1}
+        if ended - {0}:
+            warnings.warn(
+                f"num_steps is {ended.pop()}, and the run goes on beyond that with tiny steps; "
+                "pass the number of steps of the whole run, or set it in optimizer.param_groups",
+                stacklevel=7,  # the line that calls `step`
+            )
 
     def skipped_steps(self) -> int:
         """Returns how many updates of single tensors were skipped, and warns if there were any.
@@ -382,7 +420,7 @@ def _refuse(unknown: dict[str, Any]) -> None:
         raise TypeError(
             f"LearnedOptimizer has no argument {given}; leave it out, because the rule has learned "
             "what betas, momentum and eps set in other optimizers; the arguments are params, lr, "
-            "weight_decay, weights, maximize, compile, revision and diagnose"
+            "weight_decay, weights, num_steps, maximize, compile, revision and diagnose"
         )
 
 
@@ -397,7 +435,12 @@ def _warn_of_small(groups: list[dict[str, Any]]) -> None:
         )
 
 
-def _check(lr: float | Tensor, weight_decay: float) -> None:
+def _check(lr: float | Tensor, weight_decay: float, num_steps: int | None) -> None:
+    if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
+        raise ValueError(
+            f"num_steps is {num_steps!r}; use a positive int, the number of calls of step() in the "
+            "whole run, or None if it is not known"
+        )
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):

@@ -102,7 +102,7 @@ def as_numbers(step: int | Tensor) -> list[int]:
     """
     if not isinstance(step, Tensor):
         return [step]
-    return [0] * step.numel() if step.is_meta else [int(t) for t in step.tolist()]
+    return [0] * step.numel() if step.is_meta else [int(t) for t in step.flatten().tolist()]
 
 
 def merge_tasks(x: Tensor) -> Tensor:
@@ -134,6 +134,7 @@ class UpdateRule(nn.Module, ABC):
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
+    falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
     # The names of all State entries of this rule, with any config. They tell the entries of a rule

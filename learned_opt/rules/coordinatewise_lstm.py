@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ class CoordinatewiseLSTM(UpdateRule):
             sign = (grads * math.exp(self.log_scale)).clamp(-1, 1)
             features = torch.stack([log.clamp(min=-1), sign], dim=-2)
         none = grads.new_empty(*grads.shape[:-1], 0, len(state.layout.shapes))
-        return Observation(features, none, state.layout), replace(state, step=state.step + 1)
+        return Observation(features, none, state.layout), state.advanced()
 
     def respond(self, observation: Observation, hidden: Tensor,
                 in_place: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -60,7 +60,8 @@ class GeodesicRNN(UpdateRule):
     - a = 0.1 e^o, with o from the LSTM. A soft limit keeps each tensor from moving by more than ρ
       in one step. From step t = decay_after on, a is multiplied by decay_after / t. Then Σ a
       diverges and Σ a² converges (Robbins & Monro 1951), so that a run converges even if gradient
-      noise makes a tensor, and with it ρ, grow.
+      noise makes a tensor, and with it ρ, grow. If the number of steps N of the run is known, a is
+      multiplied by ½ (1 + cos(π t / N)) instead, with t the steps before this one.
 
     The LSTM's output layer starts at zero, with a bias that makes the untrained rule Adam (β = .9,
     .99) with a relative step of 10 %. With a `basis`, all of this is done in the eigenbases of the
@@ -90,6 +91,7 @@ class GeodesicRNN(UpdateRule):
     kernels = ("_tensor_features", "_gains")
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, "hidden", *ENTRIES)
+    falls = True
 
     def __init__(
         self,
@@ -178,14 +180,13 @@ class GeodesicRNN(UpdateRule):
                 _add_moments(sums, chunk, row, chunk.of(params))
         if compiling:
             rows = rows.copy_(join(moved))
-        state = State(
-            layout, state.step + 1, state.coordinate | {"averages": rows}, state.tensor, matrix
-        )
+        rest = self._rest(state, step).to(grads.dtype)
+        state = state.advanced(coordinate=state.coordinate | {"averages": rows}, matrix=matrix)
         if look is None:
             return Observation(rows, grads.new_empty(*lead, 0, tensors), layout, basis), state
         moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
-            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step,
+            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, rest,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
@@ -196,6 +197,19 @@ class GeodesicRNN(UpdateRule):
             tensor = torch.cat([tensor, look], -2)
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
         return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
+
+    def _rest(self, state: State, step: Tensor) -> Tensor:
+        """Returns the factor by which steps have fallen, (tensors,) or (1,).
+
+        Args:
+            state: the state before this update.
+            step: the number of this update.
+        """
+        if state.num_steps is None:
+            return (self.decay_after / step).clamp(max=1)
+        made = step - 1 if state.clock is None else _as_tensor(state.clock, step)
+        share = made.clamp(max=state.num_steps - 1) / state.num_steps
+        return (1 + (math.pi * share).cos()) / 2
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -218,7 +232,7 @@ class GeodesicRNN(UpdateRule):
         return torch.where(usual > 2 * EPS, left, 1)  # before a first gradient r̄ is unknown
 
     def _tensor_features(
-        self, gram: Tensor, rms: Tensor, step: Tensor, matrix: Tensor, fan_in: Tensor,
+        self, gram: Tensor, rms: Tensor, step: Tensor, rest: Tensor, matrix: Tensor, fan_in: Tensor,
         scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns Observation.tensor and the next initial_rms, peak_gradient and gradient_rms.
@@ -227,6 +241,7 @@ class GeodesicRNN(UpdateRule):
             gram: the second moments of m̂_k/r, (*tasks, tensors, 4, 4).
             rms: the RMS of g, r and θ, (*tasks, tensors, 3).
             step: the number of this update, (tensors,) or (1,).
+            rest: the factor by which ρ has fallen, (tensors,) or (1,).
             matrix: 1 for matrices and 0 for vectors, (tensors,).
             fan_in: the fan-in of each tensor, (tensors,).
             scales: LOGS as a tensor.
@@ -257,7 +272,6 @@ class GeodesicRNN(UpdateRule):
         told = [clock / 5 - 1, (clock / 2 - 1).tanh(), (clock - 5).tanh(),
                 matrix, fan_in.clamp(max=WIDEST).log() / 3]  # fmt: skip
         told = torch.stack(torch.broadcast_tensors(*told), -1).expand(*size.shape, -1)
-        rest = (self.decay_after / step).clamp(max=1).to(rms.dtype)
         inputs = [
             logs[..., :DIRECTIONS], *(cosine[..., i, i + 1 :] for i in range(DIRECTIONS - 1)),
             logs[..., DIRECTIONS:-1], told,

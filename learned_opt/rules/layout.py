@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,6 +234,9 @@ class State:
         coordinate: features of each coordinate by name, (*tasks, features, d).
         tensor: features of each tensor by name, (*tasks, features, tensors).
         matrix: for each tensor, square matrices by name, (*tasks, n, n); see basis.py.
+        clock: the number of steps of the run so far, as `step`; None if every tensor took part in
+            all of them, so that it equals `step`.
+        num_steps: the number of steps of the whole run; None if it is not known.
     """
 
     layout: Layout
@@ -241,17 +244,24 @@ class State:
     coordinate: dict[str, Tensor]
     tensor: dict[str, Tensor]
     matrix: tuple[dict[str, Tensor], ...] = ()
+    clock: int | Tensor | None = None
+    num_steps: int | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> State:
-        """Returns the state with `f` applied to all tensors except the step."""
+        """Returns the state with `f` applied to all tensors except the step and the clock."""
 
         def each(entries: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: f(x) for name, x in entries.items()}
 
-        return State(
-            self.layout, self.step, each(self.coordinate), each(self.tensor),
-            tuple(map(each, self.matrix)),
+        return replace(
+            self, coordinate=each(self.coordinate), tensor=each(self.tensor),
+            matrix=tuple(map(each, self.matrix)),
         )  # fmt: skip
+
+    def advanced(self, **changes: Any) -> State:
+        """Returns the state after one more step, with these entries replaced."""
+        clock = None if self.clock is None else self.clock + 1
+        return replace(self, step=self.step + 1, clock=clock, **changes)
 
 
 def join(pieces: list[Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ class RNNProp(CoordinatewiseLSTM):
         features = torch.stack([grads, m], -2) / (v.sqrt() + EPS).unsqueeze(-2)
         none = grads.new_empty(*grads.shape[:-1], 0, len(state.layout.shapes))
         kept = state.coordinate | {"moments": moments}
-        return Observation(features, none, state.layout), replace(state, step=step, coordinate=kept)
+        return Observation(features, none, state.layout), state.advanced(coordinate=kept)
 
     def respond(
         self, observation: Observation, hidden: Tensor, in_place: bool = False

@@ -64,7 +64,7 @@ class Scheduled(UpdateRule):
         self.base = make_rule(base, **(base_config or {}))
         self.hidden_per, self.gains_per_tensor = self.base.hidden_per, self.base.gains_per_tensor
         self.weights_per_task, self.every = self.base.weights_per_task, self.base.every
-        self.directions = self.base.directions
+        self.directions, self.falls = self.base.directions, self.base.falls
         self._config = {"base": base, "base_config": self.base.config, "hidden": hidden}
         self.cell = LSTMCell(INPUTS, hidden)
         self.head = nn.Linear(hidden, 1)

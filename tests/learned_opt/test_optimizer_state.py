@@ -339,7 +339,7 @@ def test_rules_name_all_that_they_keep(rule: UpdateRule) -> None:
     optimizer = LearnedOptimizer(params := parameters(), weights=rule)
     run(optimizer, params, range(1))
     kept = {name for p in params for name in optimizer.state[p]}
-    assert kept - {"step", "skipped"} <= known_entries()
+    assert kept - {"step", "skipped", "clock"} <= known_entries()
 
 
 def bytes_of(value: object) -> bytes:
