@@ -59,10 +59,10 @@ class LearnedOptimizer(Optimizer):
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
         num_steps: the number of steps of the whole run. It is the one thing worth giving: steps
-            then fall to zero over the run, as with a cosine schedule, so leave other schedules
-            out. State and checkpoints keep it. After `num_steps` steps there is a warning, and
-            further steps are tiny. If it is None, steps fall in a way that suits any length. Rules
-            with another form than the shipped one refuse it.
+            then fall to zero over the run, so leave other schedules out. State and checkpoints keep
+            it. After `num_steps` steps there is a warning, and further steps are tiny. If it is
+            None, steps fall in a way that suits any length. Rules of another kind than the shipped
+            one refuse it.
         maximize: maximizes instead of minimizing.
         compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
             CPU only some methods of the rule (its `kernels`) are compiled, which takes a few

@@ -21,7 +21,7 @@ from learned_opt.rules.base import as_numbers, due, not_compiled
 from learned_opt.rules.layout import Layout, State
 
 BETA = 0.95  # the decay of the averages L and R
-EVERY = 1024  # steps between two bases, and at first after 1, 2, 4, 8, ... steps, see `due`
+SELDOM = 1024  # the usual steps between two bases, and at first after 1, 2, 4, ..., see `due`
 JITTER = 1e-3  # the most that is added to the diagonals of L and R, in units of their mean
 SIDES = ("rows", "columns")
 ENTRIES = tuple(f"{kind}_{side}" for kind in ("covariance", "basis") for side in SIDES)
@@ -116,7 +116,12 @@ def full_precision(x: Tensor) -> AbstractContextManager:
 
 @not_compiled  # Python decides whether a new basis is due, and eigh is not compiled
 def follow(
-    grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool = False
+    grads: Tensor,
+    rows: Tensor,
+    state: State,
+    limit: int,
+    every: int = SELDOM,
+    in_place: bool = False,
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
     """Returns the basis for this step and the next `State.matrix`.
 
@@ -127,14 +132,15 @@ def follow(
             rotation, which assumes uncorrelated coordinates.
         state: the state before this gradient.
         limit: the most rows or columns for which a side has a basis.
+        every: the steps between two bases, see `due`.
         in_place: whether L and R of `state` are overwritten.
     """
     with full_precision(grads):
-        return _follow(grads, rows, state, limit, in_place)
+        return _follow(grads, rows, state, limit, every, in_place)
 
 
 def _follow(
-    grads: Tensor, rows: Tensor, state: State, limit: int, in_place: bool
+    grads: Tensor, rows: Tensor, state: State, limit: int, every: int, in_place: bool
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
     layout, kept, bases = state.layout, list(state.matrix), []
     found = matrices(layout, limit)
@@ -148,7 +154,7 @@ def _follow(
             name, weight = f"covariance_{side}", (1 - BETA) / (1 - BETA**t)
             average, product = entries[name], g @ g.mT if side == "rows" else g.mT @ g
             entries[name] = (average.lerp_ if in_place else average.lerp)(product, weight)
-        if due(t, EVERY):
+        if due(t, every):
             _renew(entries, rows[..., matrix.where], matrix, layout)
         kept[matrix.index] = entries
         bases.append({side: entries[f"basis_{side}"] for side in matrix.sides})

@@ -17,7 +17,7 @@ from learned_opt.rules.base import (
     not_compiled,
     register,
 )
-from learned_opt.rules.basis import ENTRIES, follow, start
+from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 from learned_opt.rules.layout import Chunk, Layout, State, join
 
@@ -61,12 +61,15 @@ class GeodesicRNN(UpdateRule):
       in one step. From step t = decay_after on, a is multiplied by decay_after / t. Then Σ a
       diverges and Σ a² converges (Robbins & Monro 1951), so that a run converges even if gradient
       noise makes a tensor, and with it ρ, grow. If the number of steps N of the run is known, a is
-      multiplied by ½ (1 + cos(π t / N)) instead, with t the steps before this one.
+      multiplied by 1 − t / N instead, with t the steps before this one.
 
     The LSTM's output layer starts at zero, with a bias that makes the untrained rule Adam (β = .9,
     .99) with a relative step of 10 %. With a `basis`, all of this is done in the eigenbases of the
     gradients of matrices (basis.py), and the untrained rule is SOAP (Vyas et al. 2024) with
     relative steps.
+
+    If the number of steps is known and `horizon` is set, the LSTM's outputs come from a second
+    layer, so that what suits runs of unknown length does not have to suit these.
 
     The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
     A basis takes 8 n² for each side of n rows or columns that has one.
@@ -82,6 +85,11 @@ class GeodesicRNN(UpdateRule):
             runs that the rule is trained on.
         basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
             It needs per="tensor".
+        renew: the steps between two bases, and at first fewer, see `due`.
+        horizon: whether the gains of runs of a known length come from a head of their own, which
+            starts as that of the untrained rule. It needs per="tensor".
+        decay: the relative weight decay of matrices that the rule was made for, which a
+            LearnedOptimizer has by default.
         every: the network runs for a tensor in every so many steps, and at first more often, see
             `due`. In between, its output and its inputs about the past are kept. A value above 1
             needs per="tensor".
@@ -100,6 +108,9 @@ class GeodesicRNN(UpdateRule):
         decay_after: int = 1000,
         basis: int = 0,
         every: int = 1,
+        renew: int = SELDOM,
+        horizon: bool = False,
+        decay: float = 0.0,
     ) -> None:
         super().__init__()
         if per not in ("tensor", "coordinate") or min(hidden, decay_after, every) < 1:
@@ -107,27 +118,33 @@ class GeodesicRNN(UpdateRule):
                 f"per is {per!r}, hidden {hidden}, decay_after {decay_after} and every {every}; "
                 "use 'tensor' or 'coordinate' for per, and at least 1 for the others"
             )
-        if basis < 0 or (per == "coordinate" and (basis or every > 1)):
+        if basis < 0 or (per == "coordinate" and (basis or every > 1 or horizon)):
             raise ConfigError(
-                f"basis is {basis} and every is {every} with per={per!r}; use at least 0 and 1 "
-                "with per='tensor', and exactly 0 and 1 with per='coordinate'"
+                f"basis is {basis}, every is {every} and horizon is {horizon} with per={per!r}; "
+                "use at least 0 and 1 with per='tensor', and exactly 0, 1 and False with "
+                "per='coordinate'"
+            )
+        if renew < 1 or not 0 <= decay < math.inf:
+            raise ConfigError(
+                f"renew is {renew} and decay is {decay}; use at least 1 for renew, and a finite "
+                "number of at least 0 for decay"
             )
         self.hidden_per = per
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
-        self._config = {"hidden": hidden, "per": per, "decay_after": decay_after}
-        self.basis, self.every = basis, every
-        if basis:
-            self._config["basis"] = basis
-        if every > 1:
-            self._config["every"] = every
+        self.basis, self.every, self.renew = basis, every, renew
+        self.horizon, self.decay = horizon, decay
+        later = {"basis": basis, "every": every, "renew": renew, "horizon": horizon, "decay": decay}
+        usual = {"basis": 0, "every": 1, "renew": SELDOM, "horizon": False, "decay": 0.0}
+        # What was added later is left out where it is as it was, so that checksums stay the same.
+        self._config = {"hidden": hidden, "per": per, "decay_after": decay_after} | {
+            key: value for key, value in later.items() if value != usual[key]
+        }
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
-        self.head = nn.Linear(hidden, DIRECTIONS + 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        with torch.no_grad():
-            self.head.bias[1 + BETAS.index(0.9)] = 1.0
+        self.head = _first_head(hidden)
+        if horizon:
+            self.horizon_head = _first_head(hidden)
 
     @property
     def config(self) -> dict:
@@ -159,7 +176,7 @@ class GeodesicRNN(UpdateRule):
         grads = torch.mul(grads, layout.expand(share), out=into)
         basis, matrix = None, state.matrix
         if self.basis:
-            basis, matrix = follow(grads, rows, state, self.basis, in_place)
+            basis, matrix = follow(grads, rows, state, self.basis, self.renew, in_place)
         step = _as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
         # With this weight in the update of an average, the average needs no bias correction.
@@ -190,6 +207,7 @@ class GeodesicRNN(UpdateRule):
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
+            layout.constant((float(state.num_steps is not None),), means),
         )  # fmt: skip
         kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
@@ -209,7 +227,7 @@ class GeodesicRNN(UpdateRule):
             return (self.decay_after / step).clamp(max=1)
         made = step - 1 if state.clock is None else _as_tensor(state.clock, step)
         share = made.clamp(max=state.num_steps - 1) / state.num_steps
-        return (1 + (math.pi * share).cos()) / 2
+        return 1 - share
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -233,7 +251,7 @@ class GeodesicRNN(UpdateRule):
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, rest: Tensor, matrix: Tensor, fan_in: Tensor,
-        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor,
+        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor, known: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns Observation.tensor and the next initial_rms, peak_gradient and gradient_rms.
 
@@ -247,9 +265,11 @@ class GeodesicRNN(UpdateRule):
             scales: LOGS as a tensor.
             initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
             peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
+            known: 1 if the length of the run is known, else 0, (1,).
 
         Returns:
-            (*tasks, TENSOR_INPUTS + MIXING, tensors), and three tensors (*tasks, 1, tensors).
+            (*tasks, TENSOR_INPUTS + MIXING, tensors), with `known` between the two for rules with a
+            horizon, and three tensors (*tasks, 1, tensors).
         """
         rms_g, r_bar, rms_p = rms[..., 0], rms[..., 1] + EPS, rms[..., 2]
         start = torch.where(step == 1, rms_p, initial_rms.squeeze(-2))
@@ -278,6 +298,8 @@ class GeodesicRNN(UpdateRule):
             (rms_p / size).unsqueeze(-1), logs[..., -1:],
         ]  # fmt: skip
         rho = rms_p.clamp(usual, LARGEST * usual) * rest
+        if self.horizon:
+            inputs.append(known.expand(*size.shape).unsqueeze(-1))
         mixing = [adam, torch.stack([1 / r_bar, rho], -1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
@@ -298,7 +320,7 @@ class GeodesicRNN(UpdateRule):
             tensor, state = tensor[..., index], hidden
         own = self._own(row, tensor)
         h, state = self.cell(own, state, tensor[..., :TENSOR_INPUTS, :], in_place)
-        update = self._coordinate_update(self._head(h), row, tensor)
+        update = self._coordinate_update(_applied(self.head, h), row, tensor)
         return (update.flatten(-2), hidden) if in_place else (update, state)
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,7 +348,11 @@ class GeodesicRNN(UpdateRule):
 
     def _gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
-        mixture, scale = _mixture(self._head(h), tensor)
+        out = _applied(self.head, h)
+        if self.horizon:
+            known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :] > 0
+            out = torch.where(known, _applied(self.horizon_head, h), out)
+        mixture, scale = _mixture(out, tensor)
         return scale * mixture, hidden
 
     def features(self, observation: Observation) -> Tensor:
@@ -340,9 +366,6 @@ class GeodesicRNN(UpdateRule):
         """
         update = self._mix(gains, observation)
         return update if observation.basis is None else observation.basis.turn_back(update)
-
-    def _head(self, h: Tensor) -> Tensor:
-        return per_task(self.head.weight, h) @ h + self.head.bias.unsqueeze(-1)
 
     @staticmethod
     def _own(row: Tensor, tensor: Tensor) -> Tensor:
@@ -370,6 +393,21 @@ class GeodesicRNN(UpdateRule):
                 update.addcmul_(row, weight)
             updates.append(update.div_(r).flatten(-2))
         return join(updates) if updates else rows[..., 0, :]
+
+
+def _first_head(hidden: int) -> nn.Linear:
+    """Returns the head of the untrained rule: zero weights, and Adam's average in the bias."""
+    head = nn.Linear(hidden, DIRECTIONS + 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    with torch.no_grad():
+        head.bias[1 + BETAS.index(0.9)] = 1.0
+    return head
+
+
+def _applied(head: nn.Linear, h: Tensor) -> Tensor:
+    """Returns the head's output (*tasks, 5, units) for h (*tasks, hidden, units)."""
+    return per_task(head.weight, h) @ h + head.bias.unsqueeze(-1)
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

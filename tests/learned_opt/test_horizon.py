@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 
 import pytest
@@ -24,7 +23,7 @@ def relative(p: torch.Tensor, before: torch.Tensor) -> float:
     return float((p.detach() - before).norm() / before.norm().clamp(min=1e-9))
 
 
-def test_steps_fall_as_a_cosine_to_the_end_of_the_run() -> None:
+def test_steps_fall_to_the_end_of_the_run() -> None:
     """Beside a twin that is told nothing, at the same points, before its own steps fall."""
     rule = make_rule("geodesic_rnn", hidden=3, decay_after=1000)
     p = torch.full((3, 4), 0.3, requires_grad=True)
@@ -39,7 +38,7 @@ def test_steps_fall_as_a_cosine_to_the_end_of_the_run() -> None:
             set_gradients([tensor], t)
             optimizer.step()
         long, short = (torch.linalg.norm(x.detach() - start) for x in (twin, p))
-        fall = (1 + math.cos(math.pi * t / N)) / 2
+        fall = 1 - t / N
         # a soft limit makes long steps a little shorter
         assert float(short / long) == pytest.approx(fall, rel=0.2, abs=1e-3)
 
@@ -68,7 +67,7 @@ def test_a_layer_that_is_unfrozen_late_rests_when_the_run_does(rule: UpdateRule)
         optimizer.step()
         moved.append([relative(p, b) for p, b in zip(params, before, strict=True)])
     assert moved[299][2] == 0 < moved[300][2]
-    assert moved[-1][2] < 1e-3 * moved[300][2]
+    assert moved[-1][2] < 0.03 * moved[300][2]
 
 
 def test_groups_may_have_lengths_of_their_own_or_none() -> None:
@@ -101,7 +100,7 @@ def test_a_run_that_goes_on_is_noticed_once_and_goes_on() -> None:
     tiny = run(optimizer, params, range(1))
     optimizer.param_groups[0]["num_steps"] = 10 * N  # as the warning says
     usual = run(optimizer, params, range(1))
-    assert (usual[0] - tiny[0]).norm() > 10 * (tiny[0] - beyond[0]).norm()
+    assert (usual[0] - tiny[0]).norm() > 3 * (tiny[0] - beyond[0]).norm()
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, "many", True, float("nan")])

