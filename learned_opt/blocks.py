@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import known_entries, not_compiled
+from learned_opt.rules.base import decay, known_entries, not_compiled
 from learned_opt.rules.basis import full_precision
 from learned_opt.rules.layout import CHUNK
 
@@ -67,7 +67,7 @@ class LastStep:
     Attributes:
         relative: (tensors,), RMS of lr · u over the RMS of θ before the step.
         gains: (K, tensors), in u = Σ_k gains_k f_k; None for rules without gains per tensor.
-        decay: (tensors,), the share of θ that weight decay removed.
+        decay: (tensors,), the norm of what weight decay removed over that of θ.
     """
 
     relative: Tensor
@@ -108,7 +108,9 @@ class Block:
         parts = self.parts()
         shapes = [tuple(tuple(p.shape) for p in tensors) for tensors in (params, parts)]
         chunk = CHUNK if params[0].device.type == "cpu" else None
-        self.layout = Layout(*shapes, _reduction(params[0]), chunk, *self._exchange())
+        self.layout = Layout(
+            *shapes, _reduction(params[0]), chunk, *self._exchange(), self._row_reduction()
+        )
         theta = _flatten(parts)
         fresh = rule.init_state(theta, self.layout.shapes)
         steps = theta.new_zeros(len(params))
@@ -133,16 +135,16 @@ class Block:
 
     def _last_step(
         self, told: _Told, theta: Tensor, update: Tensor, lr: float | Tensor,
-        weight_decay: float | Tensor, skipped: Tensor,
+        taken: Tensor | None, skipped: Tensor,
     ) -> LastStep:  # fmt: skip
         """Returns the facts of an update that has not been added to θ yet."""
-        size, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
-        step = torch.where(moved > 0, moved / size, 0)
-        share = torch.where(size > 0, step, 0)  # as in `update`
+        taken = torch.zeros_like(theta) if taken is None else taken
+        size, moved, decayed = (self.layout.squared_norms(x).sqrt() for x in (theta, update, taken))
+        step, share = (torch.where(x > 0, x / size, 0) for x in (moved, decayed))
         gains = told.gains
         if gains is not None:
             gains = torch.where(self.skipped > skipped, 0, gains)
-        return LastStep(lr * step, gains, (lr * weight_decay * share).clamp(max=1))
+        return LastStep(lr * step, gains, share)
 
     def facts(self, directions: tuple[str, ...]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yields each parameter and its facts in `last`; nothing before a step with `diagnose`.
@@ -155,10 +157,10 @@ class Block:
         gains = [] if self.last.gains is None else self.last.gains.mT.tolist()
         directions = directions or tuple(str(k) for k in range(len(gains[0]) if gains else 0))
         columns = (x.tolist() for x in (self.last.relative, self.last.decay, self.skipped))
-        for i, (p, relative, decay, skipped) in enumerate(zip(self.params, *columns, strict=True)):
+        for i, (p, relative, share, skipped) in enumerate(zip(self.params, *columns, strict=True)):
             own = dict(zip(directions, gains[i], strict=True)) if gains else {}
             yield p, {
-                "relative_step": relative, "gains": own, "decay": decay, "skipped": int(skipped)
+                "relative_step": relative, "gains": own, "decay": share, "skipped": int(skipped)
             }  # fmt: skip
 
     def parts(self) -> list[Tensor]:
@@ -189,6 +191,32 @@ class Block:
             return part.flatten(0, -2).mT.reshape(*x.shape[:-1], self.layout.sizes[i])
 
         return gather, scatter
+
+    def _row_reduction(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns `Layout.row_reduction` of sharded parameters, else None."""
+        reduce = _reduction(self.params[0])
+        if reduce is None:
+            return None
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        numbers, total = [], 0
+        for p in self.params:
+            count = p.shape[0] if p.dim() > 1 else 1
+            rows = torch.arange(total, total + count, device=p.device)
+            total += count
+            if p.dim() > 1:
+                mesh = p.device_mesh
+                whole = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                kept = [x if x == Shard(0) else Replicate() for x in p.placements]
+                rows = whole.redistribute(placements=kept).to_local()
+            numbers.append(rows)
+        index = torch.cat(numbers)
+
+        def over_parts(sums: Tensor) -> Tensor:
+            whole = sums.new_zeros(*sums.shape[:-1], total)
+            return reduce(whole.index_copy_(-1, index, sums)).index_select(-1, index)
+
+        return over_parts
 
     def _views(self, i: int, shape: torch.Size) -> dict[str, Tensor]:
         counts = {"step": self.state.step, "skipped": self.skipped, "clock": self.state.clock}
@@ -226,7 +254,7 @@ class Block:
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
-        weight_decay: float | Tensor, maximize: bool, diagnose: bool = False,
+        weight_decay: float | Tensor | None, maximize: bool, diagnose: bool = False,
     ) -> None:  # fmt: skip
         """Updates these parameters by one step, in place.
 
@@ -246,18 +274,28 @@ class Block:
             update = advance(told, grads, theta, self.state, self.skipped)
             self.used = True
         self.last = None
+        taken = self._decay(rule, theta, update, lr, weight_decay)
         if diagnose:
-            self.last = self._last_step(told, theta, update, lr, weight_decay, skipped)
-        if isinstance(weight_decay, Tensor) or weight_decay:
-            norm, moved = (self.layout.squared_norms(x).sqrt() for x in (theta, update))
-            share = torch.where(norm > 0, moved / norm, 0)
-            shrink = (1 - lr * weight_decay * share).clamp(min=0)
-            torch._foreach_mul_(parts, list(shrink.unbind()))
-        if isinstance(lr, Tensor):  # a number would have to be copied from the device
+            self.last = self._last_step(told, theta, update, lr, taken, skipped)
+        if isinstance(lr, Tensor) or taken is not None:
+            # A tensor as `alpha` would have to be copied from the device.
             update, lr = update * lr, 1.0
+        if taken is not None:
+            update -= taken
         updates = update.split(list(self.layout.sizes))
         updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
         torch._foreach_add_(parts, updates, alpha=lr)
+
+    def _decay(
+        self, rule: UpdateRule, theta: Tensor, update: Tensor, lr: float | Tensor,
+        weight_decay: float | Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Returns what weight decay takes from θ; None if there is none."""
+        if weight_decay is None:
+            weight_decay = rule.decay and self.layout.of_matrices(rule.decay, theta)
+        if isinstance(weight_decay, Tensor) or weight_decay:
+            return decay(update, theta, self.layout, lr, weight_decay)
+        return None
 
 
 def guarded_update(

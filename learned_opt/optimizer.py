@@ -28,7 +28,9 @@ THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differe
 class LearnedOptimizer(Optimizer):
     """A torch optimizer that updates parameters by a learned rule and needs no learning rate.
 
-        θ ← θ + lr · u − lr · weight_decay · (|u| / |θ|) θ,    u the update of the rule
+        θ_i ← θ_i + lr · u_i − lr · weight_decay · (|u_i| / |θ_i|) θ_i,    u the update of the rule
+
+    for each row i of a matrix; vectors, such as biases, are one row.
 
     Use it as `optimizer = LearnedOptimizer(model.parameters())`. Here `lr` multiplies the whole
     update, and the rule was trained with 1; with Adam's 1e-3 it would train a thousand times too
@@ -53,9 +55,10 @@ class LearnedOptimizer(Optimizer):
         params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
         lr: multiplies the whole update; the rule was trained with 1. A value above 0 and up to 0.02
             gives a warning, because it was probably meant for another optimizer.
-        weight_decay: decoupled, and relative to the tensor's own step |u|/|θ|, see the equation, so
-            the same value suits all tensors. A value of 1 shrinks θ by as much as the update adds,
-            but never beyond zero. A tensor that does not move does not decay.
+        weight_decay: decoupled, and relative to each row's own step |u_i|/|θ_i|, see the equation,
+            so the same value suits all tensors. A value of 1 shrinks θ_i by as much as the update
+            adds, but never beyond zero. A row that does not move does not decay. If it is None,
+            matrices have the weight decay that goes with the weights, and vectors have none.
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
         num_steps: the number of steps of the whole run. It is the one thing worth giving: steps
@@ -89,7 +92,7 @@ class LearnedOptimizer(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         weights: str | Path | UpdateRule | None = None,
         *,
         num_steps: int | None = None,
@@ -435,7 +438,7 @@ def _warn_of_small(groups: list[dict[str, Any]]) -> None:
         )
 
 
-def _check(lr: float | Tensor, weight_decay: float, num_steps: int | None) -> None:
+def _check(lr: float | Tensor, weight_decay: float | None, num_steps: int | None) -> None:
     if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
         raise ValueError(
             f"num_steps is {num_steps!r}; use a positive int, the number of calls of step() in the "
@@ -443,7 +446,8 @@ def _check(lr: float | Tensor, weight_decay: float, num_steps: int | None) -> No
         )
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+    given = {"lr": lr} if weight_decay is None else {"lr": lr, "weight_decay": weight_decay}
+    for name, value in given.items():
         number = isinstance(value, (Tensor, Real)) and not isinstance(value, bool)
         if not number or not 0 <= float(value) < float("inf"):
             raise ValueError(f"{name} is {value!r}; use a finite number of at least 0")

@@ -135,6 +135,7 @@ class UpdateRule(nn.Module, ABC):
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
+    decay: float = 0.0  # the weight decay of matrices that goes with the rule
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
     # The names of all State entries of this rule, with any config. They tell the entries of a rule
@@ -238,6 +239,33 @@ class UpdateRule(nn.Module, ABC):
             in_place: whether the tensors of `state` are overwritten.
         """
         return self.advance(*self.observe(grads, params, state, in_place), in_place)
+
+
+def decay(
+    update: Tensor, params: Tensor, layout: Layout, lr: float | Tensor, weight_decay: float | Tensor
+) -> Tensor:
+    """Returns what weight decay takes from the parameters, (*tasks, d).
+
+        min(1, lr · weight_decay · |u_i| / |θ_i|) θ_i,    for each row i of a matrix
+
+    A vector counts as one row. A row that does not move does not decay.
+
+    Args:
+        update: u, (*tasks, d).
+        params: θ, (*tasks, d).
+        layout: the layout of these coordinates.
+        lr: a factor of the update.
+        weight_decay: one number, or one for each of `layout.rows`, (rows,).
+    """
+    rows, taken = layout.rows, torch.empty_like(params)
+    norm, moved = (rows.squared_norms(x).sqrt() for x in (params, update))
+    share = (lr * weight_decay * torch.where(norm > 0, moved / norm, 0)).clamp(max=1)
+    for span in rows.spans:
+        part, out = (
+            x[..., span.where].view(*x.shape[:-1], span.number, -1) for x in (params, taken)
+        )
+        torch.mul(part, share[..., span.tensors, None], out=out)
+    return taken
 
 
 _REGISTRY: dict[str, type[UpdateRule]] = {}

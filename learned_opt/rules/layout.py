@@ -60,6 +60,7 @@ class Layout:
         local: if tensors are sharded over processes, the shapes of the parts on this process.
         reduction: adds sums over these parts, (*, tensors, *), over all processes.
         chunk: the number of coordinates that are processed together; None for all.
+        row_reduction: as `reduction`, for sums over the parts of `rows`, (*, rows).
         gather: maps the part on this process, (*, local coordinates), and the number of its tensor
             to all coordinates of the tensor, (*, coordinates).
         scatter: the inverse of `gather`.
@@ -71,6 +72,7 @@ class Layout:
     chunk: int | None = CHUNK
     gather: Callable[[Tensor, int], Tensor] | None = None
     scatter: Callable[[Tensor, int], Tensor] | None = None
+    row_reduction: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -125,6 +127,31 @@ class Layout:
                 gathered.append([])
             gathered[-1].append(span)
         return [Chunk(tuple(spans)) for spans in gathered]
+
+    @cached_property
+    def rows(self) -> Layout:
+        """The layout whose tensors are the rows of the matrices; a vector is one row.
+
+        A row of a convolution is all that belongs to one output channel.
+        """
+        shapes = [
+            (math.prod(part[1:]),) if len(part) > 1 else (math.prod(part),)
+            for part in self.local or self.shapes
+            for _ in range(part[0] if len(part) > 1 else 1)
+        ]
+        return Layout(tuple(shapes), reduction=self.row_reduction, chunk=self.chunk)
+
+    def of_matrices(self, value: float, x: Tensor) -> Tensor:
+        """Returns `value` for rows of matrices and 0 for vectors, (rows,), with dtype of `x`."""
+        key = ("of_matrices", value, x.dtype, x.device)
+        if key not in self._made:
+            values = [
+                value if len(part) > 1 else 0.0
+                for part in self.local or self.shapes
+                for _ in range(part[0] if len(part) > 1 else 1)
+            ]
+            self._made[key] = x.new_tensor(values)
+        return self._made[key]
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Adds sums over the parts of tensors on this process to those of the other processes."""

@@ -45,8 +45,8 @@ def test_decay_is_the_share_that_it_took():
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         share = rms(q.detach() - p.detach()) / rms(before[name])
         assert optimizer.diagnostics()[name]["decay"] == pytest.approx(share, rel=1e-3)
-        step = optimizer.diagnostics()[name]["relative_step"]
-        assert optimizer.diagnostics()[name]["decay"] == pytest.approx(0.2 * step, rel=1e-6)
+        step = optimizer.diagnostics()[name]["relative_step"]  # the decay of each row is .2 of its
+        assert optimizer.diagnostics()[name]["decay"] == pytest.approx(0.2 * step, rel=1e-5)
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -94,15 +94,41 @@ def test_groups_have_their_own_lr_and_weight_decay(rule: UpdateRule) -> None:
 
 
 def test_lr_scales_the_update_and_weight_decay_is_relative(rule: UpdateRule) -> None:
-    """p (1 − lr·wd·|u|/|p|) + lr·u"""
+    """p_i (1 − lr·wd·|u_i|/|p_i|) + lr·u_i for each row i"""
     lr, decay, start = 0.5, 0.2, parameters()
     plain, decayed = parameters(), parameters()
     run(LearnedOptimizer(plain, weights=rule), plain, range(1))
     run(LearnedOptimizer(decayed, weights=rule, lr=lr, weight_decay=decay), decayed, range(1))
     for p, moved, found in zip(start, plain, decayed, strict=True):
         u = moved - p
-        shrink = 1 - lr * decay * u.norm() / p.norm() if p.numel() else 1
-        torch.testing.assert_close(found, p * shrink + lr * u)
+        rows = (len(p), p[:1].numel()) if p.dim() > 1 else (1, p.numel())
+        norm, step = (x.reshape(rows).norm(dim=1, keepdim=True) for x in (p, u))
+        shrink = 1 - lr * decay * step / norm
+        torch.testing.assert_close(found, (p.reshape(rows) * shrink).view(p.shape) + lr * u)
+
+
+def test_matrices_have_the_decay_of_their_weights_and_vectors_none() -> None:
+    rule = make_rule("geodesic_rnn", hidden=3, decay=0.2)
+    params, explicit, free = parameters(), parameters(), parameters()
+    run(LearnedOptimizer(params, weights=rule), params, range(3))
+    run(LearnedOptimizer(explicit, weights=rule, weight_decay=0.2), explicit, range(3))
+    run(LearnedOptimizer(free, weights=rule, weight_decay=0.0), free, range(3))
+    for p, matrix, vector in zip(params, explicit, free, strict=True):
+        assert torch.equal(p, matrix if p.dim() > 1 else vector)
+        assert not p.numel() or not torch.equal(matrix, vector)
+
+
+def test_rows_that_do_not_move_do_not_decay() -> None:
+    """As rows of an embedding of words that a batch does not have."""
+    table, rule = torch.randn(300, 5), make_rule("geodesic_rnn", hidden=3, decay=0.2)
+    start = table.clone()
+    optimizer = LearnedOptimizer([table.requires_grad_()], weights=rule)
+    for _ in range(3):
+        table.grad = torch.zeros(300, 5)
+        table.grad[7] = torch.randn(5)
+        optimizer.step()
+    moved = (table != start).any(1)
+    assert moved[7] and moved.sum() == 1
 
 
 def test_weight_decay_reaches_half_precision_parameters_of_large_norm(untrained) -> None:
@@ -261,7 +287,7 @@ def test_autocast_does_not_reach_inside(rule: UpdateRule) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1e-3", True, None])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1e-3", True, [0.1]])
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) -> None:
     with pytest.raises(ValueError, match=name):
