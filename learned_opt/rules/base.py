@@ -226,6 +226,13 @@ class UpdateRule(nn.Module, ABC):
                 updates[..., where], _ = self.respond(piece, hidden[..., where], in_place=True)
         return updates, self.with_hidden(state, hidden)
 
+    def moved(self, params: Tensor, update: Tensor, layout: Layout) -> Tensor:
+        """Returns the parameters after an update and the rule's weight decay, (*tasks, d)."""
+        if not self.decay:
+            return params + update
+        weight_decay = layout.of_matrices(self.decay, params)
+        return params + update - decay(update.detach(), params, layout, 1.0, weight_decay)
+
     @torch.no_grad()
     def update(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False

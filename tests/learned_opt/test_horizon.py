@@ -14,7 +14,7 @@ from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
 N = 8
 
 
-@pytest.fixture(params=["tensor", "basis", "every", "coordinate"])
+@pytest.fixture(params=["tensor", "horizon", "coordinate"])
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     return noisy_rule(request.param)
 

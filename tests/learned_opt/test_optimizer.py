@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,15 +49,18 @@ def train_on_digits(optimizer: LearnedOptimizer, model: nn.Module, steps: int = 
     return digits_loss(model).item()
 
 
-def test_it_makes_the_rule_s_updates(rule: UpdateRule) -> None:
+@pytest.mark.parametrize("num_steps", [None, 5])
+def test_it_makes_the_rule_s_updates(rule: UpdateRule, num_steps: int | None) -> None:
+    rule.decay, num_steps = 0.1, num_steps if rule.falls else None
     params = parameters()
-    optimizer = LearnedOptimizer(params, weights=rule)
+    optimizer = LearnedOptimizer(params, weights=rule, num_steps=num_steps)
     theta = torch.cat([p.detach().flatten() for p in params])
     state = rule.init_state(theta, tuple(tuple(p.shape) for p in params))
+    state = replace(state, num_steps=num_steps)
     for step in range(4):
         set_gradients(params, step)
         update, state = rule.update(torch.cat([p.grad.flatten() for p in params]), theta, state)
-        theta = theta + update
+        theta = rule.moved(theta, update, state.layout)
         optimizer.step()
         torch.testing.assert_close(torch.cat([p.detach().flatten() for p in params]), theta)
 
