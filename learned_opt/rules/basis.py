@@ -107,6 +107,19 @@ def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor]
     return entries
 
 
+def rescaled(
+    matrix: tuple[dict[str, Tensor], ...], shares: Tensor
+) -> tuple[dict[str, Tensor], ...]:
+    """Returns `State.matrix` with L and R multiplied by a share of each tensor, (*tasks, tensors)."""
+    return tuple(
+        {
+            name: x * shares[..., i, None, None] if name.startswith("covariance") else x
+            for name, x in entries.items()
+        }
+        for i, entries in enumerate(matrix)
+    )
+
+
 def full_precision(x: Tensor) -> AbstractContextManager:
     """Returns a context without autocast, because in bfloat16 bases would not be orthonormal."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):

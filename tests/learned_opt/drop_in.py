@@ -12,7 +12,10 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
-    "horizon": ("geodesic_rnn", {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True}),
+    "horizon": (
+        "geodesic_rnn",
+        {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "adapt": True},
+    ),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "rnnprop": ("rnnprop", {"hidden": 4}),
