@@ -110,7 +110,7 @@ def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor]
 def rescaled(
     matrix: tuple[dict[str, Tensor], ...], shares: Tensor
 ) -> tuple[dict[str, Tensor], ...]:
-    """Returns `State.matrix` with L and R multiplied by a share of each tensor, (*tasks, tensors)."""
+    """Returns `State.matrix` with L and R multiplied by each tensor's share, (*tasks, tensors)."""
     return tuple(
         {
             name: x * shares[..., i, None, None] if name.startswith("covariance") else x
