@@ -27,11 +27,15 @@ RATES = tuple((beta,) for beta in (*BETAS, BETA_V))
 EPS = 1e-12  # below any gradient that matters, so that the rule is independent of the loss's scale
 CLIP = 1.5  # gradients are clipped to so many times their usual RMS, so that outliers do no harm
 VANISHED = 1e-3  # r is at least this share of its peak: vanishing gradients are not amplified
-VECTOR_SIZE = 0.1  # the usual RMS of biases and gains, unless `vector_size` says otherwise
-FALLEN = 30.0  # averages are rescaled if gradients fall to less than r̄ over this, all at once,
-PAST = 8  # for at least so many steps
+VECTOR_SIZE = 0.1  # the usual RMS of biases and gains
 LARGEST = 4.0  # the largest size that steps are relative to, in units of the usual size
 MIN_SIZE = 0.03  # the least size of a tensor among the network's inputs; less for wide matrices
+# With `beginnings`:
+VECTOR_STEP = 0.03  # ρ of vectors, in place of one to four times VECTOR_SIZE
+LEAST = 0.1  # ρ of a matrix that does not start at zero is at least this share of its usual size
+WARM_UP = 0.05  # in runs of a known length, steps of a tensor rise over its first N · WARM_UP steps
+FALLEN = 30.0  # averages are rescaled when gradients fall, all at once, to less than r̄ over this
+PAST = 8  # for about so many steps
 STEP = 0.1  # the relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the step number among the inputs stops here, beyond the longest training runs
@@ -43,7 +47,7 @@ LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
     (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
-RECENT = "recent_gradient"  # with `adapt`, the largest RMS(g) in this and the last PAST steps
+RECENT = "recent_gradient"  # with `beginnings`, the largest RMS(g) in the last and this PAST steps
 TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
@@ -56,9 +60,9 @@ class GeodesicRNN(UpdateRule):
       averages at β = .5, .9, .99. Without a gradient there is no update.
     - r = √v̂ at β = .99. It is at least a thousandth of the peak of r̄, which is the RMS of r over
       the tensor.
-    - ρ is the size of the tensor: RMS(θ), limited to one to four times the usual size (with
-      `least_size` = s, to s to four times). The usual size of a matrix is the RMS 1/√(3 fan_in) of
-      torch's default init, and that of a vector `vector_size`, 0.1 unless said otherwise.
+    - ρ is the size of the tensor: RMS(θ), limited to one to four times the usual size, but see
+      `beginnings`. The usual size of a matrix is the RMS 1/√(3 fan_in) of torch's default init, and
+      that of a vector 0.1.
       Steps relative to the RMS of embeddings, which start at N(0, 1), or of gains, which start at
       1, would be too long.
     - a = 0.1 e^o, with o from the LSTM. A soft limit keeps each tensor from moving by more than ρ
@@ -92,11 +96,11 @@ class GeodesicRNN(UpdateRule):
         renew: the steps between two bases, and at first fewer, see `due`.
         horizon: whether the gains of runs of a known length come from a head of their own, which
             starts as that of the untrained rule. It needs per="tensor".
-        vector_size: the usual size of vectors.
-        least_size: the share of the usual size that ρ has at least, for matrices that do not start
-            at zero. With 1, matrices that start far below the usual size are overrun.
-        adapt: whether averages follow at once if gradients fall to less than a thirtieth of r̄ for
-            8 steps or more, as after a first gradient that was far too large.
+        beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
+            ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
+            runs of a known length N, the steps of a tensor rise linearly over its first N / 20; and
+            averages follow at once if gradients fall to less than a thirtieth within 8 steps, as
+            after a first gradient that was far too large.
         decay: the relative weight decay of matrices that the rule was made for, which a
             LearnedOptimizer has by default.
         every: the network runs for a tensor in every so many steps, and at first more often, see
@@ -120,9 +124,7 @@ class GeodesicRNN(UpdateRule):
         renew: int = SELDOM,
         horizon: bool = False,
         decay: float = 0.0,
-        vector_size: float = VECTOR_SIZE,
-        least_size: float = 1.0,
-        adapt: bool = False,
+        beginnings: bool = False,
     ) -> None:
         super().__init__()
         if per not in ("tensor", "coordinate") or min(hidden, decay_after, every) < 1:
@@ -141,24 +143,17 @@ class GeodesicRNN(UpdateRule):
                 f"renew is {renew} and decay is {decay}; use at least 1 for renew, and a finite "
                 "number of at least 0 for decay"
             )
-        if not 0 < vector_size < math.inf or not 0 < least_size <= 1:
-            raise ConfigError(
-                f"vector_size is {vector_size} and least_size is {least_size}; use a finite number "
-                "above 0 for vector_size, and at most 1 for least_size"
-            )
         self.hidden_per = per
         self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self.basis, self.every, self.renew = basis, every, renew
-        self.horizon, self.decay, self.adapt = horizon, decay, adapt
-        self.vector_size, self.least_size = vector_size, least_size
+        self.horizon, self.decay, self.beginnings = horizon, decay, beginnings
         # Of what was added later, config has only what is not as it was, so that the checksums of
         # older weights stay the same.
         later = {
             "basis": (basis, 0), "every": (every, 1), "renew": (renew, SELDOM),
             "horizon": (horizon, False), "decay": (decay, 0.0),
-            "vector_size": (vector_size, VECTOR_SIZE), "least_size": (least_size, 1.0),
-            "adapt": (adapt, False),
+            "beginnings": (beginnings, False),
         }  # fmt: skip
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after} | {
             name: value for name, (value, usual) in later.items() if value != usual
@@ -178,7 +173,7 @@ class GeodesicRNN(UpdateRule):
         # The last gradient, its averages and r are one tensor, so that `observe` copies nothing.
         coordinate = {"averages": params.new_zeros(*lead, DIRECTIONS + 1, d)}
         tensor = {name: params.new_zeros(*lead, 1, len(shapes)) for name in TENSOR_ENTRIES}
-        if self.adapt:
+        if self.beginnings:
             tensor[RECENT] = params.new_zeros(*lead, 2, len(shapes))
         where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
         kept = DIRECTIONS if self.every > 1 else 0  # the last gains
@@ -194,7 +189,7 @@ class GeodesicRNN(UpdateRule):
         if not in_place:
             rows = rows.clone()
         size = (layout.squared_norms(grads) / counts).sqrt()
-        if self.adapt:
+        if self.beginnings:
             state = self._rescale(rows, size, state)
         share = self._clip(size, state)
         compiling = torch.compiler.is_compiling()  # read once: a frame may fall back to Python
@@ -253,8 +248,8 @@ class GeodesicRNN(UpdateRule):
         if state.num_steps is None:
             return (self.decay_after / step).clamp(max=1)
         made = step - 1 if state.clock is None else _as_tensor(state.clock, step)
-        share = made.clamp(max=state.num_steps - 1) / state.num_steps
-        return 1 - share
+        rest = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
+        return rest * (step / (WARM_UP * state.num_steps)).clamp(max=1) if self.beginnings else rest
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -272,6 +267,8 @@ class GeodesicRNN(UpdateRule):
 
         That is so after a first gradient that was far too large, or if the loss is rescaled. The
         averages would remember the old scale for hundreds of steps, with steps of almost nothing.
+        Gradients that fall little by little, as those of a net that has learned its data by heart,
+        do not count: their steps should become small.
 
         Args:
             rows: the last gradient, its averages and r, (*tasks, 5, d).
@@ -279,14 +276,14 @@ class GeodesicRNN(UpdateRule):
             state: the state before this step.
         """
         before, now = state.tensor[RECENT].unbind(-2)
-        begins = _as_tensor(state.step, size) % PAST == 0
-        before, now = torch.where(begins, now, before), torch.where(begins, 0, now)
+        usual, turn = state.tensor["gradient_rms"].squeeze(-2), _as_tensor(state.step, size) % PAST
+        before, now = torch.where(turn == 0, now, before), torch.where(turn == 0, 0, now)
         now = torch.maximum(now, size)
-        recent, usual = torch.maximum(before, now), state.tensor["gradient_rms"].squeeze(-2)
-        fallen = (recent > 0) & (usual > FALLEN * recent)
+        sudden = (now > 0) & (torch.minimum(before, usual) > FALLEN * now)
+        fallen = sudden & (turn == PAST - 1)
         kept = {RECENT: torch.stack([before, now], -2)}
         if torch.compiler.is_compiling() or size.device.type != "cpu" or fallen.any():
-            share = torch.where(fallen, recent / usual, 1)
+            share = torch.where(fallen, now / usual, 1)
             rows[..., 1:, :] *= state.layout.expand(share).unsqueeze(-2)
             names = ("peak_gradient", "gradient_rms")
             kept |= {name: state.tensor[name] * share.unsqueeze(-2) for name in names}
@@ -331,7 +328,7 @@ class GeodesicRNN(UpdateRule):
         adam = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # RMS of m̂_k/r
         safe = adam + 1e-6
         cosine = gram / (safe.unsqueeze(-1) * safe.unsqueeze(-2))
-        usual = torch.where(matrix > 0, (3 * fan_in).rsqrt(), self.vector_size)
+        usual = torch.where(matrix > 0, (3 * fan_in).rsqrt(), VECTOR_SIZE)
         floor = usual.clamp(max=MIN_SIZE)
         size = torch.maximum(rms_p, floor)
         # Growth up to the usual size does not count: matrices that start far below it, such as
@@ -351,8 +348,13 @@ class GeodesicRNN(UpdateRule):
             logs[..., DIRECTIONS:-1], told,
             (rms_p / size).unsqueeze(-1), logs[..., -1:],
         ]  # fmt: skip
-        least = torch.where((matrix > 0) & (start > 0), self.least_size * usual, usual)
-        rho = rms_p.clamp(least, LARGEST * usual) * rest
+        least = usual
+        if self.beginnings:
+            least = torch.where(start > 0, LEAST * usual, usual)
+        rho = rms_p.clamp(least, LARGEST * usual)
+        if self.beginnings:
+            rho = torch.where(matrix > 0, rho, VECTOR_STEP)
+        rho = rho * rest
         if self.horizon:
             inputs.append(known.expand(*size.shape).unsqueeze(-1))
         mixing = [adam, torch.stack([1 / r_bar, rho], -1)]

@@ -14,7 +14,7 @@ RULES = {
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
     "horizon": (
         "geodesic_rnn",
-        {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "adapt": True},
+        {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "beginnings": True},
     ),
     "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),

@@ -67,7 +67,58 @@ def test_a_layer_that_is_unfrozen_late_rests_when_the_run_does(rule: UpdateRule)
         optimizer.step()
         moved.append([relative(p, b) for p, b in zip(params, before, strict=True)])
     assert moved[299][2] == 0 < moved[300][2]
-    assert moved[-1][2] < 0.03 * moved[300][2]
+    assert moved[-1][2] < 0.03 * max(share[2] for share in moved[300:])
+
+
+def test_the_first_steps_of_a_layer_are_short() -> None:
+    """With `beginnings`, over its own first N / 20, however late it begins."""
+    rule = make_rule("geodesic_rnn", hidden=3, beginnings=True)
+    early, late = (torch.full((4, 3), 0.3, requires_grad=True) for _ in range(2))
+    optimizer = LearnedOptimizer([early, late], weights=rule, num_steps=400)
+    lengths = {id(early): [], id(late): []}
+    for step in range(240):
+        for p in (early, late) if step >= 200 else (early,):
+            p.data.fill_(0.3)
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in (early, late) if step >= 200 else (early,):
+            lengths[id(p)].append(relative(p, torch.full_like(p, 0.3)))
+    for moved, begin in ((lengths[id(early)], 0), (lengths[id(late)], 200)):
+        falls = [x / (1 - (begin + t) / 400) for t, x in enumerate(moved)]
+        assert falls[0] == pytest.approx(falls[-1] / 20, rel=0.1)
+        assert falls[9] == pytest.approx(falls[-1] / 2, rel=0.1)
+        assert falls[19] == pytest.approx(falls[39], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["first", "later"])
+def test_averages_follow_gradients_that_fall_at_once(kind: str) -> None:
+    """A first gradient a million times too large, or a loss that is rescaled in mid-run."""
+    rule = make_rule("geodesic_rnn", hidden=3, basis=9, beginnings=True)
+    plain, spoilt = (torch.randn(6, 4, generator=rng(0)).requires_grad_() for _ in range(2))
+    target = torch.randn(6, 4, generator=rng(1))
+    optimizers = [LearnedOptimizer([p], weights=rule) for p in (plain, spoilt)]
+    for step in range(300):
+        scale = 1e6 if (step == 0 if kind == "first" else step < 150) else 1.0
+        for p, optimizer, factor in zip((plain, spoilt), optimizers, (1.0, scale), strict=True):
+            noise = torch.randn(6, 4, generator=rng(step))
+            p.grad = factor * (p.detach() - target + 0.1 * noise)
+            optimizer.step()
+    ends = [float((p.detach() - target).norm() / target.norm()) for p in (plain, spoilt)]
+    assert ends[1] < max(1.5 * ends[0], 0.1)
+
+
+def test_gradients_that_fall_little_by_little_are_remembered() -> None:
+    """As those of a net that has learned its data by heart: its steps should become small."""
+    rule, theta = make_rule("geodesic_rnn", hidden=3, beginnings=True), torch.ones(1, 12)
+    state = rule.init_state(theta, ((3, 4),))
+    for step in range(200):
+        gradient = 10 ** (-step / 20) * torch.ones(1, 12)
+        _, state = rule.update(gradient, theta, state)
+    assert float(state.tensor["gradient_rms"]) > 100 * float(gradient[0, 0])
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_groups_may_have_lengths_of_their_own_or_none() -> None:
