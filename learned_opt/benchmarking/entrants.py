@@ -334,6 +334,7 @@ FIELD = (
         groups=(NO_DECAY,),
         schedule="cosine",
     ),
+    Entrant("learned num_steps", LEARNED, {"num_steps": "{steps}"}),
     Entrant("learned decay", LEARNED, _DECAY),
 )
 NAMED |= {entrant.name: entrant for entrant in FIELD}
