@@ -59,7 +59,7 @@ def train(objective: str, family: str, processes: int) -> None:
     )  # fmt: skip
     trainer.fit(MetaTraining(config), UpdatesModule(config, None))
     particles = 2 if objective == "pes" else 1
-    steps = config.window * config.family.num_tasks * particles * processes
+    steps = config.unroll * config.family.num_tasks * particles * processes
     if trainer.is_global_zero:  # because two ranks would mix their lines
         print((UPDATES - WARM_UP) * steps / watch.seconds)
 

@@ -240,13 +240,18 @@ class TrainConfig:
             teacher's step; "cosine" compares direction and size separately.
         teacher: The torch optimizer that torch_imitation imitates.
         window: The number of steps of a run between two meta-updates, over which its loss is
-            minimized. The state of the run continues from one window to the next.
+            minimized. The state of the run continues from one window to the next. With null, each
+            meta-update makes a whole run.
+        known_length: The share of the rule's own runs that are told their length. It needs a rule
+            with a horizon, as geodesic_rnn with horizon: true.
         horizon: The least and the largest length of a run, in steps, drawn log-uniformly.
         curriculum: Increasing lengths of the training runs, in place of `horizon`. They are the
             lengths of the validation runs too.
         open_runs: The number of runs that are in progress at the same time, so that long runs do
             not displace short ones.
         loss_floor: A task is weighted by 1 / (mean loss of the window + loss_floor).
+        judged: The share of a window, at its end, whose losses pes and step_size compare. With
+            whole runs and a small share, they learn from how runs end.
         loss_clip: Losses of runs are clipped at this many times the loss of a guess that ignores
             the inputs. By default they are not clipped.
         first_order: Whether backprop treats the inputs of the rule as constants. If not, second
@@ -294,11 +299,13 @@ class TrainConfig:
     weights: dict[str, tuple[float, float]] = field(default_factory=dict)
     imitation_form: str = "huber"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    window: int = 20
+    window: int | None = 20
+    known_length: float = 0.0
     horizon: tuple[int, int] = (20, 800)
     curriculum: CurriculumConfig | None = None
     open_runs: int = 5
     loss_floor: float = 0.003
+    judged: float = 1.0
     loss_clip: float | None = None
     first_order: bool = True
     pes: PESConfig = field(default_factory=PESConfig)
@@ -319,8 +326,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.objectives or set(self.objectives) - set(OBJECTIVES):
             raise ConfigError(f"objectives is {self.objectives}; use some of {OBJECTIVES}")
-        for name in ("updates", "epoch_length", "coordinates", "window", "open_runs",
-                     "validation_steps", "validation_draws", "selection_interval"):  # fmt: skip
+        names = ["updates", "epoch_length", "coordinates", "open_runs", "validation_steps",
+                 "validation_draws", "selection_interval"]  # fmt: skip
+        for name in names if self.window is None else [*names, "window"]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; use at least 1")
         if not all(x > 0 for x in (self.learning_rate, self.clip, self.loss_floor)):
@@ -369,6 +377,11 @@ class TrainConfig:
                 f"average is {self.average}; use a decay below 1 such as 0.99, and no curriculum, "
                 "because a curriculum returns to weights that were not averaged"
             )
+        if not 0 <= self.known_length <= 1 or not 0 < self.judged <= 1:
+            raise ConfigError(
+                f"known_length is {self.known_length} and judged is {self.judged}; use shares from "
+                "0 to 1, and more than 0 for judged"
+            )
         if self.loss_clip is not None and self.loss_clip <= 0:
             raise ConfigError(f"loss_clip is {self.loss_clip}; use e.g. 1.5, or null for none")
         self._check_runs()
@@ -387,11 +400,16 @@ class TrainConfig:
         name, shortest = "horizon", self.horizon[0]
         if self.curriculum:
             name, shortest = "curriculum.lengths", self.curriculum.lengths[0]
-        if runs and shortest < self.window:
+        if runs and self.window is not None and shortest < self.window:
             raise ConfigError(
                 f"{name} starts at {shortest}, which is shorter than window={self.window}; use a "
                 f"window of at most {shortest}, or longer runs"
             )
+
+    @property
+    def unroll(self) -> int:
+        """The largest number of steps of a run between two meta-updates."""
+        return self.longest_run if self.window is None else self.window
 
     @property
     def longest_run(self) -> int:

@@ -63,9 +63,9 @@ class LearnedOptimizer(Optimizer):
             Hugging Face Hub, or a rule; by default the shipped weights.
         num_steps: the number of steps of the whole run. It is the one thing worth giving: steps
             then fall to zero over the run, so leave other schedules out. State and checkpoints keep
-            it. After `num_steps` steps there is a warning, and further steps are tiny. If it is
-            None, steps fall in a way that suits any length. Rules of another kind than the shipped
-            one refuse it.
+            it. After `num_steps` steps there is a warning, and further steps are small. If it is
+            None, steps fall in a way that suits any length; runs of at most 300 steps are the same
+            either way. Rules of another kind than the shipped one refuse it.
         maximize: maximizes instead of minimizing.
         compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
             CPU only some methods of the rule (its `kernels`) are compiled, which takes a few
@@ -170,12 +170,12 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._tick()
+        clock = self._tick()
         for number, group in enumerate(self.param_groups):
             for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
                 device = block.params[0].device
                 guarded = guarded_update if device.type == "cpu" else self._guarded
-                block.set_time(self._clock - 1, group["num_steps"])
+                block.set_time(clock, group["num_steps"])
                 block.update(
                     self._rule_on(device), guarded, group["lr"], group["weight_decay"],
                     group["maximize"], self.diagnose,
@@ -183,24 +183,25 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     @not_compiled  # Python must know the number, which would be compiled anew for each
-    def _tick(self) -> None:
-        """Starts a step of the run, and warns where the run gets longer than was said.
+    def _tick(self) -> int:
+        """Returns the number of steps of the run so far, and counts this one.
 
-        After a checkpoint was loaded, the clock continues from that of the tensor that took part in
-        a step last.
+        It warns where the run gets longer than was said. After a checkpoint was loaded, the clock
+        continues from that of the tensor that took part in a step last.
         """
-        if self._clock is None:
+        clock = self._clock
+        if clock is None:
             states = [x for p, x in self.state.items() if isinstance(p, Tensor)]
             clocks = [as_numbers(x[k]) for x in states for k in ("clock", "step") if k in x]
-            self._clock = max((n for numbers in clocks for n in numbers), default=0)
-        self._clock += 1
-        ended = {group["num_steps"] for group in self.param_groups} & {self._clock - 1}
-        if ended - {0}:
+            clock = max((n for numbers in clocks for n in numbers), default=0)
+        self._clock = clock + 1
+        if clock and any(group["num_steps"] == clock for group in self.param_groups):
             warnings.warn(
-                f"num_steps is {ended.pop()}, and the run goes on beyond that with tiny steps; "
+                f"num_steps is {clock}, and the run goes on beyond that with small steps; "
                 "pass the number of steps of the whole run, or set it in optimizer.param_groups",
                 stacklevel=7,  # the line that calls `step`
             )
+        return clock
 
     def skipped_steps(self) -> int:
         """Returns how many updates of single tensors were skipped, and warns if there were any.

@@ -36,6 +36,7 @@ LEAST = 0.1  # ρ of a matrix that does not start at zero is at least this share
 WARM_UP = 0.05  # in runs of a known length, steps of a tensor rise over its first N · WARM_UP steps
 FALLEN = 30.0  # averages are rescaled when gradients fall, all at once, to less than r̄ over this
 PAST = 8  # for about so many steps
+SHORT = 300  # in runs up to this length, a known length makes no difference
 STEP = 0.1  # the relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the step number among the inputs stops here, beyond the longest training runs
@@ -69,15 +70,16 @@ class GeodesicRNN(UpdateRule):
       in one step. From step t = decay_after on, a is multiplied by decay_after / t. Then Σ a
       diverges and Σ a² converges (Robbins & Monro 1951), so that a run converges even if gradient
       noise makes a tensor, and with it ρ, grow. If the number of steps N of the run is known, a is
-      multiplied by 1 − t / N instead, with t the steps before this one.
+      multiplied by (decay_after / t)^(1−k) (1 − t / N)^k, with t the steps before this one and k =
+      1 − min(1, 300 / N): short runs are as before, and steps of long ones fall to zero.
 
     The LSTM's output layer starts at zero, with a bias that makes the untrained rule Adam (β = .9,
     .99) with a relative step of 10 %. With a `basis`, all of this is done in the eigenbases of the
     gradients of matrices (basis.py), and the untrained rule is SOAP (Vyas et al. 2024) with
     relative steps.
 
-    If the number of steps is known and `horizon` is set, the LSTM's outputs come from a second
-    layer, so that what suits runs of unknown length does not have to suit these.
+    If the number of steps is known and `horizon` is set, the share k of the LSTM's outputs comes
+    from a second layer, so that what suits short runs does not have to suit long ones.
 
     The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
     A basis takes 8 n² for each side of n rows or columns that has one.
@@ -94,8 +96,8 @@ class GeodesicRNN(UpdateRule):
         basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
             It needs per="tensor".
         renew: the steps between two bases, and at first fewer, see `due`.
-        horizon: whether the gains of runs of a known length come from a head of their own, which
-            starts as that of the untrained rule. It needs per="tensor".
+        horizon: whether runs of a known length have a head of their own, see above, which starts as
+            that of the untrained rule. It needs per="tensor".
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
             runs of a known length N, the steps of a tensor rise linearly over its first N / 20; and
@@ -229,7 +231,7 @@ class GeodesicRNN(UpdateRule):
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
-            layout.constant((float(state.num_steps is not None),), means),
+            layout.constant((_known(state),), means),
         )  # fmt: skip
         kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
@@ -245,11 +247,15 @@ class GeodesicRNN(UpdateRule):
             state: the state before this update.
             step: the number of this update.
         """
+        anytime = (self.decay_after / step).clamp(max=1)
         if state.num_steps is None:
-            return (self.decay_after / step).clamp(max=1)
+            return anytime
         made = step - 1 if state.clock is None else _as_tensor(state.clock, step)
-        rest = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
-        return rest * (step / (WARM_UP * state.num_steps)).clamp(max=1) if self.beginnings else rest
+        told = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
+        if self.beginnings:
+            told = told * (step / (WARM_UP * state.num_steps)).clamp(max=1)
+        known = _known(state)
+        return anytime ** (1 - known) * told**known
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -316,7 +322,7 @@ class GeodesicRNN(UpdateRule):
             scales: LOGS as a tensor.
             initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
             peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
-            known: 1 if the length of the run is known, else 0, (1,).
+            known: how much the length of the run counts, see `_known`, (1,).
 
         Returns:
             (*tasks, TENSOR_INPUTS + MIXING, tensors), with `known` between the two for rules with a
@@ -407,8 +413,8 @@ class GeodesicRNN(UpdateRule):
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
         out = _applied(self.head, h)
         if self.horizon:
-            known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :] > 0
-            out = torch.where(known, _applied(self.horizon_head, h), out)
+            known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :]
+            out = out.lerp(_applied(self.horizon_head, h), known)
         mixture, scale = _mixture(out, tensor)
         return scale * mixture, hidden
 
@@ -465,6 +471,14 @@ def _first_head(hidden: int) -> nn.Linear:
 def _applied(head: nn.Linear, h: Tensor) -> Tensor:
     """Returns the head's output (*tasks, 5, units) for h (*tasks, hidden, units)."""
     return per_task(head.weight, h) @ h + head.bias.unsqueeze(-1)
+
+
+def _known(state: State) -> float:
+    """Returns how much the length of the run counts, from 0 if it is not known to 1.
+
+    The network knows runs of some hundred steps; the longer the run, the less its say.
+    """
+    return 0.0 if state.num_steps is None else 1 - min(1.0, SHORT / state.num_steps)
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

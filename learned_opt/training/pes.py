@@ -27,7 +27,7 @@ class AntitheticRuns(RunObjective):
     def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
         run = super().open(key, horizon, task, rule)
         run.theta = run.theta.repeat(2 * self.pairs, 1)
-        run.state = rule.init_state(run.theta, task.shapes)
+        run.state = self.state(run.theta, key, horizon, task, rule)
         weights = sum(p.numel() for p in trainable(rule))
         run.xi = run.theta.new_zeros(len(run.theta) // 2, weights)
         return run
@@ -73,8 +73,9 @@ class PES(AntitheticRuns):
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         return pes_gradient(
-            rule, task, run, steps, config.pes.sigma, config.loss_floor, self.limit(task)
-        )
+            rule, task, run, steps, config.pes.sigma, config.loss_floor, self.limit(task),
+            config.judged,
+        )  # fmt: skip
 
 
 def pes_gradient(
@@ -85,6 +86,7 @@ def pes_gradient(
     sigma: float,
     floor: float,
     limit: float | Tensor = math.inf,
+    judged: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns ĝ, (weights,), of the next `steps` updates, and the mean losses, (tasks,).
 
@@ -97,6 +99,7 @@ def pes_gradient(
         sigma: σ.
         floor: the loss_floor.
         limit: losses are clipped at this, a number or (*tasks,).
+        judged: the share of these updates, at the end, whose losses count.
     """
     rng = generator("perturbation", *run.key, run.state.step)
     epsilon = sigma * torch.randn(run.xi.shape, generator=rng, dtype=run.xi.dtype)
@@ -105,12 +108,19 @@ def pes_gradient(
     weights = nn.utils.parameters_to_vector(trainable(rule)).detach()
     advance = perturbed(rule, weights + torch.cat([epsilon, -epsilon]))
     losses = roll_out(rule, advance, task, run, steps)
-    estimate = differences(losses, task, floor, limit) @ run.xi / (2 * sigma**2 * len(run.xi))
+    found = differences(losses, task, floor, limit, judged)
+    estimate = found @ run.xi / (2 * sigma**2 * len(run.xi))
     return estimate, losses.mean(0).view(-1, *task.lead).mean(0)
 
 
-def differences(losses: Tensor, task: Task, floor: float, limit: float | Tensor) -> Tensor:
-    """Returns L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles)."""
+def differences(
+    losses: Tensor, task: Task, floor: float, limit: float | Tensor, judged: float = 1.0
+) -> Tensor:
+    """Returns L⁺ − L⁻ of each pair, (pairs · tasks,), from losses (steps, particles).
+
+    Only the share `judged` of the steps counts, at the end.
+    """
+    losses = losses[-math.ceil(judged * len(losses)) :]
     losses = losses.view(len(losses), -1, *task.lead)
     losses = torch.where(losses.isfinite(), losses, torch.inf)
     clipped = losses.clamp(max=DIVERGED * task.chance).clamp(max=limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,11 +53,16 @@ class RunObjective(Objective):
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
         super().__init__(config, rule)
-        starts = range(0, config.longest_run, config.window)
+        starts = range(0, config.longest_run, config.unroll)
         if not all(due(step, rule.every) for step in starts):
             raise ConfigError(
                 f"window is {config.window}, but the rule's network runs every {rule.every} steps; "
                 "use a multiple of that, because a window must begin with a run of the network"
+            )
+        if config.known_length and not getattr(rule, "horizon", False):
+            raise ConfigError(
+                f"known_length is {config.known_length}, but rule {config.rule!r} does not use the "
+                "length of a run; use 0, or geodesic_rnn with horizon: true"
             )
         self.runs: list[OpenRun | None] = [None] * config.open_runs
 
@@ -69,7 +74,15 @@ class RunObjective(Objective):
 
     def open(self, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule) -> OpenRun:
         theta = task.init(seed_of(*key))
-        return OpenRun(key, horizon, theta, rule.init_state(theta, task.shapes))
+        return OpenRun(key, horizon, theta, self.state(theta, key, horizon, task, rule))
+
+    def state(
+        self, theta: Tensor, key: tuple[object, ...], horizon: int, task: Task, rule: UpdateRule
+    ) -> State:
+        """Returns the state at the start of a run, which is told its length or not."""
+        told = torch.rand((), generator=generator("known length", *key)) < self.config.known_length
+        state = rule.init_state(theta, task.shapes)
+        return replace(state, num_steps=horizon) if told else state
 
     def loss(self, module: MetaTraining, item: dict) -> Tensor:
         slot = self._updates_before(item["number"]) % len(self.runs)
@@ -77,7 +90,7 @@ class RunObjective(Objective):
         key = run.key if run else ("train", self.config.seed, module.global_rank, item["number"])
         task = module.tasks(module.family, *key)
         run = run or self.open(key, self._horizon(module, key), task, module.rule)
-        steps = min(self.config.window, run.horizon - run.state.step)
+        steps = min(self.config.unroll, run.horizon - run.state.step)
         loss, losses = self.window(module.rule, task, run, steps)
         module.inner_steps += steps * len(run.theta)
         module.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
@@ -113,7 +126,7 @@ def pack(run: OpenRun) -> dict:
     """Returns a run as a dict of tensors and plain values."""
     state = run.state.map(Tensor.cpu)
     packed = {"key": list(run.key), "horizon": run.horizon, "theta": run.theta.cpu()}
-    packed |= {"layout": asdict(state.layout), "step": state.step}
+    packed |= {"layout": asdict(state.layout), "step": state.step, "num_steps": state.num_steps}
     packed["xi"] = run.xi if run.xi is None else run.xi.cpu()
     return packed | {kind: getattr(state, kind) for kind in KINDS}
 
@@ -121,7 +134,8 @@ def pack(run: OpenRun) -> dict:
 def unpack(packed: dict, device: torch.device) -> OpenRun:
     """Inverts `pack`."""
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
-    state = State(layout, packed["step"], *(packed[kind] for kind in KINDS))
+    kinds = (packed[kind] for kind in KINDS)
+    state = State(layout, packed["step"], *kinds, num_steps=packed["num_steps"])
     state = state.map(lambda x: x.to(device))
     xi = packed["xi"] if packed["xi"] is None else packed["xi"].to(device)
     theta = packed["theta"].to(device)

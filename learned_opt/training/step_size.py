@@ -74,11 +74,11 @@ class StepSize(AntitheticRuns):
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
     ) -> tuple[Tensor, Tensor]:
         config = self.config
-        if run.state.step // config.window % config.step_size.together == 0:
+        if run.state.step // config.unroll % config.step_size.together == 0:
             reunite(run)
         return step_size_gradient(
             rule, task, run, steps, config.step_size, config.loss_floor, self.limit(task),
-            config.coordinates,
+            config.coordinates, config.judged,
         )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def step_size_gradient(
     floor: float,
     limit: float | Tensor,
     coordinates: int,
+    judged: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns ĝ, (weights,), of the next `steps` updates, and the mean losses, (tasks,).
 
@@ -104,6 +105,7 @@ def step_size_gradient(
         floor: the loss_floor.
         limit: losses are clipped at this, a number or (*tasks,).
         coordinates: the number of coordinates to learn from, for rules without gains per tensor.
+        judged: the share of these updates, at the end, whose losses count.
     """
     n, layout = len(run.xi), run.state.layout
     sigma, common = config.sigma, config.common
@@ -146,7 +148,7 @@ def step_size_gradient(
         for g, p in zip(grads, weights, strict=True)
     ]
     run.xi = run.xi + torch.cat(rows, 1)
-    estimate = differences(losses, task, floor, limit) @ run.xi / (2 * sigma * n)
+    estimate = differences(losses, task, floor, limit, judged) @ run.xi / (2 * sigma * n)
     return estimate, losses.mean(0).view(-1, *task.lead).mean(0)
 
 

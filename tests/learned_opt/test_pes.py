@@ -15,7 +15,9 @@ from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
+from learned_opt.training.meta_loss import MetaLoss
 from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
+from learned_opt.training.runs import pack, unpack
 from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
 from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 
@@ -109,6 +111,51 @@ def test_the_estimate_is_the_gradient_of_the_whole_run() -> None:
     assert error.norm() < 0.1 * expected.norm()
     short = estimates(persistent=False)  # what windows alone would say
     assert (short.mean(0) - expected).norm() > 10 * short.std(0).norm() / len(short) ** 0.5
+
+
+def test_whole_runs_are_judged_by_their_ends() -> None:
+    """The gradient of log(mean loss of the last quarter + FLOOR), by finite differences."""
+    rule, task, judged = Momentum(), Quadratic(), 0.25
+
+    def end(w: Tensor) -> float:
+        theta, losses = task.init(0), []
+        state = rule.init_state(theta, task.shapes)
+        with torch.no_grad():
+            rule.w.copy_(w)
+            for _ in range(HORIZON):
+                update, state = rule.update(task.loss_and_grad(theta, ())[1], theta, state)
+                theta = theta + update
+                losses.append(task.loss(theta, ()))
+        return float((torch.cat(losses[-math.ceil(judged * HORIZON) :]).mean() + FLOOR).log())
+
+    w, eye, h = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64), 1e-5
+    expected = torch.tensor([(end(w + h * e) - end(w - h * e)) / (2 * h) for e in eye])
+    with torch.no_grad():
+        rule.w.copy_(w)
+    config = TrainConfig(objectives=("pes",), pes=PESConfig(0.01, 40), window=None)
+    found = []
+    for key in range(60):
+        run = PES(config, rule).open(("test", key), HORIZON, task, rule)
+        found.append(pes_gradient(rule, task, run, HORIZON, 0.01, FLOOR, judged=judged)[0].double())
+    found = torch.stack(found)
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - expected).abs() < 4 * error).all()
+    assert error.norm() < 0.2 * expected.norm()
+
+
+def test_a_share_of_the_runs_is_told_its_length() -> None:
+    rule, task = make_rule("geodesic_rnn", hidden=3, horizon=True).double(), Quadratic()
+    for share in (0.0, 0.5, 1.0):
+        config = TrainConfig(objectives=("pes", "meta_loss"), window=3, known_length=share)
+        for objective in (PES(config, rule), MetaLoss(config, rule)):
+            runs = [objective.open(("test", key), 9, task, rule) for key in range(40)]
+            told = [run.state.num_steps == 9 for run in runs]
+            assert abs(sum(told) / 40 - share) < 0.3 and (0 < sum(told) < 40) == (share == 0.5)
+            again = [unpack(pack(run), torch.device("cpu")) for run in runs]
+            assert [run.state.num_steps for run in again] == [r.state.num_steps for r in runs]
+    for other in (make_rule("rnnprop"), make_rule("geodesic_rnn", hidden=3)):
+        with pytest.raises(ConfigError, match=r"known_length is 1.0, but rule .* does not use"):
+            PES(config, other)
 
 
 def test_a_particle_is_a_run_with_its_own_weights(rule: UpdateRule) -> None:
