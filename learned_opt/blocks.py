@@ -332,7 +332,7 @@ def _move_on(
 
     `finite`, (tensors,), and `here`, (d,), say so for tensors and coordinates; None means all are.
     """
-    moves = [(state.step, new.step, finite), (state.clock, new.clock, None)]
+    moves = [(state.step, new.step, finite)]
     for olds, news, where in (
         (state.coordinate, new.coordinate, here), (state.tensor, new.tensor, finite)
     ):  # fmt: skip
@@ -340,6 +340,7 @@ def _move_on(
     for i, (olds, news) in enumerate(zip(state.matrix, new.matrix, strict=True)):
         where = None if finite is None else finite[i]
         moves += [(old, news[name], where) for name, old in olds.items()]
+    state.clock.add_(1)  # whatever the rule says: steps of the run, in which it took part or not
     for old, now, where in moves:
         if where is not None:
             now = torch.where(where, now, old)
