@@ -251,6 +251,7 @@ class Block:
         self.state.clock.fill_(clock)
         if num_steps != self.state.num_steps:
             self.state = replace(self.state, num_steps=num_steps)
+            self.used = False  # a step in Python fills the layout's caches anew
 
     def update(
         self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,

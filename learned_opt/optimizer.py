@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
@@ -21,6 +23,7 @@ from learned_opt.rules.base import as_numbers, not_compiled
 from learned_opt.weights import load_rule
 
 SMALL = 0.02  # an lr of at most this was probably meant for Adam or SGD
+OURS = ("torch", "learned_opt")  # frames that warnings look through
 # Settings by which the state of another optimizer is recognized. Each optimizer of torch has some.
 THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")
 
@@ -44,15 +47,17 @@ class LearnedOptimizer(Optimizer):
     makes the same updates as an unsharded one. FSDP1 is refused, and ZeroRedundancyOptimizer is not
     supported.
 
-    The state of a parameter p is in float32: "step" and "skipped"; the rule's averages of each
-    coordinate, (*p.shape, features); a few small vectors for the whole tensor; and, for a matrix
-    under the shipped rule, two square matrices for each side of up to 256. The shipped rule takes
-    20 bytes for each parameter (Adam: 8), and 8 n² bytes for each such side of length n: 36 bytes
-    for each parameter of a square matrix of at most 256 rows. Other code may add entries to the
-    state of p; they are kept, saved and loaded. `state_dict()` returns copies.
+    The state of a parameter p is in float32: "step", "skipped" and "clock", the number of steps of
+    the run; the rule's averages of each coordinate, (*p.shape, features); a few small vectors for
+    the whole tensor; and, for a matrix under the shipped rule, two square matrices for each side of
+    up to 256. The shipped rule takes 20 bytes for each parameter (Adam: 8), and 8 n² bytes for each
+    such side of length n: 36 bytes for each parameter of a square matrix of at most 256 rows. Other
+    code may add entries to the state of p; they are kept, saved and loaded. `state_dict()` returns
+    copies.
 
     Args:
-        params: tensors, or dicts of groups with their own `lr`, `weight_decay` and `maximize`.
+        params: tensors, or dicts of groups with their own `lr`, `weight_decay`, `num_steps` and
+            `maximize`.
         lr: multiplies the whole update; the rule was trained with 1. A value above 0 and up to 0.02
             gives a warning, because it was probably meant for another optimizer.
         weight_decay: decoupled, and relative to each row's own step |u_i|/|θ_i|, see the equation,
@@ -142,9 +147,9 @@ class LearnedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        for group in self.param_groups:
-            for name in ("maximize", "num_steps"):  # checkpoints may be older than the setting
-                group.setdefault(name, self.defaults[name])
+        for group in (self.defaults, *self.param_groups):  # what is older than these settings
+            group.setdefault("maximize", False)
+            group.setdefault("num_steps", None)
         for p, entries in self.state.items():
             if isinstance(entries, _AsSaved):
                 saved = entries.entries
@@ -157,6 +162,7 @@ class LearnedOptimizer(Optimizer):
         self._blocks: dict[int, tuple[list[Tensor], list[Block]]] = {}
         self._rules: dict[torch.device, UpdateRule] = {}
         self._clock: int | None = None  # the steps of the run, read from the state when needed
+        self._ended: set[float] = set()  # the values of num_steps whose end was noticed
         self._guarded = guarded_update
         if self.compile:
             self._guarded = torch.compile(guarded_update, dynamic=False)
@@ -190,16 +196,20 @@ class LearnedOptimizer(Optimizer):
         continues from that of the tensor that took part in a step last.
         """
         clock = self._clock
-        if clock is None:
+        if clock is None or not self.state:  # the state was loaded, or cleared
             states = [x for p, x in self.state.items() if isinstance(p, Tensor)]
             clocks = [as_numbers(x[k]) for x in states for k in ("clock", "step") if k in x]
             clock = max((n for numbers in clocks for n in numbers), default=0)
+        for group in self.param_groups:
+            _check_length(group["num_steps"])  # it may have been set anew
         self._clock = clock + 1
-        if clock and any(group["num_steps"] == clock for group in self.param_groups):
+        ended = {group["num_steps"] or math.inf for group in self.param_groups} - self._ended
+        for num_steps in sorted(n for n in ended if n <= clock):
+            self._ended.add(num_steps)
             warnings.warn(
-                f"num_steps is {clock}, and the run goes on beyond that with small steps; "
+                f"num_steps is {num_steps}, and the run goes on beyond that with small steps; "
                 "pass the number of steps of the whole run, or set it in optimizer.param_groups",
-                stacklevel=7,  # the line that calls `step`
+                stacklevel=_level_of_caller(),
             )
         return clock
 
@@ -439,12 +449,24 @@ def _warn_of_small(groups: list[dict[str, Any]]) -> None:
         )
 
 
-def _check(lr: float | Tensor, weight_decay: float | None, num_steps: int | None) -> None:
+def _level_of_caller() -> int:
+    """Returns the `stacklevel` of a warning that shows the first line outside torch and here."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _check_length(num_steps: int | None) -> None:
     if num_steps is not None and (type(num_steps) is not int or num_steps < 1):
         raise ValueError(
             f"num_steps is {num_steps!r}; use a positive int, the number of calls of step() in the "
             "whole run, or None if it is not known"
         )
+
+
+def _check(lr: float | Tensor, weight_decay: float | None, num_steps: int | None) -> None:
+    _check_length(num_steps)
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(lr.shape)}")
     given = {"lr": lr} if weight_decay is None else {"lr": lr, "weight_decay": weight_decay}

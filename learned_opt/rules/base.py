@@ -134,6 +134,7 @@ class UpdateRule(nn.Module, ABC):
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
+    horizon: bool = False  # whether runs of a known length have meta-parameters of their own
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
@@ -227,11 +228,15 @@ class UpdateRule(nn.Module, ABC):
         return updates, self.with_hidden(state, hidden)
 
     def moved(self, params: Tensor, update: Tensor, layout: Layout) -> Tensor:
-        """Returns the parameters after an update and the rule's weight decay, (*tasks, d)."""
+        """Returns the parameters after an update and the rule's weight decay, (*tasks, d).
+
+        For autograd, what decay takes is a constant.
+        """
         if not self.decay:
             return params + update
         weight_decay = layout.of_matrices(self.decay, params)
-        return params + update - decay(update.detach(), params, layout, 1.0, weight_decay)
+        taken = decay(update.detach(), params.detach(), layout, 1.0, weight_decay)
+        return params + update - taken
 
     @torch.no_grad()
     def update(
@@ -271,7 +276,8 @@ def decay(
         part, out = (
             x[..., span.where].view(*x.shape[:-1], span.number, -1) for x in (params, taken)
         )
-        torch.mul(part, share[..., span.tensors, None], out=out)
+        portion = share[..., span.tensors, None]
+        torch.mul(part, portion, out=out).masked_fill_(portion == 0, 0)  # 0 · inf is not 0
     return taken
 
 

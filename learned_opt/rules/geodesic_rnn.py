@@ -33,7 +33,7 @@ MIN_SIZE = 0.03  # the least size of a tensor among the network's inputs; less f
 # With `beginnings`:
 VECTOR_STEP = 0.03  # ρ of vectors, in place of one to four times VECTOR_SIZE
 LEAST = 0.1  # ρ of a matrix that does not start at zero is at least this share of its usual size
-WARM_UP = 0.05  # in runs of a known length, steps of a tensor rise over its first N · WARM_UP steps
+WARM_UP = 0.05  # in long runs of known length N, steps of a tensor rise over N · WARM_UP steps
 FALLEN = 30.0  # averages are rescaled when gradients fall, all at once, to less than r̄ over this
 PAST = 8  # for about so many steps
 SHORT = 300  # in runs up to this length, a known length makes no difference
@@ -70,8 +70,9 @@ class GeodesicRNN(UpdateRule):
       in one step. From step t = decay_after on, a is multiplied by decay_after / t. Then Σ a
       diverges and Σ a² converges (Robbins & Monro 1951), so that a run converges even if gradient
       noise makes a tensor, and with it ρ, grow. If the number of steps N of the run is known, a is
-      multiplied by (decay_after / t)^(1−k) (1 − t / N)^k, with t the steps before this one and k =
-      1 − min(1, 300 / N): short runs are as before, and steps of long ones fall to zero.
+      multiplied by min(1, decay_after / t)^(1−k) (1 − s / N)^k instead, with s the steps of the run
+      before this one and k = 1 − min(1, 300 / N): short runs are as before, and steps of long ones
+      fall to zero.
 
     The LSTM's output layer starts at zero, with a bias that makes the untrained rule Adam (β = .9,
     .99) with a relative step of 10 %. With a `basis`, all of this is done in the eigenbases of the
@@ -100,9 +101,9 @@ class GeodesicRNN(UpdateRule):
             that of the untrained rule. It needs per="tensor".
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
-            runs of a known length N, the steps of a tensor rise linearly over its first N / 20; and
-            averages follow at once if gradients fall to less than a thirtieth within 8 steps, as
-            after a first gradient that was far too large.
+            runs of a known length N, a has the further factor min(1, 20 t / N)^k; and averages
+            follow at once if gradients fall to less than a thirtieth within 8 steps, as after a
+            first gradient that was far too large.
         decay: the relative weight decay of matrices that the rule was made for, which a
             LearnedOptimizer has by default.
         every: the network runs for a tensor in every so many steps, and at first more often, see
@@ -115,6 +116,7 @@ class GeodesicRNN(UpdateRule):
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, "hidden", *ENTRIES)
     falls = True
+    renew, beginnings = SELDOM, False  # of rules that were pickled before there were these
 
     def __init__(
         self,

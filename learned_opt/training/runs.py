@@ -59,10 +59,10 @@ class RunObjective(Objective):
                 f"window is {config.window}, but the rule's network runs every {rule.every} steps; "
                 "use a multiple of that, because a window must begin with a run of the network"
             )
-        if config.known_length and not getattr(rule, "horizon", False):
+        if config.known_length and not rule.horizon:
             raise ConfigError(
                 f"known_length is {config.known_length}, but rule {config.rule!r} does not use the "
-                "length of a run; use 0, or geodesic_rnn with horizon: true"
+                "length of a run as it is configured; use 0, or geodesic_rnn with horizon: true"
             )
         self.runs: list[OpenRun | None] = [None] * config.open_runs
 
@@ -135,7 +135,9 @@ def unpack(packed: dict, device: torch.device) -> OpenRun:
     """Inverts `pack`."""
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
     kinds = (packed[kind] for kind in KINDS)
-    state = State(layout, packed["step"], *kinds, num_steps=packed["num_steps"])
+    state = State(
+        layout, packed["step"], *kinds, num_steps=packed.get("num_steps")
+    )  # checkpoints may be older
     state = state.map(lambda x: x.to(device))
     xi = packed["xi"] if packed["xi"] is None else packed["xi"].to(device)
     theta = packed["theta"].to(device)

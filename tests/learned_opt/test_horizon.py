@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.rules import Layout
 from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
 
 N = 3000
@@ -178,3 +180,52 @@ def test_a_length_that_is_none_is_refused(value: object) -> None:
 def test_a_rule_that_knows_no_length_refuses_one() -> None:
     with pytest.raises(ValueError, match="num_steps is 5, but rule 'rnnprop' does not use it"):
         LearnedOptimizer(parameters(), weights=noisy_rule("rnnprop"), num_steps=5)
+
+
+def test_a_length_that_is_set_later_is_checked_and_noticed() -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=make_rule("geodesic_rnn", hidden=3))
+    run(optimizer, params, range(5))
+    optimizer.param_groups[0]["num_steps"] = 0
+    with pytest.raises(ValueError, match="num_steps is 0; use a positive int"):
+        run(optimizer, params, range(1))
+    optimizer.param_groups[0]["num_steps"] = 3  # is over
+    with pytest.warns(UserWarning, match="num_steps is 3, and the run goes on"):
+        run(optimizer, params, range(1))
+
+
+def test_a_run_whose_state_was_cleared_begins_anew() -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=make_rule("geodesic_rnn", hidden=3), num_steps=N)
+    run(optimizer, params, range(5))
+    optimizer.state.clear()
+    run(optimizer, params, range(2))
+    assert [int(optimizer.state[params[0]][name]) for name in ("step", "clock")] == [2, 2]
+
+
+def test_optimizers_and_checkpoints_from_before_there_were_lengths() -> None:
+    params = parameters()
+    optimizer = LearnedOptimizer(params, weights=make_rule("geodesic_rnn", hidden=3))
+    run(optimizer, params, range(2))
+    older = copy.deepcopy(optimizer)
+    for group in (older.defaults, *older.param_groups):
+        del group["num_steps"]
+    for name in ("renew", "horizon", "beginnings", "decay"):
+        del older.rule.__dict__[name]
+    for entries in older.state.values():
+        del entries["clock"]
+    again = pickle.loads(pickle.dumps(older))
+    its = again.param_groups[0]["params"]
+    assert all(map(torch.equal, run(again, its, range(2, 4)), run(optimizer, params, range(2, 4))))
+    assert int(again.state[its[0]]["clock"]) == 4
+
+
+def test_runs_by_backpropagation_may_have_decay() -> None:
+    """A row of zeros has no direction to decay in."""
+    rule, theta = make_rule("geodesic_rnn", hidden=3, decay=0.1), torch.zeros(1, 12)
+    theta[:, 4:] = 0.3
+    theta.requires_grad_()
+    moved = rule.moved(theta, torch.ones(1, 12), Layout(((3, 4),)))
+    (gradient,) = torch.autograd.grad(moved.sum(), theta)
+    assert torch.equal(gradient, torch.ones(1, 12))
+    assert (moved[:, :4] == 1).all() and (moved[:, 4:] < 1.3).all()
