@@ -245,7 +245,6 @@ class Block:
                 return False
         return True
 
-    @not_compiled  # a compiled step would be compiled anew for each number
     def set_time(self, clock: int, num_steps: int | None) -> None:
         """Tells the state how many steps of the run were made, and how many it has."""
         self.state.clock.fill_(clock)

@@ -176,19 +176,22 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        clock = self._tick()
+        compiling = torch.compiler.is_compiling()
+        clock = None if compiling else self._tick()
+        if compiling:
+            self._clock = None  # the state counts on, and is read after that
         for number, group in enumerate(self.param_groups):
             for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
                 device = block.params[0].device
                 guarded = guarded_update if device.type == "cpu" else self._guarded
-                block.set_time(clock, group["num_steps"])
+                if clock is not None:
+                    block.set_time(clock, group["num_steps"])
                 block.update(
                     self._rule_on(device), guarded, group["lr"], group["weight_decay"],
                     group["maximize"], self.diagnose,
                 )  # fmt: skip
         return loss
 
-    @not_compiled  # Python must know the number, which would be compiled anew for each
     def _tick(self) -> int:
         """Returns the number of steps of the run so far, and counts this one.
 

@@ -80,6 +80,9 @@ def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
         step()
     run(reference, others, range(1, 4))
     torch.testing.assert_close(params, others)
+    for each, its_params in ((optimizer, params), (reference, others)):
+        run(each, its_params, range(4, 5))
+        assert [int(each.state[p]["clock"]) for p in its_params] == [5, 5]
 
 
 @pytest.mark.parametrize("basis", [0, 20])
