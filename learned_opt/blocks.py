@@ -245,9 +245,12 @@ class Block:
                 return False
         return True
 
-    def set_time(self, clock: int, num_steps: int | None) -> None:
-        """Tells the state how many steps of the run were made, and how many it has."""
-        self.state.clock.fill_(clock)
+    def set_clock(self, steps: int) -> None:
+        """Tells the state how many steps of the run were made."""
+        self.state.clock.fill_(steps)
+
+    def set_length(self, num_steps: int | None) -> None:
+        """Tells the state how many steps the run has."""
         if num_steps != self.state.num_steps:
             self.state = replace(self.state, num_steps=num_steps)
             self.used = False  # a step in Python fills the layout's caches anew

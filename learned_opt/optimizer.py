@@ -176,45 +176,47 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        compiling = torch.compiler.is_compiling()
-        clock = None if compiling else self._tick()
-        if compiling:
-            self._clock = None  # the state counts on, and is read after that
-        for number, group in enumerate(self.param_groups):
-            for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)]):
-                device = block.params[0].device
-                guarded = guarded_update if device.type == "cpu" else self._guarded
-                if clock is not None:
-                    block.set_time(clock, group["num_steps"])
-                block.update(
-                    self._rule_on(device), guarded, group["lr"], group["weight_decay"],
-                    group["maximize"], self.diagnose,
-                )  # fmt: skip
+        work = [
+            (group, block)
+            for number, group in enumerate(self.param_groups)
+            for block in self._blocks_of(number, [p for p in group["params"] if _moves(p)])
+        ]
+        if not torch.compiler.is_compiling():  # a compiled step leaves the time to the state
+            self._tick(work)
+        for group, block in work:
+            device = block.params[0].device
+            guarded = guarded_update if device.type == "cpu" else self._guarded
+            block.update(
+                self._rule_on(device), guarded, group["lr"], group["weight_decay"],
+                group["maximize"], self.diagnose,
+            )  # fmt: skip
         return loss
 
-    def _tick(self) -> int:
-        """Returns the number of steps of the run so far, and counts this one.
+    def _tick(self, work: list[tuple[dict[str, Any], Block]]) -> None:
+        """Tells blocks the time, and warns where the run gets longer than was said.
 
-        It warns where the run gets longer than was said. After a checkpoint was loaded, the clock
-        continues from that of the tensor that took part in a step last.
+        Their clocks count on by themselves. Those of new blocks are set to that of the tensor that
+        took part in a step last, so that a layer that is unfrozen late knows the time of the run.
         """
-        clock = self._clock
-        if clock is None or not self.state:  # the state was loaded, or cleared
+        if self._clock is None:
             states = [x for p, x in self.state.items() if isinstance(p, Tensor)]
             clocks = [as_numbers(x[k]) for x in states for k in ("clock", "step") if k in x]
-            clock = max((n for numbers in clocks for n in numbers), default=0)
+            self._clock = max((n for numbers in clocks for n in numbers), default=0)
+            for _, block in work:
+                block.set_clock(self._clock)
         for group in self.param_groups:
             _check_length(group["num_steps"])  # it may have been set anew
-        self._clock = clock + 1
-        ended = {group["num_steps"] or math.inf for group in self.param_groups} - self._ended
-        for num_steps in sorted(n for n in ended if n <= clock):
+        for group, block in work:
+            block.set_length(group["num_steps"])
+        lengths = {group["num_steps"] or math.inf for group in self.param_groups}
+        for num_steps in sorted(n for n in lengths - self._ended if n <= self._clock):
             self._ended.add(num_steps)
             warnings.warn(
                 f"num_steps is {num_steps}, and the run goes on beyond that with small steps; "
                 "pass the number of steps of the whole run, or set it in optimizer.param_groups",
                 stacklevel=_level_of_caller(),
             )
-        return clock
+        self._clock += 1
 
     def skipped_steps(self) -> int:
         """Returns how many updates of single tensors were skipped, and warns if there were any.
@@ -293,6 +295,7 @@ class LearnedOptimizer(Optimizer):
 
         Parameters of `old` blocks that are not in `params` keep their state.
         """
+        self._clock = None  # compiled steps may have been made since
         gone = {p for block in old for p in block.params}.difference(params)
         for p, views in _entries(old):
             if p in gone and p in self.state:  # a view would keep the whole old buffer alive
