@@ -6,26 +6,24 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from numbers import Real
 from operator import is_
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
-from learned_opt.blocks import Block, guarded_update, own, partition
+from learned_opt.blocks import Block, guarded_update, partition
 from learned_opt.rules import UpdateRule
 from learned_opt.rules.base import as_numbers, not_compiled
+from learned_opt.saved_state import AsSaved, apart, as_saved, copied, on_its_own, rule_entries
 from learned_opt.weights import load_rule
 
 SMALL = 0.02  # an lr of at most this was probably meant for Adam or SGD
 OURS = ("torch", "learned_opt")  # frames that warnings look through
-# Settings by which the state of another optimizer is recognized. Each optimizer of torch has some.
-THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")
 
 
 class LearnedOptimizer(Optimizer):
@@ -66,8 +64,8 @@ class LearnedOptimizer(Optimizer):
             matrices have the weight decay that goes with the weights, and vectors have none.
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
-        num_steps: the number of steps of the whole run. It is the one thing worth giving: steps
-            then fall to zero over the run, so leave other schedules out. State and checkpoints keep
+        num_steps: the number of steps of the whole run, if it is known. Steps then fall to zero
+            over the run, so leave other schedules out. State and checkpoints keep
             it. After `num_steps` steps there is a warning, and further steps are small. If it is
             None, steps fall in a way that suits any length; runs of at most 300 steps are the same
             either way. Rules of another kind than the shipped one refuse it.
@@ -151,10 +149,10 @@ class LearnedOptimizer(Optimizer):
             group.setdefault("maximize", False)
             group.setdefault("num_steps", None)
         for p, entries in self.state.items():
-            if isinstance(entries, _AsSaved):
+            if isinstance(entries, AsSaved):
                 saved = entries.entries
                 if isinstance(p, Tensor):  # as torch does, leave entries of other keys unchanged
-                    saved = {name: _copied(x, p.device) for name, x in saved.items()}
+                    saved = {name: copied(x, p.device) for name, x in saved.items()}
                 self.state[p] = saved
 
     def _forget(self) -> None:
@@ -297,14 +295,14 @@ class LearnedOptimizer(Optimizer):
         """
         self._clock = None  # compiled steps may have been made since
         gone = {p for block in old for p in block.params}.difference(params)
-        for p, views in _entries(old):
+        for p, views in rule_entries(old):
             if p in gone and p in self.state:  # a view would keep the whole old buffer alive
-                self.state[p].update(_on_its_own(self.state[p], views))
+                self.state[p].update(on_its_own(self.state[p], views))
         blocks = [
             Block(members, self.rule, [self.state[p] for p in members])
             for members in partition(params)
         ]
-        for p, views in _entries(blocks):
+        for p, views in rule_entries(blocks):
             entries = self.state[p]
             others = {name: x for name, x in entries.items() if name not in views}
             entries.clear()
@@ -326,7 +324,7 @@ class LearnedOptimizer(Optimizer):
 
         The entries themselves are views of larger buffers, which later steps change.
         """
-        handle = self.register_state_dict_post_hook(_apart, prepend=True)  # before users' hooks
+        handle = self.register_state_dict_post_hook(apart, prepend=True)  # before users' hooks
         try:
             return super().state_dict()
         finally:
@@ -341,79 +339,11 @@ class LearnedOptimizer(Optimizer):
             ValueError: the state is not that of a LearnedOptimizer, or has other groups. Nothing is
                 changed then.
         """
-        handle = self.register_load_state_dict_pre_hook(_as_saved)  # after users' hooks
+        handle = self.register_load_state_dict_pre_hook(as_saved)  # after users' hooks
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-
-class _AsSaved:
-    """Wraps the saved entries of one key of the state, so that torch does not convert them."""
-
-    def __init__(self, entries: Any) -> None:
-        self.entries = entries
-
-
-def _as_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    _check_loaded(state_dict, {name for group in optimizer.param_groups for name in group})
-    return state_dict | {"state": {k: _AsSaved(v) for k, v in state_dict["state"].items()}}
-
-
-def _check_loaded(state_dict: dict[str, Any], known: set[str]) -> None:
-    """Raises ValueError for a state_dict whose groups are not those of a LearnedOptimizer.
-
-    Groups may have more entries, because schedulers and users add some. An entry that is typical of
-    other optimizers is accepted only if it is `known`, that is, in this optimizer's groups.
-    """
-    advice = "load what the state_dict() of a LearnedOptimizer returned, or start without a state"
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"state_dict has {list(state_dict)}, not state and param_groups; {advice}")
-    for number, group in enumerate(state_dict["param_groups"]):
-        lacking = [name for name in ("params", "lr", "weight_decay") if name not in group]
-        theirs = {name: group[name] for name in THEIRS if name in group and name not in known}
-        if lacking or theirs:
-            found = f"lacks {', '.join(lacking)}" if lacking else f"has {theirs}"
-            raise ValueError(
-                f"param_groups[{number}] of the state_dict {found}, so it is of another "
-                f"optimizer; {advice}"
-            )
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    """Returns a copy of `value` with tensors at any depth on `device`, in their own dtype."""
-    return tree_map(
-        lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x), value
-    )
-
-
-def _entries(blocks: list[Block]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yields each parameter with the rule's entries of its state."""
-    for block in blocks:
-        yield from zip(block.params, block.states, strict=True)
-
-
-def _on_its_own(entries: dict[str, Any], views: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the entries of a parameter, with those of the rule copied to their own storage."""
-    return {
-        name: own(x) if name in views and isinstance(x, Tensor) else x
-        for name, x in entries.items()
-    }
-
-
-def _apart(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state_dict with copies of the rule's entries, which later steps do not change."""
-    state = {k: dict(x) if isinstance(x, dict) else x for k, x in state_dict["state"].items()}
-    live, saved = (
-        [p for group in groups for p in group["params"]]
-        for groups in (optimizer.param_groups, state_dict["param_groups"])
-    )
-    number = dict(zip(live, saved, strict=True))
-    for _, blocks in cast(LearnedOptimizer, optimizer)._blocks.values():
-        for p, views in _entries(blocks):
-            if p in optimizer.state and p in number:
-                state[number[p]] = _on_its_own(optimizer.state[p], views)
-    return state_dict | {"state": state}
 
 
 def _moves(p: Tensor) -> bool:

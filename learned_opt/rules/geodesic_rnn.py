@@ -17,15 +17,23 @@ from learned_opt.rules.base import (
     not_compiled,
     register,
 )
-from learned_opt.rules.basis import ENTRIES, SELDOM, follow, rescaled, start
+from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
-from learned_opt.rules.layout import Chunk, Layout, State, join
+from learned_opt.rules.fall import known_share, rest
+from learned_opt.rules.layout import Layout, State, as_tensor, join
+from learned_opt.rules.moments import (
+    BETAS,
+    DIRECTIONS,
+    EPS,
+    RATES,
+    RECENT,
+    add_moments,
+    average,
+    clip,
+    normal,
+    rescale,
+)
 
-BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages out noise
-BETA_V = 0.99  # second moment
-RATES = tuple((beta,) for beta in (*BETAS, BETA_V))
-EPS = 1e-12  # below any gradient that matters, so that the rule is independent of the loss's scale
-CLIP = 1.5  # gradients are clipped to so many times their usual RMS, so that outliers do no harm
 VANISHED = 1e-3  # r is at least this share of its peak: vanishing gradients are not amplified
 VECTOR_SIZE = 0.1  # the usual RMS of biases and gains
 LARGEST = 4.0  # the largest size that steps are relative to, in units of the usual size
@@ -33,22 +41,16 @@ MIN_SIZE = 0.03  # the least size of a tensor among the network's inputs; less f
 # With `beginnings`:
 VECTOR_STEP = 0.03  # ρ of vectors, in place of one to four times VECTOR_SIZE
 LEAST = 0.1  # ρ of a matrix that does not start at zero is at least this share of its usual size
-WARM_UP = 0.05  # in long runs of known length N, steps of a tensor rise over N · WARM_UP steps
-FALLEN = 30.0  # averages are rescaled when gradients fall, all at once, to less than r̄ over this
-PAST = 8  # for about so many steps
-SHORT = 300  # in runs up to this length, a known length makes no difference
 STEP = 0.1  # the relative step of the untrained rule, near Adam(0.003-0.01) on default inits
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the step number among the inputs stops here, beyond the longest training runs
 WIDEST = 3072.0  # the fan-in among the inputs stops here, for the same reason
-DIRECTIONS = 1 + len(BETAS)
 # Inputs that are logarithms x enter as max(x, least) / unit + shift. They are the RMS of each
 # m̂_k/r, the gradient's decline, growth, size, and the noise of the gradient.
 LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
     (-7.0, 3.0, 0.0), (-math.inf, 1.0, 0.0), (-math.inf, 3.0, 1.0), (-math.inf, 2.0, 0.0)
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
-RECENT = "recent_gradient"  # with `beginnings`, the largest RMS(g) in the last and this PAST steps
 TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
@@ -194,8 +196,8 @@ class GeodesicRNN(UpdateRule):
             rows = rows.clone()
         size = (layout.squared_norms(grads) / counts).sqrt()
         if self.beginnings:
-            state = self._rescale(rows, size, state)
-        share = self._clip(size, state)
+            state = rescale(rows, size, state)
+        share = clip(size, state)
         compiling = torch.compiler.is_compiling()  # read once: a frame may fall back to Python
         # Clip first: a basis built from few gradients may stay in use for 1,024 steps.
         into = None if compiling else rows[..., 0, :]
@@ -203,7 +205,7 @@ class GeodesicRNN(UpdateRule):
         basis, matrix = None, state.matrix
         if self.basis:
             basis, matrix = follow(grads, rows, state, self.basis, self.renew, in_place)
-        step = _as_tensor(state.step, grads) + 1
+        step = as_tensor(state.step, grads) + 1
         betas = layout.constant(RATES, step)
         # With this weight in the update of an average, the average needs no bias correction.
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
@@ -214,26 +216,26 @@ class GeodesicRNN(UpdateRule):
         look = self._look(state.step, counts) if self.every > 1 else counts
         moved, sums = [], grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
         for chunk in layout.chunks:
-            row = _average(
+            row = average(
                 chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)), compiling
             )
             if compiling:
                 moved.append(row.flatten(-2))
             if look is not None:
-                _add_moments(sums, chunk, row, chunk.of(params))
+                add_moments(sums, chunk, row, chunk.of(params))
         if compiling:
             rows = rows.copy_(join(moved))
-        rest = self._rest(state, step).to(grads.dtype)
+        fallen = rest(state, step, self.decay_after, self.beginnings).to(grads.dtype)
         state = state.advanced(coordinate=state.coordinate | {"averages": rows}, matrix=matrix)
         if look is None:
             return Observation(rows, grads.new_empty(*lead, 0, tensors), layout, basis), state
         moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
-            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, rest,
+            moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, fallen,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
-            layout.constant((_known(state),), means),
+            layout.constant((known_share(state),), means),
         )  # fmt: skip
         kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
@@ -241,23 +243,6 @@ class GeodesicRNN(UpdateRule):
             tensor = torch.cat([tensor, look], -2)
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
         return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
-
-    def _rest(self, state: State, step: Tensor) -> Tensor:
-        """Returns the factor by which steps have fallen, (tensors,) or (1,).
-
-        Args:
-            state: the state before this update.
-            step: the number of this update.
-        """
-        anytime = (self.decay_after / step).clamp(max=1)
-        if state.num_steps is None:
-            return anytime
-        made = step - 1 if state.clock is None else _as_tensor(state.clock, step)
-        told = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
-        if self.beginnings:
-            told = told * (step / (WARM_UP * state.num_steps)).clamp(max=1)
-        known = _known(state)
-        return anytime ** (1 - known) * told**known
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -268,45 +253,6 @@ class GeodesicRNN(UpdateRule):
         """
         looks = [due(t, self.every) for t in as_numbers(step)]
         return like.new_tensor(looks) if any(looks) else None
-
-    @staticmethod
-    def _rescale(rows: Tensor, size: Tensor, state: State) -> State:
-        """Brings averages to the scale of gradients that have fallen all at once, `rows` in place.
-
-        That is so after a first gradient that was far too large, or if the loss is rescaled. The
-        averages would remember the old scale for hundreds of steps, with steps of almost nothing.
-        Gradients that fall little by little, as those of a net that has learned its data by heart,
-        do not count: their steps should become small.
-
-        Args:
-            rows: the last gradient, its averages and r, (*tasks, 5, d).
-            size: RMS(g) of each tensor, (*tasks, tensors).
-            state: the state before this step.
-        """
-        before, now = state.tensor[RECENT].unbind(-2)
-        usual, turn = state.tensor["gradient_rms"].squeeze(-2), _as_tensor(state.step, size) % PAST
-        before, now = torch.where(turn == 0, now, before), torch.where(turn == 0, 0, now)
-        now = torch.maximum(now, size)
-        sudden = (now > 0) & (torch.minimum(before, usual) > FALLEN * now)
-        fallen = sudden & (turn == PAST - 1)
-        kept = {RECENT: torch.stack([before, now], -2)}
-        if torch.compiler.is_compiling() or size.device.type != "cpu" or fallen.any():
-            share = torch.where(fallen, now / usual, 1)
-            rows[..., 1:, :] *= state.layout.expand(share).unsqueeze(-2)
-            names = ("peak_gradient", "gradient_rms")
-            kept |= {name: state.tensor[name] * share.unsqueeze(-2) for name in names}
-            state = replace(state, matrix=rescaled(state.matrix, share.square()))
-        return replace(state, tensor=state.tensor | kept)
-
-    @staticmethod
-    def _clip(rms: Tensor, state: State) -> Tensor:
-        """Returns the factor that clips each tensor's gradient, (*tasks, tensors).
-
-        It is min(1, CLIP · r̄ / RMS(g)) with the r̄ of the step before.
-        """
-        usual = state.tensor["gradient_rms"].squeeze(-2)
-        left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
-        return torch.where(usual > 2 * EPS, left, 1)  # before a first gradient r̄ is unknown
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, rest: Tensor, matrix: Tensor, fan_in: Tensor,
@@ -324,7 +270,7 @@ class GeodesicRNN(UpdateRule):
             scales: LOGS as a tensor.
             initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
             peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
-            known: how much the length of the run counts, see `_known`, (1,).
+            known: how much the length of the run counts, see `known_share`, (1,).
 
         Returns:
             (*tasks, TENSOR_INPUTS + MIXING, tensors), with `known` between the two for rules with a
@@ -422,7 +368,7 @@ class GeodesicRNN(UpdateRule):
 
     def features(self, observation: Observation) -> Tensor:
         """Returns m̂_k/r, (*tasks, 4, d)."""
-        return _normal(observation.coordinate)
+        return normal(observation.coordinate)
 
     def mix(self, gains: Tensor, observation: Observation) -> Tensor:
         """Returns Σ_k gains_k features_k in the coordinates of θ, (*tasks, d).
@@ -436,7 +382,7 @@ class GeodesicRNN(UpdateRule):
     def _own(row: Tensor, tensor: Tensor) -> Tensor:
         """Returns the inputs that coordinates do not share: m̂_k/r and log(r/r̄)/3, (*, 5, units)."""
         noise = (row[..., -1:, :] * tensor[..., -2:-1, :]).log() / 3
-        return torch.cat([_normal(row), noise], -2)
+        return torch.cat([normal(row), noise], -2)
 
     @staticmethod
     def _coordinate_update(out: Tensor, row: Tensor, tensor: Tensor) -> Tensor:
@@ -449,7 +395,7 @@ class GeodesicRNN(UpdateRule):
         """Returns Σ_k gains_k features_k in the observation's basis; gains are (*, 4, tensors)."""
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
-            return (gains[..., observation.layout] * _normal(rows)).sum(-2)
+            return (gains[..., observation.layout] * normal(rows)).sum(-2)
         updates = []
         for chunk in observation.layout.chunks:
             (first, *others, r), weights = chunk.of(rows).unbind(-3), chunk.spread(gains).unbind(-3)
@@ -475,14 +421,6 @@ def _applied(head: nn.Linear, h: Tensor) -> Tensor:
     return per_task(head.weight, h) @ h + head.bias.unsqueeze(-1)
 
 
-def _known(state: State) -> float:
-    """Returns how much the length of the run counts, from 0 if it is not known to 1.
-
-    The network knows runs of some hundred steps; the longer the run, the less its say.
-    """
-    return 0.0 if state.num_steps is None else 1 - min(1.0, SHORT / state.num_steps)
-
-
 def _is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1
 
@@ -498,59 +436,3 @@ def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
     step = STEP * log_step.exp()
     moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # an upper bound, in units of size
     return mixture, -step * size / (1 + moved / MAX_STEP)
-
-
-def _as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
-    """Returns a step count as (tensors,) or (1,), in a dtype that is exact enough for β**step."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
-    return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
-
-
-def _average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, compiling: bool) -> Tensor:
-    """Returns the rows [g, m̂, r] (*, 5, n, size) after a step with the gradient g (*, n, size).
-
-    Unless `compiling`, `row` is updated in place and must contain g already.
-    """
-    g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
-    if compiling:  # the compiler fuses this into one loop, but not writes to views
-        m = m.lerp(g, weights[:-1])
-        r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
-        return torch.cat([g, m, r], -3)
-    m.lerp_(g, weights[:-1])
-    r.square_().lerp_(g * g, weights[-1:]).sqrt_().clamp_(min=floor.unsqueeze(-3))
-    return row
-
-
-def _add_moments(sums: Tensor, chunk: Chunk, row: Tensor, params: Tensor) -> None:
-    """Adds ⟨m̂_j/r, m̂_k/r⟩ and the squares of g, r and θ to `sums` (*, tensors, 16 + 3).
-
-    The rows [g, m̂, r] are (*, 5, n, size), and params (*, n, size).
-    """
-    gram, squares = sums.split([DIRECTIONS**2, 3], -1)
-    gram, squares = gram.unflatten(-1, (DIRECTIONS, DIRECTIONS)), squares.mT
-    normal = row[..., :-1, :, :] / row[..., -1:, :, :]
-    for (own, directions), (_, new), (_, theta) in zip(
-        *map(chunk.parts, (normal, row, params)), strict=True
-    ):
-        gram[..., own, :, :].add_(_gram(directions))
-        ends = new[..., ::DIRECTIONS, :, :]  # g and r
-        squares[..., :-1, own].add_(torch.linalg.vecdot(ends, ends))
-        squares[..., -1, own].add_(torch.linalg.vecdot(theta, theta))
-
-
-def _gram(normal: Tensor) -> Tensor:
-    """Returns ⟨m̂_j/r, m̂_k/r⟩, (*, n, 4, 4), of m̂_k/r (*, 4, n, size)."""
-    normal = normal.movedim(-2, -3)
-    if not torch.compiler.is_compiling():
-        return normal @ normal.mT
-    rows = normal.unbind(-2)
-    products = {
-        (i, j): (rows[i] * rows[j]).sum(-1) for j in range(DIRECTIONS) for i in range(j + 1)
-    }
-    lines = [[products[min(i, j), max(i, j)] for j in range(DIRECTIONS)] for i in range(DIRECTIONS)]
-    return torch.stack([torch.stack(line, -1) for line in lines], -2)
-
-
-def _normal(rows: Tensor) -> Tensor:
-    """Returns m̂_k/r (*, 4, n) from rows [m̂_k, r] (*, 5, n)."""
-    return rows[..., :-1, :] / rows[..., -1:, :]

@@ -134,23 +134,23 @@ class Layout:
 
         A row of a convolution is all that belongs to one output channel.
         """
-        shapes = [
-            (math.prod(part[1:]),) if len(part) > 1 else (math.prod(part),)
-            for part in self.local or self.shapes
-            for _ in range(part[0] if len(part) > 1 else 1)
-        ]
-        return Layout(tuple(shapes), reduction=self.row_reduction, chunk=self.chunk)
+        shapes = tuple((size,) for size, _ in self._rows)
+        return Layout(shapes, reduction=self.row_reduction, chunk=self.chunk)
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, bool]]:
+        """The size of each row on this process, and whether it belongs to a matrix."""
+        found: list[tuple[int, bool]] = []
+        for part in self.local or self.shapes:
+            rows, matrix = (part[:1], True) if len(part) > 1 else ((), False)
+            found += [(math.prod(part[len(rows) :]), matrix)] * math.prod(rows)
+        return found
 
     def of_matrices(self, value: float, x: Tensor) -> Tensor:
         """Returns `value` for rows of matrices and 0 for vectors, (rows,), with dtype of `x`."""
         key = ("of_matrices", value, x.dtype, x.device)
         if key not in self._made:
-            values = [
-                value if len(part) > 1 else 0.0
-                for part in self.local or self.shapes
-                for _ in range(part[0] if len(part) > 1 else 1)
-            ]
-            self._made[key] = x.new_tensor(values)
+            self._made[key] = x.new_tensor([value if matrix else 0.0 for _, matrix in self._rows])
         return self._made[key]
 
     def reduce(self, sums: Tensor) -> Tensor:
@@ -289,6 +289,12 @@ class State:
         """Returns the state after one more step, with these entries replaced."""
         clock = None if self.clock is None else self.clock + 1
         return replace(self, step=self.step + 1, clock=clock, **changes)
+
+
+def as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
+    """Returns a step count as (tensors,) or (1,), in a dtype that is exact enough for β**step."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
+    return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
 
 
 def join(pieces: list[Tensor]) -> Tensor:

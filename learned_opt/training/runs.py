@@ -135,9 +135,8 @@ def unpack(packed: dict, device: torch.device) -> OpenRun:
     """Inverts `pack`."""
     layout = Layout(tuple(map(tuple, packed["layout"]["shapes"])))
     kinds = (packed[kind] for kind in KINDS)
-    state = State(
-        layout, packed["step"], *kinds, num_steps=packed.get("num_steps")
-    )  # checkpoints may be older
+    told = packed.get("num_steps")  # older checkpoints have none
+    state = State(layout, packed["step"], *kinds, num_steps=told)
     state = state.map(lambda x: x.to(device))
     xi = packed["xi"] if packed["xi"] is None else packed["xi"].to(device)
     theta = packed["theta"].to(device)

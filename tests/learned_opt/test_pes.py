@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import ClassVar
@@ -66,8 +67,8 @@ class Momentum(UpdateRule):
         return -self.w[0] * new.squeeze(-2), hidden.copy_(new) if in_place else new
 
 
-def run_objective(rule: UpdateRule, w: Tensor) -> float:
-    """Σ over windows of log(mean loss + FLOOR), a whole run with weights w."""
+def whole_run(rule: UpdateRule, w: Tensor) -> Tensor:
+    """The losses of a run with weights w, (HORIZON,)."""
     task, state = Quadratic(), rule.init_state(Quadratic().init(0), Quadratic.shapes)
     theta, losses = task.init(0), []
     with torch.no_grad():
@@ -76,13 +77,23 @@ def run_objective(rule: UpdateRule, w: Tensor) -> float:
             update, state = rule.update(task.loss_and_grad(theta, ())[1], theta, state)
             theta = theta + update
             losses.append(task.loss(theta, ()))
-    return float((torch.cat(losses).view(-1, WINDOW).mean(-1) + FLOOR).log().sum())
+    return torch.cat(losses)
 
 
-def whole_gradient(rule: UpdateRule, h: float = 1e-5) -> Tensor:
-    """Of `run_objective` in the rule's w, (2,), by finite differences."""
+def windows(losses: Tensor) -> Tensor:
+    """Σ over windows of log(mean loss + FLOOR)."""
+    return (losses.view(-1, WINDOW).mean(-1) + FLOOR).log().sum()
+
+
+def whole_gradient(
+    rule: UpdateRule, objective: Callable[[Tensor], Tensor] = windows, h: float = 1e-5
+) -> Tensor:
+    """Of `objective` of a run's losses in the rule's w, (2,), by finite differences."""
     w, eye = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64)
-    found = [run_objective(rule, w + h * e) - run_objective(rule, w - h * e) for e in eye]
+    found = [
+        float(objective(whole_run(rule, w + h * e)) - objective(whole_run(rule, w - h * e)))
+        for e in eye
+    ]
     with torch.no_grad():
         rule.w.copy_(w)
     return torch.tensor(found, dtype=torch.float64) / (2 * h)
@@ -117,21 +128,10 @@ def test_whole_runs_are_judged_by_their_ends() -> None:
     """The gradient of log(mean loss of the last quarter + FLOOR), by finite differences."""
     rule, task, judged = Momentum(), Quadratic(), 0.25
 
-    def end(w: Tensor) -> float:
-        theta, losses = task.init(0), []
-        state = rule.init_state(theta, task.shapes)
-        with torch.no_grad():
-            rule.w.copy_(w)
-            for _ in range(HORIZON):
-                update, state = rule.update(task.loss_and_grad(theta, ())[1], theta, state)
-                theta = theta + update
-                losses.append(task.loss(theta, ()))
-        return float((torch.cat(losses[-math.ceil(judged * HORIZON) :]).mean() + FLOOR).log())
+    def end(losses: Tensor) -> Tensor:
+        return (losses[-math.ceil(judged * HORIZON) :].mean() + FLOOR).log()
 
-    w, eye, h = rule.w.detach().clone(), torch.eye(2, dtype=torch.float64), 1e-5
-    expected = torch.tensor([(end(w + h * e) - end(w - h * e)) / (2 * h) for e in eye])
-    with torch.no_grad():
-        rule.w.copy_(w)
+    expected = whole_gradient(rule, end)
     config = TrainConfig(objectives=("pes",), pes=PESConfig(0.01, 40), window=None)
     found = []
     for key in range(60):
