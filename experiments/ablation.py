@@ -42,7 +42,7 @@ from generalization import (
     untrained,
     validation_tasks,
 )
-from rows import markdown, read, save
+from result_files import markdown, read, save
 
 from geodesic.dataset import PathDataset
 from learned_opt.benchmarking import BenchmarkConfig
@@ -55,10 +55,10 @@ from learned_opt.benchmarking.stats import (
     times_less,
 )
 from learned_opt.config import TeacherConfig, TrainConfig
-from learned_opt.geodesics import write_geodesics
 from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.rules import UpdateRule
 from learned_opt.run import run_optimizer
+from learned_opt.target_paths import write_geodesics
 from learned_opt.tasks.kinds import make_task
 from learned_opt.weights import digest, load_rule
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from rows import markdown, save
+from result_files import markdown, save
 
 from learned_opt.benchmarking import BenchmarkConfig, benchmark
 from learned_opt.benchmarking.tables import read_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rows import markdown_table, read
+from result_files import markdown_table, read
 
 from learned_opt.benchmarking.report import meaning_of, overview_of
 from learned_opt.benchmarking.stats import iqm, probability_of_improvement, stratified_bootstrap

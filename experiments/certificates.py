@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 from torch import Tensor
 from torch.func import vmap
 

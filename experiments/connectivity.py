@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 from tqdm import tqdm

@@ -19,7 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from rows import read, save
+from result_files import read, save
 
 from learned_opt import LearnedOptimizer
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 from scipy.special import log_softmax
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +35,7 @@ from geodesic.solve import find_geodesics
 from geodesic.targets import Pairs, Problem, run_teacher
 from geodesic.trajectory import Trajectory
 from learned_opt.config import GeodesicsConfig
-from learned_opt.geodesics import make_problem
+from learned_opt.target_paths import make_problem
 from learned_opt.tasks.base import generator
 
 ROOT = Path(__file__).resolve().parents[1]

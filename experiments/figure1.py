@@ -26,7 +26,7 @@ from figure1_problems import Problem, images, language, polynomial
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from rows import read, save
+from result_files import read, save
 from torch import Tensor
 from torch.func import grad, vmap
 from tqdm import tqdm

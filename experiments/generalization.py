@@ -29,16 +29,16 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from rows import read, save
+from result_files import read, save
 
 from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.mlp import MLPTask
+from learned_opt.training.objectives.torch_imitation import Teacher
 from learned_opt.training.stages import first_stage
 from learned_opt.training.stages import train as fit
-from learned_opt.training.torch_imitation import Teacher
 from learned_opt.weights import digest, load_rule
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,7 @@ from geodesic_problems import (
     ends,
     muller_brown_cases,
 )
-from rows import markdown, read, save
+from result_files import markdown, read, save
 from torch import Tensor
 
 from geodesic import find_geodesic, length, resample

@@ -17,7 +17,7 @@ from geodesic.path import chord
 from geodesic.solve import BULGES, CHORD_SAMPLES, _bulge
 from geodesic.targets import consecutive_pairs, run_teacher
 from learned_opt.config import FamilyConfig, GeodesicsConfig
-from learned_opt.geodesics import make_problem
+from learned_opt.target_paths import make_problem
 
 SEGMENTS = 32
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from geodesic_comparison import comparison, warm_up
 from geodesic_problems import SEGMENTS, bump, ends
-from rows import markdown, read, save
+from result_files import markdown, read, save
 from torch import Tensor
 
 from geodesic import (

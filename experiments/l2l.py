@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from generalization import parse
-from rows import markdown, read, save
+from result_files import markdown, read, save
 from torch import Tensor
 
 from learned_opt.benchmarking.tune import half_decades

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import read, save
+from result_files import read, save
 from turns import TURN, TURNS, in_turn
 
 from learned_opt.benchmarking import BenchmarkTask, Entrant

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from ablation import held_out_tasks
 from benchmark_tables import folders
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 
 from learned_opt import LearnedOptimizer
 from learned_opt.benchmarking.stats import iqm, stratified_bootstrap

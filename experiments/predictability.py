@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from connectivity import RESULTS, WIDTHS, cells, outcome, width, width_table
-from rows import markdown_table, read, save
+from result_files import markdown_table, read, save
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
@@ -37,13 +37,13 @@ from tqdm import tqdm
 from geodesic.path import normalized_length
 from geodesic.targets import TargetConfig, consecutive_pairs, run_teacher, solve_pairs, target_paths
 from learned_opt.config import GeodesicsConfig
-from learned_opt.geodesics import make_problem
 from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.target_paths import make_problem
 from learned_opt.tasks.base import generator, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
 from learned_opt.tasks.mlp import MLPTask
-from learned_opt.training.imitation import HUBER, imitation_loss
-from learned_opt.training.replay import sum_by_tensor
+from learned_opt.training.objectives.imitation import HUBER, imitation_loss
+from learned_opt.training.objectives.replay import sum_by_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "predictability.png"

@@ -29,7 +29,7 @@ from l2l import section as l2l_section
 from odd_nets import table as odd_nets_table
 from paired_seconds import table as seconds_table
 from predictability import width_table
-from rows import markdown_table, read
+from result_files import markdown_table, read
 from training_tables import growth_table, memory_table, shares_table, speed_table, weak_table
 
 from learned_opt.benchmarking.stats import probability_of_improvement

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rows import save
+from result_files import save
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 

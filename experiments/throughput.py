@@ -31,7 +31,7 @@ from pathlib import Path
 import geodesic_throughput
 import step_overhead
 import torch
-from rows import save
+from result_files import save
 from step_overhead import COLUMNS, WARM_UP, sample_steps
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer

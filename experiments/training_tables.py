@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from rows import markdown_table, read
+from result_files import markdown_table, read
 
 PARTS = ("minibatch", "task_gradient", "features", "network", "statistics", "backward", "rest")
 

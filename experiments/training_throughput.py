@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import weak_scaling
-from rows import markdown, save
+from result_files import markdown, save
 from torch import nn
 
 from learned_opt.config import TrainConfig

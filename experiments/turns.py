@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import save
+from result_files import save
 
 from learned_opt.benchmarking import BenchmarkTask, Entrant
 from learned_opt.cli import parse

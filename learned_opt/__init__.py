@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
     from learned_opt.comparison import Comparison, compare
     from learned_opt.config import GeodesicsConfig, TrainConfig
-    from learned_opt.geodesics import make_geodesics
     from learned_opt.optimizer import LearnedOptimizer
     from learned_opt.rules import UpdateRule, make_rule, register
+    from learned_opt.target_paths import make_geodesics
     from learned_opt.tasks.base import Task
     from learned_opt.tasks.families import FamilyConfig
     from learned_opt.tasks.kinds import TaskConfig
@@ -61,7 +61,7 @@ _MODULES = {
     "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
     "learned_opt.comparison": ("Comparison", "compare"),
     "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
-    "learned_opt.geodesics": ("make_geodesics",),
+    "learned_opt.target_paths": ("make_geodesics",),
     "learned_opt.optimizer": ("LearnedOptimizer",),
     "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
     "learned_opt.tasks.base": ("Task",),

@@ -65,7 +65,7 @@ COMMANDS = {
     "geodesics": Command(
         "Make a data set of target paths from SGD runs and the geodesics that shorten them.",
         "learned_opt.config:GeodesicsConfig",
-        "learned_opt.geodesics:make_geodesics",
+        "learned_opt.target_paths:make_geodesics",
         {
             "plot": Flag("", "Plots some paths into the folder plots/"),
             "processes": Flag("N", "The number of processes on this machine (default: 1)", int),

@@ -17,10 +17,9 @@ from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 from learned_opt.tasks.kinds import TaskConfig
+from learned_opt.training.objectives import OBJECTIVES
 
-# Objectives that train on windows of the rule's own runs.
-RUN_OBJECTIVES = ("meta_loss", "backprop", "pes", "step_size")
-OBJECTIVES = ("imitation", "torch_imitation", *RUN_OBJECTIVES)
+RUN_OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.runs)
 # Element-wise optimizers: they treat the parameters of many tasks in one tensor independently.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
             "SGD")  # fmt: skip
@@ -325,8 +324,8 @@ class TrainConfig:
     logger: str = "csv"
 
     def __post_init__(self) -> None:
-        if not self.objectives or set(self.objectives) - set(OBJECTIVES):
-            raise ConfigError(f"objectives is {self.objectives}; use some of {OBJECTIVES}")
+        if not self.objectives or set(self.objectives) - OBJECTIVES.keys():
+            raise ConfigError(f"objectives is {self.objectives}; use some of {tuple(OBJECTIVES)}")
         names = ["updates", "epoch_length", "coordinates", "open_runs", "validation_steps",
                  "validation_draws", "selection_interval"]  # fmt: skip
         for name in names if self.window is None else [*names, "window"]:

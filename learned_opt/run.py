@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learned_opt.memory import peak_memory
+from learned_opt.peak_memory import peak_memory
 from learned_opt.rules.base import UpdateRule
 from learned_opt.tasks.base import Task
 from learned_opt.tasks.trainee import Parameters, Trainee

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from learned_opt.blocks import Block, own
+from learned_opt.flat_buffers import Block, own
 
 # Settings by which the state of another optimizer is recognized. Each optimizer of torch has some.
 THEIRS = ("betas", "momentum", "eps", "foreach", "fused", "capturable", "differentiable")

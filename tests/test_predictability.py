@@ -12,7 +12,7 @@ import torch
 
 from geodesic.targets import TargetConfig
 from learned_opt.rules import make_rule
-from learned_opt.training.imitation import imitation_loss
+from learned_opt.training.objectives.imitation import imitation_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import connectivity

@@ -26,7 +26,7 @@ from geodesic.files import write_atomic
 from learned_opt.benchmarking.config import BenchmarkTask
 from learned_opt.benchmarking.entrants import Entrant
 from learned_opt.benchmarking.together import Together
-from learned_opt.outputs import provenance
+from learned_opt.output_folder import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.data import DAMAGED
 from learned_opt.tasks.kinds import Draw, make_task

@@ -19,7 +19,7 @@ from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.benchmarking.curves import profiles, style
 from learned_opt.benchmarking.stats import PROFILE_TASKS
 from learned_opt.benchmarking.summary import Entry, Table
-from learned_opt.outputs import plain
+from learned_opt.output_folder import plain
 
 FULL = 8  # the factor, better or worse, at which a color is full
 MIME = {".csv": "text/csv", ".gz": "application/gzip"}

@@ -29,7 +29,7 @@ from learned_opt.benchmarking.validation import run_validation
 from learned_opt.benchmarking.validation_report import write_validation_report
 from learned_opt.benchmarking.workers import Lost
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.tasks.download import download
 from learned_opt.tasks.kinds import make_task
 from learned_opt.yaml_size import check_size

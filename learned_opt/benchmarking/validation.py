@@ -15,7 +15,7 @@ from learned_opt.benchmarking.cells import Cell, Record
 from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask
 from learned_opt.benchmarking.entrants import FIELD, LEARNED, Entrant, is_range
 from learned_opt.benchmarking.tune import half_decades, settings_of
-from learned_opt.outputs import provenance
+from learned_opt.output_folder import provenance
 from learned_opt.run import run_optimizer
 from learned_opt.tasks.kinds import Draw, make_task
 

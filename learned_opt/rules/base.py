@@ -281,6 +281,11 @@ def decay(
     return taken
 
 
+def trainable(rule: UpdateRule) -> list[nn.Parameter]:
+    """Returns the meta-parameters that are not frozen."""
+    return [p for p in rule.parameters() if p.requires_grad]
+
+
 _REGISTRY: dict[str, type[UpdateRule]] = {}
 
 

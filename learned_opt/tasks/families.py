@@ -147,6 +147,11 @@ def sample_tasks(
     return rescaled
 
 
+def shard_key(seed: int, index: int) -> tuple[object, ...]:
+    """Returns the key of the tasks of a shard of target paths."""
+    return "train", seed, index
+
+
 def _kind(family: FamilyConfig, key: tuple[object, ...]) -> str:
     """Returns the kind of the draw `key`; kinds are drawn with their relative frequencies."""
     names, weights = zip(*sorted(family.kinds.items()), strict=True)

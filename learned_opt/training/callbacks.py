@@ -18,7 +18,7 @@ from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.progress import Progress
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of
-from learned_opt.training.torch_imitation import Teacher
+from learned_opt.training.objectives.torch_imitation import Teacher
 
 if TYPE_CHECKING:
     from learned_opt.training.module import MetaTraining

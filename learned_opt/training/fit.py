@@ -28,11 +28,11 @@ from geodesic.dataset import PathDataset, write_atomic
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.outputs import describe_difference, plain
+from learned_opt.output_folder import describe_difference, plain
 from learned_opt.training.callbacks import Pictures, Selection, Speed, Waiting
 from learned_opt.training.data import UpdatesModule
+from learned_opt.training.initial_rule import origin
 from learned_opt.training.module import MetaTraining
-from learned_opt.training.start import origin
 from learned_opt.weights import save_rule
 
 WEIGHTS = "weights.safetensors"  # the name of the file in the output folder

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
+from learned_opt.rules.base import trainable
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import Task, seed_of
 from learned_opt.tasks.families import FamilyConfig, sample_tasks
-from learned_opt.training.base import between
 from learned_opt.training.curriculum import Curriculum
+from learned_opt.training.initial_rule import start
 from learned_opt.training.objectives import OBJECTIVES
-from learned_opt.training.start import start, trainable
+from learned_opt.training.objectives.base import Context, between
 
 FINAL_LEARNING_RATE = 0.05  # as a share of the initial one
 
@@ -36,6 +37,17 @@ class MetaTraining(L.LightningModule):
         self.curriculum = Curriculum(config.curriculum) if config.curriculum else None
         self.scores: list[Tensor] = []  # the scores of this validation
         self.inner_steps: int | Tensor = 0  # made by this process in this epoch, see callbacks.py
+
+    def context(self) -> Context:
+        """Returns what the objectives are given."""
+        return Context(
+            self.rule, self.family, self.global_rank, self.tasks,
+            log=lambda name, value: self.log(name, value, prog_bar=True, batch_size=1),
+            count=self._count, length=self.curriculum and self.curriculum.length,
+        )  # fmt: skip
+
+    def _count(self, steps: int | Tensor) -> None:
+        self.inner_steps += steps
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(trainable(self.rule), lr=self.config.learning_rate)
@@ -65,7 +77,7 @@ class MetaTraining(L.LightningModule):
     def training_step(self, item: dict) -> Tensor:
         name, done = item["objective"], item["number"] / self.config.updates
         weight = between(self.config.weight_of(name), done)
-        loss = weight * self.objectives[name].loss(self, item)
+        loss = weight * self.objectives[name].loss(self.context(), item)
         self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 

@@ -10,12 +10,12 @@ from geodesic.files import user_path
 from geodesic.sharded import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.geodesics import summarize, write_geodesics
 from learned_opt.interrupts import is_first
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.rules import make_rule
 from learned_opt.run import one_thread
-from learned_opt.training.start import part_like
+from learned_opt.target_paths import summarize, write_geodesics
+from learned_opt.training.initial_rule import part_like
 
 
 @one_thread()

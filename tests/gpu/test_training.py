@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geodesic.dataset import PathDataset
 from learned_opt.config import OBJECTIVES, CurriculumConfig, TrainConfig
-from learned_opt.geodesics import write_geodesics
+from learned_opt.target_paths import write_geodesics
 from learned_opt.training.fit import check, fit
 from learned_opt.training.module import MetaTraining
 from learned_opt.weights import load_rule

@@ -23,7 +23,7 @@ from learned_opt.benchmarking.cells import Cell, load, without_folders
 from learned_opt.benchmarking.runner import Runner
 from learned_opt.benchmarking.stores import Files, Rows
 from learned_opt.benchmarking.validation import ValidationCell
-from learned_opt.memory import peak_memory
+from learned_opt.peak_memory import peak_memory
 from learned_opt.tasks.kinds import TaskConfig
 
 ROOT = Path(__file__).parents[2]

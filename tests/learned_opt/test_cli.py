@@ -22,7 +22,7 @@ from geodesic.dataset import PathDataset
 from learned_opt import LearnedOptimizer
 from learned_opt.cli import main, make_parser, parse
 from learned_opt.interrupts import RANKS
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -15,7 +15,7 @@ from learned_opt.config import TeacherConfig
 from learned_opt.rules import Layout, Observation, State, UpdateRule
 from learned_opt.tasks.base import seed_of
 from learned_opt.tasks.mlp import MLPTask
-from learned_opt.training.imitation import (
+from learned_opt.training.objectives.imitation import (
     AHEAD,
     HUBER,
     MIN_PROGRESS,
@@ -24,8 +24,8 @@ from learned_opt.training.imitation import (
     nearest,
     regression,
 )
-from learned_opt.training.replay import SampledReplay
-from learned_opt.training.torch_imitation import torch_imitation_loss
+from learned_opt.training.objectives.replay import SampledReplay
+from learned_opt.training.objectives.torch_imitation import torch_imitation_loss
 from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 
 

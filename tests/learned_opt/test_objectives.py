@@ -15,8 +15,8 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.mlp import MLPTask
 from learned_opt.training import objectives
-from learned_opt.training.meta_loss import meta_loss, unrolled_loss
-from learned_opt.training.runs import OpenRun
+from learned_opt.training.objectives.meta_loss import meta_loss, unrolled_loss
+from learned_opt.training.objectives.runs import OpenRun
 from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 
 

@@ -16,12 +16,12 @@ from learned_opt.benchmarking.stores import Rows
 from learned_opt.cli import main
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, DataError, OutputError, WeightsError
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.tasks.data import load_images
 from learned_opt.tasks.kinds import TaskConfig
 from learned_opt.tasks.text import load_text
 from learned_opt.tasks.workloads.texts import load_corpus
-from learned_opt.training.start import origin
+from learned_opt.training.initial_rule import origin
 
 IMPOSSIBLE = ("~nosuchuser/x", "a\0b", 300 * "n")
 

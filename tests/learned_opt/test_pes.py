@@ -16,10 +16,10 @@ from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
-from learned_opt.training.meta_loss import MetaLoss
-from learned_opt.training.pes import PES, differences, perturbed, pes_gradient, roll_out
-from learned_opt.training.runs import pack, unpack
-from learned_opt.training.step_size import StepSize, reunite, step_size_gradient
+from learned_opt.training.objectives.meta_loss import MetaLoss
+from learned_opt.training.objectives.pes import PES, differences, perturbed, pes_gradient, roll_out
+from learned_opt.training.objectives.runs import pack, unpack
+from learned_opt.training.objectives.step_size import StepSize, reunite, step_size_gradient
 from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 
 HORIZON, WINDOW, FLOOR = 12, 3, 0.1

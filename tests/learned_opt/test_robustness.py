@@ -17,7 +17,7 @@ from learned_opt.benchmarking import BenchmarkTask, Entrant
 from learned_opt.benchmarking.stores import Rows
 from learned_opt.benchmarking.validation import ValidationCell
 from learned_opt.errors import OutputError
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.tasks.kinds import TaskConfig
 from tests.learned_opt.disks import Disk, disk, mount  # noqa: F401
 

@@ -51,14 +51,14 @@ if "ENV" in globals():  # forked from a server, see `together`
     sys.stdout = sys.stderr = open(ENV["LOG"], "w", buffering=1)
 
 import torch
-import learned_opt.geodesics, learned_opt.training.fit
+import learned_opt.target_paths, learned_opt.training.fit
 from learned_opt.cli import main
 from learned_opt.training.module import MetaTraining
 
 torch.set_num_threads(1)
 seen, KILL = Path(os.environ["SEEN"]), int(os.environ["KILL"])
 seen.mkdir(exist_ok=True)
-make_problem = learned_opt.geodesics.make_problem
+make_problem = learned_opt.target_paths.make_problem
 
 def note(what, rank, value):
     with open(seen / f"{what}-{rank}", "a") as file:
@@ -96,7 +96,7 @@ class Watched(MetaTraining):
     def on_train_end(self):
         torch.save(self.rule.state_dict(), seen / f"rule-{self.global_rank}.pt")
 
-learned_opt.geodesics.make_problem = noted
+learned_opt.target_paths.make_problem = noted
 learned_opt.training.fit.MetaTraining = Watched
 main()
 """

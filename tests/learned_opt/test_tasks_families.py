@@ -16,8 +16,8 @@ from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.cli import parse
 from learned_opt.config import GeodesicsConfig
 from learned_opt.errors import ConfigError
-from learned_opt.geodesics import write_geodesics
 from learned_opt.run import run_optimizer
+from learned_opt.target_paths import write_geodesics
 from learned_opt.tasks import base, kinds, module
 from learned_opt.tasks.augment import RescaledTask, equal_gradients
 from learned_opt.tasks.base import Task, seed_of

@@ -32,8 +32,8 @@ from learned_opt.config import (
     TrainConfig,
 )
 from learned_opt.errors import ConfigError, OutputError
-from learned_opt.geodesics import write_geodesics
 from learned_opt.rules import make_rule
+from learned_opt.target_paths import write_geodesics
 from learned_opt.training.data import Updates
 from learned_opt.training.fit import check_checkpoint, fit
 from learned_opt.weights import load_rule

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from learned_opt.benchmarking.tune import half_decades
 from learned_opt.config import TeacherConfig, TrainConfig
 from learned_opt.errors import OutputError
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.run import run_rule
 from learned_opt.tasks.base import seed_of
 from learned_opt.training.callbacks import ADAM_GRID, tuned_adam

@@ -19,11 +19,11 @@ from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
 from learned_opt.errors import ConfigError, OutputError
 from learned_opt.interrupts import accept_interrupts, children_spared, raised
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 from learned_opt.progress import tracked
 from learned_opt.run import one_thread
 from learned_opt.tasks.base import seed_of
-from learned_opt.tasks.families import FamilyConfig, sample_tasks
+from learned_opt.tasks.families import FamilyConfig, sample_tasks, shard_key
 
 GRACE = 10.0  # the number of seconds that a terminated process has before it is killed
 # Settings of families that older data sets do not record; these had the default values.
@@ -93,7 +93,7 @@ def make_geodesics(
 
 def make_problem(config: GeodesicsConfig, index: int) -> Problem:
     """Returns the runs of shard `index`, which are one draw of the family."""
-    key = ("train", config.seed, index)
+    key = shard_key(config.seed, index)
     task, seed = sample_tasks(config.family, key, config.data_root), seed_of("sgd", *key)
 
     def grad_fn(theta: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from learned_opt.config import StepSizeConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Observation, State, UpdateRule
+from learned_opt.rules.base import trainable
 from learned_opt.tasks.base import Task, generator, uniform
-from learned_opt.training.pes import AntitheticRuns, differences, roll_out
-from learned_opt.training.replay import start_replay
-from learned_opt.training.runs import OpenRun
-from learned_opt.training.start import trainable
+from learned_opt.training.objectives.pes import AntitheticRuns, differences, roll_out
+from learned_opt.training.objectives.replay import start_replay
+from learned_opt.training.objectives.runs import OpenRun
+
+if TYPE_CHECKING:
+    from learned_opt.config import StepSizeConfig, TrainConfig
 
 
 class StepSize(AntitheticRuns):

@@ -15,12 +15,12 @@ import yaml
 
 from geodesic.files import write_atomic
 from learned_opt.errors import OutputError
-from learned_opt.outputs import claim_output, provenance
+from learned_opt.output_folder import claim_output, provenance
 
 CONFIG = {"steps": 10, "task": {"hidden": (32, 32), "data": "digits"}}
 HOLD = """
 import sys, time
-from learned_opt.outputs import claim_output
+from learned_opt.output_folder import claim_output
 with claim_output(sys.argv[1], {"steps": 10}, "benchmark"):
     print("held", flush=True)
     time.sleep(60)

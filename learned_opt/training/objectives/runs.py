@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, UpdateRule
 from learned_opt.rules.base import due
 from learned_opt.tasks.base import Task, generator, seed_of
-from learned_opt.training.base import Objective
+from learned_opt.training.objectives.base import Context, Objective
 
 if TYPE_CHECKING:
-    from learned_opt.training.module import MetaTraining
+    from learned_opt.config import TrainConfig
 
 KINDS = ("coordinate", "tensor", "matrix")  # the fields of a State that contain tensors
 LOST = 3.0  # a run ends if all its losses exceed so many times that of chance, or θ overflows
@@ -51,6 +50,8 @@ class RunObjective(Objective):
     length of a run is drawn log-uniformly from `horizon`, or is that of the curriculum.
     """
 
+    runs = True
+
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
         super().__init__(config, rule)
         starts = range(0, config.longest_run, config.unroll)
@@ -64,7 +65,7 @@ class RunObjective(Objective):
                 f"known_length is {config.known_length}, but rule {config.rule!r} does not use the "
                 "length of a run as it is configured; use 0, or geodesic_rnn with horizon: true"
             )
-        self.runs: list[OpenRun | None] = [None] * config.open_runs
+        self.open_runs: list[OpenRun | None] = [None] * config.open_runs
 
     @abstractmethod
     def window(
@@ -84,18 +85,18 @@ class RunObjective(Objective):
         state = rule.init_state(theta, task.shapes)
         return replace(state, num_steps=horizon) if told else state
 
-    def loss(self, module: MetaTraining, item: dict) -> Tensor:
-        slot = self._updates_before(item["number"]) % len(self.runs)
-        run = self.runs[slot]
-        key = run.key if run else ("train", self.config.seed, module.global_rank, item["number"])
-        task = module.tasks(module.family, *key)
-        run = run or self.open(key, self._horizon(module, key), task, module.rule)
+    def loss(self, context: Context, item: dict) -> Tensor:
+        slot = self._updates_before(item["number"]) % len(self.open_runs)
+        run = self.open_runs[slot]
+        key = run.key if run else ("train", self.config.seed, context.rank, item["number"])
+        task = context.draw(context.family, *key)
+        run = run or self.open(key, context.length or self._horizon(key), task, context.rule)
         steps = min(self.config.unroll, run.horizon - run.state.step)
-        loss, losses = self.window(module.rule, task, run, steps)
-        module.inner_steps += steps * len(run.theta)
-        module.log("train/loss", losses.nanmean(), prog_bar=True, batch_size=1)
+        loss, losses = self.window(context.rule, task, run, steps)
+        context.count(steps * len(run.theta))
+        context.log("train/loss", losses.nanmean())
         lost = ~(losses < LOST * task.chance).any() or not run.theta.isfinite().all()
-        self.runs[slot] = None if lost or run.state.step >= run.horizon else run
+        self.open_runs[slot] = None if lost or run.state.step >= run.horizon else run
         return loss
 
     def _updates_before(self, number: int) -> int:
@@ -103,9 +104,7 @@ class RunObjective(Objective):
         cycles, rest = divmod(number, len(cycle))
         return cycles * cycle.count(self.name) + cycle[:rest].count(self.name)
 
-    def _horizon(self, module: MetaTraining, key: tuple[object, ...]) -> int:
-        if module.curriculum:
-            return module.curriculum.length
+    def _horizon(self, key: tuple[object, ...]) -> int:
         low, high = torch.tensor(self.config.horizon).double().log()
         share = torch.rand((), generator=generator("horizon", *key), dtype=torch.double)
         return round(float((low + share * (high - low)).exp()))
@@ -116,10 +115,10 @@ class RunObjective(Objective):
         return math.inf if clip is None else clip * task.chance
 
     def state_dict(self) -> dict:
-        return {"runs": [run and pack(run) for run in self.runs]}
+        return {"runs": [run and pack(run) for run in self.open_runs]}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.runs = [packed and unpack(packed, device) for packed in state["runs"]]
+        self.open_runs = [packed and unpack(packed, device) for packed in state["runs"]]
 
 
 def pack(run: OpenRun) -> dict:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from learned_opt.config import TeacherConfig
 from learned_opt.rules import UpdateRule
 from learned_opt.tasks.base import Task, seed_of
-from learned_opt.training.base import Objective
-from learned_opt.training.imitation import MAX_DRIVE, cap, regression, student_drives
-from learned_opt.training.replay import start_replay, sum_by_tensor
+from learned_opt.training.objectives.base import Context, Objective
+from learned_opt.training.objectives.imitation import MAX_DRIVE, cap, regression, student_drives
+from learned_opt.training.objectives.replay import start_replay, sum_by_tensor
 
 if TYPE_CHECKING:
-    from learned_opt.training.module import MetaTraining
+    from learned_opt.config import TeacherConfig
 
 
 class TorchImitation(Objective):
@@ -24,12 +23,12 @@ class TorchImitation(Objective):
 
     name = "torch_imitation"
 
-    def loss(self, module: MetaTraining, item: dict) -> Tensor:
-        config, key = self.config, (self.config.seed, module.global_rank, item["number"])
-        task = module.tasks(config.geodesics.family, "train", *key)
-        module.inner_steps += config.teacher.length * config.geodesics.family.num_tasks
+    def loss(self, context: Context, item: dict) -> Tensor:
+        config, key = self.config, (self.config.seed, context.rank, item["number"])
+        task = context.draw(config.geodesics.family, "train", *key)
+        context.count(config.teacher.length * config.geodesics.family.num_tasks)
         return torch_imitation_loss(
-            module.rule, task, config.teacher, config.coordinates,
+            context.rule, task, config.teacher, config.coordinates,
             student_drives(config, *key), key, config.imitation_form,
         )  # fmt: skip
 

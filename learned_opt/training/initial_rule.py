@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
 
 from geodesic.files import user_path
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, make_rule
+from learned_opt.rules.base import trainable
 from learned_opt.weights import DEFAULT, load_rule
 
 SHIPPED = "shipped"
@@ -62,11 +62,6 @@ def part_like(rule: UpdateRule, other: UpdateRule, said: str) -> UpdateRule:
             "set rule and rule_config to match it"
         )
     return part
-
-
-def trainable(rule: UpdateRule) -> list[nn.Parameter]:
-    """Returns the meta-parameters that are not frozen."""
-    return [p for p in rule.parameters() if p.requires_grad]
 
 
 def origin(start_from: str | None) -> str | None:

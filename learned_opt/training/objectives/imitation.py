@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from learned_opt.config import TrainConfig
 from learned_opt.rules import Layout, UpdateRule
 from learned_opt.tasks.base import Task, generator, seed_of
-from learned_opt.training.base import Objective, between
-from learned_opt.training.replay import Replay, start_replay, sum_by_tensor
+from learned_opt.tasks.families import shard_key
+from learned_opt.training.objectives.base import Context, Objective, between
+from learned_opt.training.objectives.replay import Replay, start_replay, sum_by_tensor
 
 if TYPE_CHECKING:
-    from learned_opt.training.module import MetaTraining
+    from learned_opt.config import TrainConfig
 
 PULL = 0.2  # the share of the distance to the path by which a target returns to it
 MAX_PULL = 2.0  # the largest return, in steps of the path; without a limit results were worse
@@ -33,13 +33,13 @@ class Imitation(Objective):
 
     name = "imitation"
 
-    def loss(self, module: MetaTraining, item: dict) -> Tensor:
+    def loss(self, context: Context, item: dict) -> Tensor:
         config, geodesics = self.config, self.config.geodesics
-        key = (config.seed, module.global_rank, item["number"])
-        task = module.tasks(geodesics.family, "train", geodesics.seed, item["shard"])
-        module.inner_steps += item["lengths"].sum()
+        key = (config.seed, context.rank, item["number"])
+        task = context.draw(geodesics.family, *shard_key(geodesics.seed, item["shard"]))
+        context.count(item["lengths"].sum())
         return imitation_loss(
-            module.rule, task, item["points"], item["lengths"], config.coordinates,
+            context.rule, task, item["points"], item["lengths"], config.coordinates,
             student_drives(config, *key), key, config.imitation_form,
         )  # fmt: skip
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Observation, State, UpdateRule
 from learned_opt.tasks.base import Batch, Task, seed_of
-from learned_opt.training.replay import start_replay
-from learned_opt.training.runs import OpenRun, RunObjective
+from learned_opt.training.objectives.replay import start_replay
+from learned_opt.training.objectives.runs import OpenRun, RunObjective
+
+if TYPE_CHECKING:
+    from learned_opt.config import TrainConfig
 
 
 class MetaLoss(RunObjective):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.rules import Observation, State, UpdateRule
+from learned_opt.rules.base import trainable
 from learned_opt.tasks.base import Task, generator, seed_of
-from learned_opt.training.runs import OpenRun, RunObjective
-from learned_opt.training.start import trainable
+from learned_opt.training.objectives.runs import OpenRun, RunObjective
 
 DIVERGED = 100.0  # losses that are larger or not finite count as so many times that of chance
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from geodesic.files import write_atomic
-from learned_opt.outputs import provenance
+from learned_opt.output_folder import provenance
 
 
 def save(folder: Path, name: str, rows: list[dict], **facts) -> None:

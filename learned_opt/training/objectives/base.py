@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from learned_opt.config import TrainConfig
 from learned_opt.rules import UpdateRule
+from learned_opt.tasks.base import Task
 
-if TYPE_CHECKING:
-    from learned_opt.training.module import MetaTraining
+if TYPE_CHECKING:  # the config reads the registry of objectives
+    from learned_opt.config import TrainConfig
+    from learned_opt.tasks.families import FamilyConfig
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective is given of the training around it.
+
+    Attributes:
+        rule: the rule that is trained.
+        family: the tasks of the rule's own runs.
+        rank: the number of this process.
+        draw: returns the tasks of a family and a key.
+        log: records a number of this update by its name.
+        count: adds to the number of inner steps that were made.
+        length: the length of runs that a curriculum sets; None without one.
+    """
+
+    rule: UpdateRule
+    family: FamilyConfig
+    rank: int
+    draw: Callable[..., Task]
+    log: Callable[[str, Tensor], None]
+    count: Callable[[int | Tensor], None]
+    length: int | None = None
 
 
 class Objective(ABC):
@@ -25,15 +51,16 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    runs: ClassVar[bool] = False  # whether it trains on windows of the rule's own runs
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
         self.config = config
 
     @abstractmethod
-    def loss(self, module: MetaTraining, item: dict) -> Tensor:
+    def loss(self, context: Context, item: dict) -> Tensor:
         """Returns a scalar whose gradient is the meta-gradient of update item["number"].
 
-        The gradient is in the parameters of `module.rule`, and `item` comes from data.py.
+        The gradient is in the parameters of `context.rule`, and `item` comes from data.py.
         """
 
     def state_dict(self) -> dict:

@@ -15,8 +15,8 @@ from learned_opt.config import PESConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 from learned_opt.training.fit import fit, recipe
+from learned_opt.training.initial_rule import start
 from learned_opt.training.stages import first_stage, train
-from learned_opt.training.start import start
 from learned_opt.weights import DEFAULT, load_rule, save_rule
 
 SHIPPED = load_rule()
