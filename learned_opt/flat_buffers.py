@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import decay, known_entries, not_compiled
+from learned_opt.rules.base import decay_, known_entries, not_compiled
 from learned_opt.rules.basis import full_precision
 from learned_opt.rules.layout import CHUNK
 
@@ -134,17 +134,17 @@ class Block:
         self.entries = [list(views.values()) for views in self.states]
 
     def _last_step(
-        self, told: _Told, theta: Tensor, update: Tensor, lr: float | Tensor,
-        taken: Tensor | None, skipped: Tensor,
-    ) -> LastStep:  # fmt: skip
-        """Returns the facts of an update that has not been added to θ yet."""
-        taken = torch.zeros_like(theta) if taken is None else taken
-        size, moved, decayed = (self.layout.squared_norms(x).sqrt() for x in (theta, update, taken))
-        step, share = (torch.where(x > 0, x / size, 0) for x in (moved, decayed))
+        self, told: _Told, theta: Tensor, update: Tensor, decayed: Tensor, skipped: Tensor
+    ) -> LastStep:
+        """Returns the facts of lr · u, and the same with decay, before it is added to θ."""
+        size, moved, taken = (
+            self.layout.squared_norms(x).sqrt() for x in (theta, update, update - decayed)
+        )
+        step, share = (torch.where(x > 0, x / size, 0) for x in (moved, taken))
         gains = told.gains
         if gains is not None:
             gains = torch.where(self.skipped > skipped, 0, gains)
-        return LastStep(lr * step, gains, share)
+        return LastStep(step, gains, share)
 
     def facts(self, directions: tuple[str, ...]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yields each parameter and its facts in `last`; nothing before a step with `diagnose`.
@@ -277,28 +277,26 @@ class Block:
             update = advance(told, grads, theta, self.state, self.skipped)
             self.used = True
         self.last = None
-        taken = self._decay(rule, theta, update, lr, weight_decay)
-        if diagnose:
-            self.last = self._last_step(told, theta, update, lr, taken, skipped)
-        if isinstance(lr, Tensor) or taken is not None:
+        decay = self._decay(rule, theta, weight_decay)
+        if decay is not None or isinstance(lr, Tensor) or diagnose:
             # A tensor as `alpha` would have to be copied from the device.
-            update, lr = update * lr, 1.0
-        if taken is not None:
-            update -= taken
+            update, lr = update.mul_(lr) if isinstance(lr, Tensor) or lr != 1 else update, 1.0
+        before = update.clone() if diagnose else None
+        if decay is not None:
+            decay_(update, theta, self.layout, decay)
+        if diagnose:
+            self.last = self._last_step(told, theta, before, update, skipped)
         updates = update.split(list(self.layout.sizes))
         updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
         torch._foreach_add_(parts, updates, alpha=lr)
 
     def _decay(
-        self, rule: UpdateRule, theta: Tensor, update: Tensor, lr: float | Tensor,
-        weight_decay: float | Tensor | None,
-    ) -> Tensor | None:  # fmt: skip
-        """Returns what weight decay takes from θ; None if there is none."""
+        self, rule: UpdateRule, theta: Tensor, weight_decay: float | Tensor | None
+    ) -> float | Tensor | None:
+        """Returns the weight decay, a number or (rows,); None if there is none."""
         if weight_decay is None:
-            weight_decay = rule.decay and self.layout.of_matrices(rule.decay, theta)
-        if isinstance(weight_decay, Tensor) or weight_decay:
-            return decay(update, theta, self.layout, lr, weight_decay)
-        return None
+            return self.layout.of_matrices(rule.decay, theta) if rule.decay else None
+        return weight_decay if isinstance(weight_decay, Tensor) or weight_decay else None
 
 
 def guarded_update(

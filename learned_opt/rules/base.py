@@ -47,12 +47,14 @@ class Observation:
         layout: assigns coordinates to tensors: a Layout; an index (n,) for coordinates that were
             picked; None for one of the `pieces`, whose tensors have equal numbers of coordinates.
         basis: the basis in which `coordinate` is given; None for the parameters' own.
+        spent: whether the update may be written over the first features of coordinates.
     """
 
     coordinate: Tensor
     tensor: Tensor
     layout: Layout | Tensor | None
     basis: Basis | None = None
+    spent: bool = False
 
     def pick(self, index: Tensor) -> Observation:
         """Returns the coordinates `index` (n,) of the flattened (*tasks, d), with tasks merged."""
@@ -167,7 +169,8 @@ class UpdateRule(nn.Module, ABC):
             grads: (*tasks, d).
             params: (*tasks, d).
             state: the state before this step.
-            in_place: whether the tensors of `state` may be overwritten.
+            in_place: whether the tensors of `state` may be overwritten, and by the next step the
+                update as well.
         """
 
     @abstractmethod
@@ -232,11 +235,9 @@ class UpdateRule(nn.Module, ABC):
 
         For autograd, what decay takes is a constant.
         """
-        if not self.decay:
-            return params + update
-        weight_decay = layout.of_matrices(self.decay, params)
-        taken = decay(update.detach(), params.detach(), layout, 1.0, weight_decay)
-        return params + update - taken
+        if self.decay:
+            update = decay_(update.clone(), params, layout, layout.of_matrices(self.decay, params))
+        return params + update
 
     @torch.no_grad()
     def update(
@@ -248,37 +249,39 @@ class UpdateRule(nn.Module, ABC):
             grads: (*tasks, d).
             params: (*tasks, d).
             state: the state of these parameters.
-            in_place: whether the tensors of `state` are overwritten.
+            in_place: whether the tensors of `state` are overwritten, and by the next step the
+                update as well.
         """
         return self.advance(*self.observe(grads, params, state, in_place), in_place)
 
 
-def decay(
-    update: Tensor, params: Tensor, layout: Layout, lr: float | Tensor, weight_decay: float | Tensor
-) -> Tensor:
-    """Returns what weight decay takes from the parameters, (*tasks, d).
+def decay_(update: Tensor, params: Tensor, layout: Layout, weight_decay: float | Tensor) -> Tensor:
+    """Adds weight decay to an update in place, and returns it:
 
-        min(1, lr · weight_decay · |u_i| / |θ_i|) θ_i,    for each row i of a matrix
+        u_i − min(1, weight_decay · |u_i| / |θ_i|) θ_i,    for each row i of a matrix
 
-    A vector counts as one row. A row that does not move does not decay.
+    A vector counts as one row. A row that does not move does not decay. For autograd, what decay
+    takes is a constant.
 
     Args:
         update: u, (*tasks, d).
         params: θ, (*tasks, d).
         layout: the layout of these coordinates.
-        lr: a factor of the update.
         weight_decay: one number, or one for each of `layout.rows`, (rows,).
     """
-    rows, taken = layout.rows, torch.empty_like(params)
-    norm, moved = (rows.squared_norms(x).sqrt() for x in (params, update))
-    share = (lr * weight_decay * torch.where(norm > 0, moved / norm, 0)).clamp(max=1)
+    rows, params = layout.rows, params.detach()
+    norm, moved = (rows.squared_norms(x.detach()).sqrt() for x in (params, update))
+    share = (weight_decay * torch.where(norm > 0, moved / norm, 0)).clamp(max=1)
+    on_cpu = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    finite = on_cpu and norm.isfinite().all()  # elsewhere Python would wait for the result
     for span in rows.spans:
-        part, out = (
-            x[..., span.where].view(*x.shape[:-1], span.number, -1) for x in (params, taken)
-        )
+        u, theta = (x[..., span.where].unflatten(-1, (span.number, -1)) for x in (update, params))
         portion = share[..., span.tensors, None]
-        torch.mul(part, portion, out=out).masked_fill_(portion == 0, 0)  # 0 · inf is not 0
-    return taken
+        if finite:
+            u.addcmul_(theta, portion, value=-1)
+        else:
+            u -= (theta * portion).masked_fill_(portion == 0, 0)  # 0 · inf is not 0
+    return update
 
 
 def trainable(rule: UpdateRule) -> list[nn.Parameter]:

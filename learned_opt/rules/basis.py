@@ -11,54 +11,86 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from learned_opt.rules.base import as_numbers, due, not_compiled
-from learned_opt.rules.layout import Layout, State
+from learned_opt.rules.layout import CHUNK, Layout, State
 
 BETA = 0.95  # the decay of the averages L and R
 SELDOM = 1024  # the usual steps between two bases, and at first after 1, 2, 4, ..., see `due`
 JITTER = 1e-3  # the most that is added to the diagonals of L and R, in units of their mean
+LONGEST = 4096  # matrices with a longer side, such as a vocabulary, have no basis
+TOGETHER = CHUNK  # coordinates of small matrices of one shape whose products are computed together
 SIDES = ("rows", "columns")
 ENTRIES = tuple(f"{kind}_{side}" for kind in ("covariance", "basis") for side in SIDES)
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A tensor seen as a matrix. The columns of a convolution are all its dimensions but the first.
+class Matrices:
+    """Neighboring tensors of one shape, seen as matrices.
+
+    The columns of a convolution are all its dimensions but the first.
 
     Attributes:
-        index: the number of the tensor.
-        where: the slice of its coordinates on this process.
+        first: the number of the first tensor.
+        count: how many there are.
+        where: the slice of their coordinates on this process.
         shape: the numbers of rows and columns.
         sides: those of SIDES that have an eigenbasis.
     """
 
-    index: int
+    first: int
+    count: int
     where: slice
     shape: tuple[int, int]
     sides: tuple[str, ...]
 
+    @property
+    def tensors(self) -> range:
+        """The numbers of the tensors."""
+        return range(self.first, self.first + self.count)
 
-def matrices(layout: Layout, limit: int) -> tuple[Matrix, ...]:
-    """Returns the tensors with a side of 2 to `limit` rows or columns, as matrices."""
-    return _matrices(layout.shapes, layout.sizes, limit)
+    @cached_property
+    def single(self) -> list[Matrices]:
+        """Each of the matrices by itself."""
+        size = (self.where.stop - self.where.start) // self.count
+        starts = [self.where.start + k * size for k in range(self.count)]
+        return [
+            replace(self, first=i, count=1, where=slice(start, start + size))
+            for i, start in zip(self.tensors, starts, strict=True)
+        ]
+
+
+def matrices(layout: Layout, limit: int) -> tuple[Matrices, ...]:
+    """Returns the tensors with a side that has an eigenbasis, small ones of one shape together.
+
+    These are sides of 2 to `limit` rows or columns. The other side has at most LONGEST.
+    """
+    together = 1 if layout.gather else TOGETHER  # parts of several tensors cannot be gathered
+    return _matrices(layout.shapes, layout.sizes, limit, together)
 
 
 @lru_cache(maxsize=256)
-def _matrices(shapes: tuple, sizes: tuple[int, ...], limit: int) -> tuple[Matrix, ...]:
-    found, start = [], 0
-    for index, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
-        if len(shape) > 1 and math.prod(shape):
-            sides = shape[0], math.prod(shape[1:])
-            turned = tuple(s for s, n in zip(SIDES, sides, strict=True) if 2 <= n <= limit)
-            if turned:
-                found.append(Matrix(index, slice(start, start + size), sides, turned))
-        start += size
+def _matrices(
+    shapes: tuple, sizes: tuple[int, ...], limit: int, together: int
+) -> tuple[Matrices, ...]:
+    found, first, start = [], 0, 0
+    for (shape, size), same in groupby(zip(shapes, sizes, strict=True)):
+        last = first + len(list(same))
+        sides = math.prod(shape[:1]), math.prod(shape[1:])
+        turned = tuple(s for s, n in zip(SIDES, sides, strict=True) if 2 <= n <= limit)
+        if len(shape) > 1 and turned and 0 < min(sides) and max(sides) <= LONGEST:
+            step = max(1, together // math.prod(shape))
+            for i in range(first, last, step):
+                count, begin = min(step, last - i), start + (i - first) * size
+                where = slice(begin, begin + count * size)
+                found.append(Matrices(i, count, where, sides, turned))
+        start, first = start + (last - first) * size, last
     return tuple(found)
 
 
@@ -69,12 +101,12 @@ class Basis:
     Attributes:
         layout: the layout of the coordinates.
         matrices: the matrices that have a basis.
-        q: for each matrix, its bases (*tasks, n, n) by side. A new basis is made of new tensors,
-            because training keeps the bases of all steps of a window.
+        q: for each of `matrices`, their bases (*tasks, count, n, n) by side. A new basis is made of
+            new tensors, because training keeps the bases of all steps of a window.
     """
 
     layout: Layout
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[Matrices, ...]
     q: tuple[dict[str, Tensor], ...]
 
     def turn(self, x: Tensor) -> Tensor:
@@ -87,23 +119,23 @@ class Basis:
 
     def _turn_in_place(self, x: Tensor, back: bool) -> Tensor:
         with full_precision(x):
-            for matrix, q in zip(self.matrices, self.q, strict=True):
-                part = x[..., matrix.where]
-                whole = _whole(part, matrix, self.layout)
-                part.copy_(_own(_sandwich(whole, q, back), matrix, self.layout))
+            for group, q in zip(self.matrices, self.q, strict=True):
+                part = x[..., group.where]
+                whole = _whole(part, group, self.layout)
+                part.copy_(_own(_sandwich(whole, q, back), group, self.layout))
         return x
 
 
 def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor], ...]:
     """Returns `State.matrix` before the first gradient, with identity matrices as bases."""
     entries: tuple[dict[str, Tensor], ...] = tuple({} for _ in layout.shapes)
-    for matrix in matrices(layout, limit):
-        for side, n in zip(SIDES, matrix.shape, strict=True):
-            if side in matrix.sides:
+    for group in matrices(layout, limit):
+        for side, n in zip(SIDES, group.shape, strict=True):
+            for number in group.tensors if side in group.sides else ():
                 eye = torch.eye(n, dtype=params.dtype, device=params.device)
                 eye = eye.expand(*params.shape[:-1], n, n)
-                entries[matrix.index][f"covariance_{side}"] = torch.zeros_like(eye)
-                entries[matrix.index][f"basis_{side}"] = eye.clone()
+                entries[number][f"covariance_{side}"] = torch.zeros_like(eye)
+                entries[number][f"basis_{side}"] = eye.clone()
     return entries
 
 
@@ -158,58 +190,74 @@ def _follow(
     layout, kept, bases = state.layout, list(state.matrix), []
     found = matrices(layout, limit)
     steps = as_numbers(state.step)
-    for matrix in found:
-        t = steps[matrix.index % len(steps)] + 1
-        entries = dict(kept[matrix.index])
-        part = grads[..., matrix.where]
-        g = _whole(part, matrix, layout)
-        for side in matrix.sides:
-            name, weight = f"covariance_{side}", (1 - BETA) / (1 - BETA**t)
-            average, product = entries[name], g @ g.mT if side == "rows" else g.mT @ g
-            entries[name] = (average.lerp_ if in_place else average.lerp)(product, weight)
-        if due(t, every):
-            _renew(entries, rows[..., matrix.where], matrix, layout)
-        kept[matrix.index] = entries
-        bases.append({side: entries[f"basis_{side}"] for side in matrix.sides})
-        part.copy_(_own(_sandwich(g, bases[-1]), matrix, layout))
+    for group in found:
+        counts = [steps[i % len(steps)] + 1 for i in group.tensors]
+        weights = [(1 - BETA) / (1 - BETA**t) for t in counts]
+        g = _whole(grads[..., group.where], group, layout)
+        for side in group.sides:
+            name, products = f"covariance_{side}", g @ g.mT if side == "rows" else g.mT @ g
+            averages = [kept[i][name] for i in group.tensors]
+            lerp = torch._foreach_lerp_ if in_place else torch._foreach_lerp
+            moved = lerp(averages, products.unbind(-3), weights)
+            for i, average in zip(group.tensors, moved or averages, strict=True):
+                kept[i] = kept[i] | {name: average}
+        for matrix, t in zip(group.single, counts, strict=True):
+            if due(t, every):
+                kept[matrix.first] = _renew(kept[matrix.first], rows, matrix, layout)
+        q = {
+            side: _stack([kept[i][f"basis_{side}"] for i in group.tensors]) for side in group.sides
+        }
+        bases.append(q)
+        grads[..., group.where] = _own(_sandwich(g, q), group, layout)
     return Basis(layout, found, tuple(bases)), tuple(kept)
 
 
-def _renew(entries: dict[str, Tensor], rows: Tensor, matrix: Matrix, layout: Layout) -> None:
-    """Computes a new basis of a matrix and rotates its `rows` (see `follow`) into it, in place."""
-    old = {side: entries[f"basis_{side}"] for side in matrix.sides}
-    for side in matrix.sides:
-        entries[f"basis_{side}"] = _eigenvectors(entries[f"covariance_{side}"])
-    moves = {side: q.mT @ entries[f"basis_{side}"] for side, q in old.items()}
+def _renew(
+    entries: dict[str, Tensor], rows: Tensor, matrix: Matrices, layout: Layout
+) -> dict[str, Tensor]:
+    """Returns the entries of one matrix with a new basis, and turns `rows` (see `follow`) into it.
+
+    The rows are overwritten.
+    """
+    new = {side: _eigenvectors(entries[f"covariance_{side}"]) for side in matrix.sides}
+    moves = {side: (entries[f"basis_{side}"].mT @ q).unsqueeze(-3) for side, q in new.items()}
+    rows = rows[..., matrix.where]
     momenta = _whole(rows[..., 1:-1, :], matrix, layout)
     rows[..., 1:-1, :] = _own(_sandwich(momenta, moves), matrix, layout)
     squares = {side: move.square() for side, move in moves.items()}
     v = _whole(rows[..., -1:, :].square(), matrix, layout)
     v = _sandwich(v, squares).clamp(min=0)
     rows[..., -1:, :] = _own(v.sqrt(), matrix, layout)
+    return entries | {f"basis_{side}": q for side, q in new.items()}
 
 
-def _whole(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
-    """Returns a matrix (*, rows, columns) from its coordinates on this process, (*, local)."""
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """Stacks matrices (*tasks, n, n) to (*tasks, count, n, n); of one it returns a view."""
+    return matrices[0].unsqueeze(-3) if len(matrices) == 1 else torch.stack(matrices, -3)
+
+
+def _whole(x: Tensor, group: Matrices, layout: Layout) -> Tensor:
+    """Returns matrices (*, count, rows, columns) from their coordinates here, (*, local)."""
     if layout.gather is not None:
-        x = layout.gather(x, matrix.index)
-    return x.view(*x.shape[:-1], *matrix.shape)
+        x = layout.gather(x, group.first)
+    return x.view(*x.shape[:-1], group.count, *group.shape)
 
 
-def _own(x: Tensor, matrix: Matrix, layout: Layout) -> Tensor:
+def _own(x: Tensor, group: Matrices, layout: Layout) -> Tensor:
     """Inverts `_whole`."""
-    x = x.flatten(-2)
-    return x if layout.gather is None else layout.scatter(x, matrix.index)
+    x = x.flatten(-3)
+    return x if layout.gather is None else layout.scatter(x, group.first)
 
 
 def _sandwich(x: Tensor, factors: dict[str, Tensor], back: bool = False) -> Tensor:
     """Returns rowsᵀ X columns, or rows X columnsᵀ if `back`.
 
-    The factors are (*tasks, n, n) by side, and X is (*tasks, n, k) or (*tasks, features, n, k).
+    The factors are (*tasks, count, n, n) by side, and X is (*tasks, count, n, k) or
+    (*tasks, features, count, n, k).
     """
     for side, factor in factors.items():
         if x.dim() > factor.dim():
-            factor = factor.unsqueeze(-3)
+            factor = factor.unsqueeze(-4)
         if back == (side == "columns"):
             factor = factor.mT
         x = factor @ x if side == "rows" else x @ factor

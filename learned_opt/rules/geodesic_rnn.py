@@ -19,8 +19,8 @@ from learned_opt.rules.base import (
 )
 from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
-from learned_opt.rules.fall import known_share, rest
-from learned_opt.rules.layout import Layout, State, as_tensor, join
+from learned_opt.rules.fall import TOLD, rest, told
+from learned_opt.rules.layout import Chunk, Layout, State, as_tensor, collect, join
 from learned_opt.rules.moments import (
     BETAS,
     DIRECTIONS,
@@ -52,6 +52,7 @@ LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
 TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
+SHAPE = slice(16, 18)  # of these rows: whether the tensor is a matrix, and log(fan-in) / 3
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
 
@@ -81,8 +82,10 @@ class GeodesicRNN(UpdateRule):
     gradients of matrices (basis.py), and the untrained rule is SOAP (Vyas et al. 2024) with
     relative steps.
 
-    If the number of steps is known and `horizon` is set, the share k of the LSTM's outputs comes
-    from a second layer, so that what suits short runs does not have to suit long ones.
+    If the number of steps is known and `horizon` is set, the share k of the gains and of o comes
+    from a linear function of s / N, log N and the tensor's shape in place of the LSTM, so that what
+    suits short runs does not have to suit long ones. It has few weights because it is trained on
+    the ends of whole runs.
 
     The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
     A basis takes 8 n² for each side of n rows or columns that has one.
@@ -168,7 +171,7 @@ class GeodesicRNN(UpdateRule):
         self.cell = LSTMCell(inputs, hidden)
         self.head = _first_head(hidden)
         if horizon:
-            self.horizon_head = _first_head(hidden)
+            self.horizon_head = _first_head(TOLD - 1 + SHAPE.stop - SHAPE.start)
 
     @property
     def config(self) -> dict:
@@ -176,7 +179,8 @@ class GeodesicRNN(UpdateRule):
 
     def init_state(self, params: Tensor, shapes: tuple[tuple[int, ...], ...]) -> State:
         layout, lead, d = Layout(tuple(shapes)), params.shape[:-1], params.shape[-1]
-        # The last gradient, its averages and r are one tensor, so that `observe` copies nothing.
+        # The gradient, its averages and r are one tensor, so that `observe` copies nothing. The
+        # gradient's row serves for the update afterwards.
         coordinate = {"averages": params.new_zeros(*lead, DIRECTIONS + 1, d)}
         tensor = {name: params.new_zeros(*lead, 1, len(shapes)) for name in TENSOR_ENTRIES}
         if self.beginnings:
@@ -199,9 +203,11 @@ class GeodesicRNN(UpdateRule):
             state = rescale(rows, size, state)
         share = clip(size, state)
         compiling = torch.compiler.is_compiling()  # read once: a frame may fall back to Python
-        # Clip first: a basis built from few gradients may stay in use for 1,024 steps.
-        into = None if compiling else rows[..., 0, :]
-        grads = torch.mul(grads, layout.expand(share), out=into)
+        # Clip first: a basis built from few gradients may stay in use for many steps.
+        if compiling:
+            grads = grads * layout.expand(share)
+        else:
+            grads = layout.scale(grads, share, rows[..., 0, :])
         basis, matrix = None, state.matrix
         if self.basis:
             basis, matrix = follow(grads, rows, state, self.basis, self.renew, in_place)
@@ -228,21 +234,23 @@ class GeodesicRNN(UpdateRule):
         fallen = rest(state, step, self.decay_after, self.beginnings).to(grads.dtype)
         state = state.advanced(coordinate=state.coordinate | {"averages": rows}, matrix=matrix)
         if look is None:
-            return Observation(rows, grads.new_empty(*lead, 0, tensors), layout, basis), state
+            nothing = grads.new_empty(*lead, 0, tensors)
+            return Observation(rows, nothing, layout, basis, in_place), state
         moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
         tensor, *kept = self._tensor_features(
             moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, fallen,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
-            layout.constant((known_share(state),), means),
+            told(state, step).to(means),
         )  # fmt: skip
         kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
             look = look.expand(*lead, 1, tensors)
             tensor = torch.cat([tensor, look], -2)
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
-        return Observation(rows, tensor, layout, basis), replace(state, tensor=state.tensor | kept)
+        state = replace(state, tensor=state.tensor | kept)
+        return Observation(rows, tensor, layout, basis, in_place), state
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
@@ -256,7 +264,7 @@ class GeodesicRNN(UpdateRule):
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, rest: Tensor, matrix: Tensor, fan_in: Tensor,
-        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor, known: Tensor,
+        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor, told: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns Observation.tensor and the next initial_rms, peak_gradient and gradient_rms.
 
@@ -270,10 +278,10 @@ class GeodesicRNN(UpdateRule):
             scales: LOGS as a tensor.
             initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
             peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
-            known: how much the length of the run counts, see `known_share`, (1,).
+            told: what is known of the length of the run, see `told`, (tensors or 1, TOLD).
 
         Returns:
-            (*tasks, TENSOR_INPUTS + MIXING, tensors), with `known` between the two for rules with a
+            (*tasks, TENSOR_INPUTS + MIXING, tensors), with `told` between the two for rules with a
             horizon, and three tensors (*tasks, 1, tensors).
         """
         rms_g, r_bar, rms_p = rms[..., 0], rms[..., 1] + EPS, rms[..., 2]
@@ -294,12 +302,12 @@ class GeodesicRNN(UpdateRule):
         least, unit, shift = scales.unbind(-1)
         logs = logs.maximum(least) / unit + shift
         clock = step.clamp(max=LONGEST).to(rms.dtype).log()
-        told = [clock / 5 - 1, (clock / 2 - 1).tanh(), (clock - 5).tanh(),
-                matrix, fan_in.clamp(max=WIDEST).log() / 3]  # fmt: skip
-        told = torch.stack(torch.broadcast_tensors(*told), -1).expand(*size.shape, -1)
+        common = [clock / 5 - 1, (clock / 2 - 1).tanh(), (clock - 5).tanh(),
+                  matrix, fan_in.clamp(max=WIDEST).log() / 3]  # fmt: skip
+        common = torch.stack(torch.broadcast_tensors(*common), -1).expand(*size.shape, -1)
         inputs = [
             logs[..., :DIRECTIONS], *(cosine[..., i, i + 1 :] for i in range(DIRECTIONS - 1)),
-            logs[..., DIRECTIONS:-1], told,
+            logs[..., DIRECTIONS:-1], common,
             (rms_p / size).unsqueeze(-1), logs[..., -1:],
         ]  # fmt: skip
         least = usual
@@ -310,7 +318,7 @@ class GeodesicRNN(UpdateRule):
             rho = torch.where(matrix > 0, rho, VECTOR_STEP)
         rho = rho * rest
         if self.horizon:
-            inputs.append(known.expand(*size.shape).unsqueeze(-1))
+            inputs.append(told.expand(*size.shape, -1))
         mixing = [adam, torch.stack([1 / r_bar, rho], -1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
@@ -361,8 +369,9 @@ class GeodesicRNN(UpdateRule):
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
         out = _applied(self.head, h)
         if self.horizon:
-            known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :]
-            out = out.lerp(_applied(self.horizon_head, h), known)
+            known, *length = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + TOLD, :].split(1, -2)
+            own = _applied(self.horizon_head, torch.cat([*length, tensor[..., SHAPE, :]], -2))
+            out = out.lerp(own, known)
         mixture, scale = _mixture(out, tensor)
         return scale * mixture, hidden
 
@@ -396,19 +405,22 @@ class GeodesicRNN(UpdateRule):
         rows = observation.coordinate
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * normal(rows)).sum(-2)
-        updates = []
-        for chunk in observation.layout.chunks:
+
+        def of(chunk: Chunk) -> Tensor:
             (first, *others, r), weights = chunk.of(rows).unbind(-3), chunk.spread(gains).unbind(-3)
             update = first * weights[0]  # in a fixed order, so that chunks do not change rounding
             for row, weight in zip(others, weights[1:], strict=True):
                 update.addcmul_(row, weight)
-            updates.append(update.div_(r).flatten(-2))
-        return join(updates) if updates else rows[..., 0, :]
+            return update.div_(r).flatten(-2)
+
+        first = rows[..., 0, :]
+        out = first if observation.spent else torch.empty_like(first)
+        return collect(map(of, observation.layout.chunks), out)
 
 
-def _first_head(hidden: int) -> nn.Linear:
+def _first_head(inputs: int) -> nn.Linear:
     """Returns the head of the untrained rule: zero weights, and Adam's average in the bias."""
-    head = nn.Linear(hidden, DIRECTIONS + 1)
+    head = nn.Linear(inputs, DIRECTIONS + 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 15  # coordinates: few enough to stay in cache, enough to hide the cost of a call
+CHUNK = 1 << 16  # coordinates: few enough to stay in cache, enough to hide the cost of a call
 SMALL = 1 << 12  # the most coordinates of tensors of several sizes that are processed together
 
 
@@ -162,7 +162,7 @@ class Layout:
         squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
         for span in self.spans:
             part = _side_by_side(x[..., span.where], span.number)
-            squares[..., span.tensors] += torch.linalg.vecdot(part, part)
+            squares[..., span.tensors] += torch.linalg.vector_norm(part, dim=-1).square()
         return self.reduce(squares)
 
     def expand(self, x: Tensor) -> Tensor:
@@ -173,6 +173,12 @@ class Layout:
             size = (chunk.where.stop - chunk.where.start) // part.shape[-2]
             parts.append(part.expand(*part.shape[:-1], size).flatten(-2))
         return join(parts) if parts else x[..., :0]
+
+    def scale(self, x: Tensor, share: Tensor, out: Tensor) -> Tensor:
+        """Writes x (*, d), times a number of each tensor (*, tensors), into `out`; returns it."""
+        for chunk in self.chunks:
+            torch.mul(chunk.of(x), chunk.spread(share), out=chunk.of(out))
+        return out
 
     def numbers(self, of: Callable[[tuple[int, ...]], float], x: Tensor) -> Tensor:
         """Returns `of(shape)` of each tensor, (tensors,), with the dtype and device of `x`."""
@@ -300,6 +306,19 @@ def as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
 def join(pieces: list[Tensor]) -> Tensor:
     """Concatenates pieces along the last dimension; a single piece is returned without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def collect(pieces: Iterator[Tensor], out: Tensor) -> Tensor:
+    """Concatenates pieces along the last dimension, into `out` where neither autograd nor the
+    compiler is at work, so that few pieces are in memory at a time."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return join([*pieces] or [torch.empty_like(out)])
+    start = 0
+    for piece in pieces:
+        stop = start + piece.shape[-1]
+        out[..., start:stop] = piece
+        start = stop
+    return out
 
 
 def _side_by_side(x: Tensor, n: int) -> Tensor:

@@ -36,8 +36,8 @@ def noisy_rule(kind: str) -> UpdateRule:
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Small and large ones, one transposed, one 0-dim, one empty."""
     rng = torch.Generator().manual_seed(0)
-    shapes = ((250, 140), (150,), (10, 150), (10,), (), (0, 3))
-    assert 250 * 140 > CHUNK
+    shapes = ((250, 264), (150,), (10, 150), (10,), (), (0, 3))
+    assert 250 * 264 > CHUNK
     params = [torch.randn(s, generator=rng).to(dtype) for s in shapes]
     params.append(torch.randn(4, 3, generator=rng).to(dtype).t())
     return [p.requires_grad_() for p in params]

@@ -79,7 +79,7 @@ def test_the_basis_makes_the_gradients_covariance_diagonal() -> None:
     for side, covariance in (
         ("rows", (weighted @ g.mT).sum(0)), ("columns", (weighted.mT @ g).sum(0))
     ):  # fmt: skip
-        q = bases[t - 1].q[0][side]
+        q = bases[t - 1].q[0][side].squeeze(-3)
         torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[-1]).double().expand_as(q))
         found = q.mT @ covariance @ q
         diagonal = found.diagonal(dim1=-2, dim2=-1)

@@ -51,7 +51,7 @@ def test_decay_is_the_share_that_it_took():
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_gains_make_the_step(every: int):
-    """With what the state keeps of gradient, averages and r (rows of "averages")."""
+    """With the gradient and what the state keeps of averages and r (rows of "averages")."""
     torch.manual_seed(1)
     rule = make_rule("geodesic_rnn", hidden=5, every=every)
     for p in rule.parameters():
@@ -60,9 +60,13 @@ def test_the_gains_make_the_step(every: int):
     for name, p in model.named_parameters():
         gains = optimizer.diagnostics()[name]["gains"]
         assert list(gains) == ["gradient", "average 0.5", "average 0.9", "average 0.99"]
-        *directions, r = optimizer.state[p]["averages"].unbind(-1)
-        step = sum(gain * m / r for gain, m in zip(gains.values(), directions, strict=True))
-        torch.testing.assert_close(before[name] + step, p.detach())
+        _, *averages, r = optimizer.state[p]["averages"].unbind(-1)
+        own, *others = gains.values()
+        step = sum(gain * m / r for gain, m in zip(others, averages, strict=True))
+        gradient = (p.detach() - before[name] - step) * r / own
+        share = rms(gradient) / rms(p.grad)  # it is clipped
+        assert 0.2 < share < 1 + 1e-3
+        torch.testing.assert_close(gradient, share * p.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["scheduled", "coordinatewise_lstm", "rnnprop", None])

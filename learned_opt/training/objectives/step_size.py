@@ -130,7 +130,7 @@ def step_size_gradient(
         )  # coordinates are overwritten later: SampledReplay copies them, gains need none
         if not config.mixture:
             update, state = rule.advance(seen, state)
-            updates.append(update)
+            updates.append(update.clone())  # the next step may overwrite it
             return factors * update, state
         gains, hidden = rule.gains(seen.tensor, rule.hidden(state))
         if not len(eta):
