@@ -1,20 +1,25 @@
 """Short paths between two parameter vectors along which a loss stays below a level."""
 
-from geodesic.alignment import (
-    PermutationSpec,
-    align,
-    match_weights,
-    mlp_spec,
-    permute,
-    sequential_spec,
-)
-from geodesic.dataset import DatasetError, PathDataset
-from geodesic.dss import Strings, StringSampling, sample_strings
-from geodesic.level_set import LevelProfile, sgd_profile
-from geodesic.model import ModelLoss
-from geodesic.path import length, normalized_length, points_at, project, resample
-from geodesic.sharded import find_geodesics_on_disk
-from geodesic.solve import Geodesic, find_geodesic, find_geodesics
+from typing import TYPE_CHECKING
+
+from geodesic.lazy import lazy
+
+if TYPE_CHECKING:
+    from geodesic.alignment import (
+        PermutationSpec,
+        align,
+        match_weights,
+        mlp_spec,
+        permute,
+        sequential_spec,
+    )
+    from geodesic.dataset import DatasetError, PathDataset
+    from geodesic.dss import Strings, StringSampling, sample_strings
+    from geodesic.level_set import LevelProfile, sgd_profile
+    from geodesic.model import ModelLoss
+    from geodesic.path import length, normalized_length, points_at, project, resample
+    from geodesic.sharded import find_geodesics_on_disk
+    from geodesic.solve import Geodesic, find_geodesic, find_geodesics
 
 __all__ = [
     "DatasetError",
@@ -41,3 +46,23 @@ __all__ = [
     "sequential_spec",
     "sgd_profile",
 ]
+__getattr__, __dir__ = lazy(
+    "geodesic",
+    {
+        "geodesic.alignment": (
+            "PermutationSpec",
+            "align",
+            "match_weights",
+            "mlp_spec",
+            "permute",
+            "sequential_spec",
+        ),
+        "geodesic.dataset": ("DatasetError", "PathDataset"),
+        "geodesic.dss": ("Strings", "StringSampling", "sample_strings"),
+        "geodesic.level_set": ("LevelProfile", "sgd_profile"),
+        "geodesic.model": ("ModelLoss",),
+        "geodesic.path": ("length", "normalized_length", "points_at", "project", "resample"),
+        "geodesic.sharded": ("find_geodesics_on_disk",),
+        "geodesic.solve": ("Geodesic", "find_geodesic", "find_geodesics"),
+    },
+)

@@ -10,7 +10,6 @@ that it has written.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from inspect import signature
@@ -22,21 +21,11 @@ from torch import Tensor
 from geodesic.arguments import check_initial_path, check_pairs, constant_level
 from geodesic.dataset import PathDataset
 from geodesic.device import makes_tensors_on_cpu
+from geodesic.processes import process_rank
 from geodesic.solve import Geodesic, Level, find_geodesics
 
 SETTINGS = ("num_segments", "seed", "chunk_size", "max_iterations")  # of find_geodesics
 DEFAULTS = {name: signature(find_geodesics).parameters[name].default for name in SETTINGS}
-
-
-def process_rank() -> tuple[int, int]:
-    """Returns this process's rank and the number of processes, as set by torchrun or SLURM.
-
-    Without either it returns (0, 1).
-    """
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
 
 
 @makes_tensors_on_cpu

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from geodesic.lazy import lazy
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError, WeightsError
 
 if TYPE_CHECKING:
@@ -56,31 +56,21 @@ __all__ = [
 ]
 # The modules of the public names that are imported on first use. They are slow to import, and the
 # command must handle Ctrl-C before it imports torch.
-_MODULES = {
-    "geodesic.dataset": ("DatasetError", "PathDataset"),
-    "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
-    "learned_opt.comparison": ("Comparison", "compare"),
-    "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
-    "learned_opt.target_paths": ("make_geodesics",),
-    "learned_opt.optimizer": ("LearnedOptimizer",),
-    "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
-    "learned_opt.tasks.base": ("Task",),
-    "learned_opt.tasks.families": ("FamilyConfig",),
-    "learned_opt.tasks.kinds": ("TaskConfig",),
-    "learned_opt.tasks.own": ("OwnTask",),
-    "learned_opt.training.stages": ("train",),
-    "learned_opt.weights": ("load_rule", "save_rule"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-        if module == f"learned_opt.{name}":
-            return import_module(module)
-    raise AttributeError(f"module 'learned_opt' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    "learned_opt",
+    {
+        "geodesic.dataset": ("DatasetError", "PathDataset"),
+        "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
+        "learned_opt.comparison": ("Comparison", "compare"),
+        "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
+        "learned_opt.target_paths": ("make_geodesics",),
+        "learned_opt.optimizer": ("LearnedOptimizer",),
+        "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
+        "learned_opt.tasks.base": ("Task",),
+        "learned_opt.tasks.families": ("FamilyConfig",),
+        "learned_opt.tasks.kinds": ("TaskConfig",),
+        "learned_opt.tasks.own": ("OwnTask",),
+        "learned_opt.training.stages": ("train",),
+        "learned_opt.weights": ("load_rule", "save_rule"),
+    },
+)

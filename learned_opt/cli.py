@@ -16,6 +16,7 @@ from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
+from geodesic.files import user_path
 from learned_opt import __version__
 from learned_opt.errors import ConfigError, LearnedOptError, did_you_mean
 from learned_opt.help import Option, command_help
@@ -206,7 +207,6 @@ def _check_file(args: list[str]) -> None:
         return
     import yaml
 
-    from geodesic.files import user_path
     from learned_opt.yaml_size import check_size
 
     path = user_path(name, "config", ConfigError)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geodesic.files import write_atomic
 from learned_opt.errors import ConfigError
 from learned_opt.progress import tracked
 from learned_opt.tasks.base import seed_of
@@ -81,7 +82,6 @@ class Comparison:
         Raises:
             OutputError: `folder` has a report already.
         """
-        from geodesic.files import write_atomic
         from learned_opt.benchmarking.curves import evaluation_curves
         from learned_opt.benchmarking.html import (
             Section,

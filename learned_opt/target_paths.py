@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geodesic.dataset import PathDataset
 from geodesic.files import user_path, write_atomic
-from geodesic.sharded import process_rank
+from geodesic.processes import process_rank
 from geodesic.targets import Problem, write_dataset
 from learned_opt.config import GeodesicsConfig
 from learned_opt.errors import ConfigError, OutputError

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from geodesic.files import user_path, write_atomic
 from learned_opt.errors import ConfigError, WeightsError
 from learned_opt.rules import UpdateRule, make_rule
 
@@ -44,8 +45,6 @@ def save_rule(rule: UpdateRule, path: str | Path, facts: dict | None = None) -> 
         path: the file to write; missing folders are created.
         facts: JSON facts to store in the metadata, such as how the weights were trained.
     """
-    from geodesic.files import write_atomic  # local, so that using a rule does not import geodesic
-
     tensors = {k: v.detach().cpu().clone() for k, v in rule.state_dict().items()}
     facts = json.loads(json.dumps(facts or {}))  # as they will be read back, with text as keys
     header = {
@@ -139,8 +138,6 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
 
 
 def _given(weights: str | Path) -> Path:
-    from geodesic.files import user_path  # local, so that the shipped rule does not import geodesic
-
     return user_path(weights, "weights", WeightsError)
 
 

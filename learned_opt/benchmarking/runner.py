@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from geodesic.sharded import process_rank
+from geodesic.processes import process_rank
 from learned_opt.benchmarking.cells import Cell, Record, without_folders
 from learned_opt.benchmarking.stores import Store
 from learned_opt.benchmarking.workers import Lost, Workers

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from geodesic.files import user_path
-from geodesic.sharded import process_rank
+from geodesic.processes import process_rank
 from learned_opt.benchmarking import tables
 from learned_opt.benchmarking.cells import FORMAT, Cell
 from learned_opt.benchmarking.config import BenchmarkConfig, BenchmarkTask

@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from geodesic.dataset import PathDataset, write_atomic
-from geodesic.sharded import process_rank
+from geodesic.dataset import PathDataset
+from geodesic.files import write_atomic
+from geodesic.processes import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
 from learned_opt.output_folder import describe_difference, plain

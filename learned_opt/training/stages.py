@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from geodesic.files import user_path
-from geodesic.sharded import process_rank
+from geodesic.processes import process_rank
 from learned_opt.config import TrainConfig
 from learned_opt.errors import ConfigError, OutputError
 from learned_opt.interrupts import is_first
