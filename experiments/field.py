@@ -20,8 +20,8 @@ from typing import Any
 
 from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.benchmarking.going_on import run_going_on, undisturbed
-from learned_opt.benchmarking.going_on_report import sentence as going_on_sentence
-from learned_opt.benchmarking.going_on_report import table as going_on_table
+from learned_opt.benchmarking.going_on_tables import sentence as going_on_sentence
+from learned_opt.benchmarking.going_on_tables import table as going_on_table
 from learned_opt.benchmarking.stores import Rows
 from learned_opt.benchmarking.summary import markdown
 from learned_opt.benchmarking.validation import (
@@ -30,7 +30,7 @@ from learned_opt.benchmarking.validation import (
     ValidationCell,
     run_validation,
 )
-from learned_opt.benchmarking.validation_report import overview, sentence
+from learned_opt.benchmarking.validation_tables import overview, sentence
 from learned_opt.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]

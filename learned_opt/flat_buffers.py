@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import decay_, known_entries, not_compiled
+from learned_opt.rules.base import decay_, known_entries
 from learned_opt.rules.basis import full_precision
 from learned_opt.rules.layout import CHUNK
+from learned_opt.rules.steps import not_compiled
 
 # The number of coordinates updated together, of one large tensor or of many small ones. It is large
 # enough to hide the cost of a call, and small enough that scratch memory is negligible.

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from learned_opt.flat_buffers import Block, guarded_update, partition
 from learned_opt.rules import UpdateRule
-from learned_opt.rules.base import as_numbers, not_compiled
+from learned_opt.rules.steps import as_numbers, not_compiled
 from learned_opt.saved_state import AsSaved, apart, as_saved, copied, on_its_own, rule_entries
 from learned_opt.weights import load_rule
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from learned_opt.benchmarking.config import BenchmarkConfig
 from learned_opt.benchmarking.curves import evaluation_curves
 from learned_opt.benchmarking.going_on import Curves, Row, change_of
-from learned_opt.benchmarking.going_on_report import (
+from learned_opt.benchmarking.going_on_tables import (
     INTRODUCTION,
     MEANING,
     OVERVIEW,

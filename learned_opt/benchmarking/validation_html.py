@@ -30,7 +30,7 @@ from learned_opt.benchmarking.html import (
 from learned_opt.benchmarking.stats import geometric_mean
 from learned_opt.benchmarking.summary import Entry, Table, runs, score_text
 from learned_opt.benchmarking.validation import Outcome
-from learned_opt.benchmarking.validation_report import (
+from learned_opt.benchmarking.validation_tables import (
     TABLES,
     costs,
     introduction,

@@ -29,9 +29,6 @@ from learned_opt.rules.layout import Layout, Span, State
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
 
-# torch.compiler.disable, except that torch's compiler, which takes a second to import, is imported
-# at the first call and not here.
-not_compiled = torch._disable_dynamo
 UNITS = 1 << 12  # as CHUNK, for an LSTM, whose 16 to 20 hidden units have four gates each
 MIN_UNITS = 1 << 9  # of each of many tasks: shorter rows cost more than cache misses
 
@@ -87,24 +84,6 @@ class Observation:
         for span in spans:
             coordinate, tensor = self.coordinate[..., span.where], self.tensor[..., span.tensors]
             yield span.where, Observation(coordinate, tensor, None)
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that is renewed every `every` steps is due after `step` steps.
-
-    Before the first multiple of `every` it is also due after 0, 1, 2, 4, 8, ... steps.
-    """
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
-
-
-def as_numbers(step: int | Tensor) -> list[int]:
-    """Returns `State.step` as a list of ints, which waits for the device.
-
-    Tensors on the meta device, which have no values, give 0.
-    """
-    if not isinstance(step, Tensor):
-        return [step]
-    return [0] * step.numel() if step.is_meta else [int(t) for t in step.flatten().tolist()]
 
 
 def merge_tasks(x: Tensor) -> Tensor:

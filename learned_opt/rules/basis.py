@@ -18,8 +18,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import as_numbers, due, not_compiled
 from learned_opt.rules.layout import CHUNK, Layout, State
+from learned_opt.rules.steps import as_numbers, due, not_compiled
 
 BETA = 0.95  # the decay of the averages L and R
 SELDOM = 1024  # the usual steps between two bases, and at first after 1, 2, 4, ..., see `due`

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from learned_opt.rules.layout import State, as_tensor
+from learned_opt.rules.layout import State
+from learned_opt.rules.steps import as_tensor
 
 SHORT = 300  # in runs up to this length, a known length makes no difference
 TOLD = 3  # the numbers that `told` returns

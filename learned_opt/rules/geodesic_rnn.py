@@ -9,18 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import (
-    Observation,
-    UpdateRule,
-    as_numbers,
-    due,
-    not_compiled,
-    register,
-)
+from learned_opt.rules.base import Observation, UpdateRule, register
 from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 from learned_opt.rules.fall import TOLD, rest, told
-from learned_opt.rules.layout import Chunk, Layout, State, as_tensor, collect, join
+from learned_opt.rules.layout import Chunk, Layout, State, collect, join
 from learned_opt.rules.moments import (
     BETAS,
     DIRECTIONS,
@@ -33,6 +26,7 @@ from learned_opt.rules.moments import (
     normal,
     rescale,
 )
+from learned_opt.rules.steps import as_numbers, as_tensor, due, not_compiled
 
 VANISHED = 1e-3  # r is at least this share of its peak: vanishing gradients are not amplified
 VECTOR_SIZE = 0.1  # the usual RMS of biases and gains

@@ -297,12 +297,6 @@ class State:
         return replace(self, step=self.step + 1, clock=clock, **changes)
 
 
-def as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
-    """Returns a step count as (tensors,) or (1,), in a dtype that is exact enough for β**step."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
-    return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
-
-
 def join(pieces: list[Tensor]) -> Tensor:
     """Concatenates pieces along the last dimension; a single piece is returned without a copy."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from learned_opt.rules.basis import rescaled
-from learned_opt.rules.layout import Chunk, State, as_tensor
+from learned_opt.rules.layout import Chunk, State
+from learned_opt.rules.steps import as_tensor
 
 BETAS = (0.5, 0.9, 0.99)  # momenta: a few steps, Adam's, and one that averages out noise
 BETA_V = 0.99  # second moment

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, State, UpdateRule
-from learned_opt.rules.base import due
+from learned_opt.rules.steps import due
 from learned_opt.tasks.base import Task, generator, seed_of
 from learned_opt.training.objectives.base import Context, Objective
 
