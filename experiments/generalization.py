@@ -68,10 +68,8 @@ class Arm:
 # For rules whose step costs about ten times more: fewer tasks at a time, and no inputs of 3,072.
 SMALL = {"num_tasks": 2, "input_sizes": (16, 64, 256, 784)}
 ARMS = {
-    "shipped": Arm("the shipped recipe", "default"),
-    "second": Arm(
-        "the second stage of the shipped recipe, by itself", "default", updates=900, first=False
-    ),
+    "shipped": Arm("the recipe of the first generation", "first_generation"),
+    "second": Arm("its second stage by itself", "first_generation", updates=900, first=False),
     "mlps": Arm("geodesic_rnn, imitation and meta-loss, MLPs"),
     "l2l": Arm(
         "coordinatewise_lstm, meta-loss (L2L), MLPs",

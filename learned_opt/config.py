@@ -242,8 +242,8 @@ class TrainConfig:
             minimized. The state of the run continues from one window to the next. With null, each
             meta-update makes a whole run.
         known_length: The share of the rule's own runs that are told their length, which makes a
-            difference in runs of more than 300 steps. It needs a rule with a horizon, as
-            geodesic_rnn with horizon: true. Validation runs are told nothing.
+            difference in runs of more than 300 steps. It needs a rule that uses it, as geodesic_rnn
+            does. Validation runs are told nothing.
         horizon: The least and the largest length of a run, in steps, drawn log-uniformly.
         curriculum: Increasing lengths of the training runs, in place of `horizon`. They are the
             lengths of the validation runs too.

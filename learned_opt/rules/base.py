@@ -115,7 +115,6 @@ class UpdateRule(nn.Module, ABC):
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
-    horizon: bool = False  # whether runs of a known length have meta-parameters of their own
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from learned_opt.rules.layout import State
 from learned_opt.rules.steps import as_tensor
 
 SHORT = 300  # in runs up to this length, a known length makes no difference
-TOLD = 3  # the numbers that `told` returns
 WARM_UP = 0.05  # in long runs of known length N, steps of a tensor rise over N · WARM_UP steps
 
 
@@ -21,18 +17,6 @@ def known_share(state: State) -> float:
     The network knows runs of some hundred steps; the longer the run, the less its say.
     """
     return 0.0 if state.num_steps is None else 1 - min(1.0, SHORT / state.num_steps)
-
-
-def told(state: State, step: Tensor) -> Tensor:
-    """Returns k, s / N and log(N / SHORT) / 2 before the update `step`, (tensors or 1, TOLD).
-
-    N is the length of the run and s the number of its steps so far. If N is not known, all are 0.
-    """
-    if state.num_steps is None:
-        return step.new_zeros(1, TOLD)
-    made = _share_made(state, step)
-    known, length = known_share(state), math.log(state.num_steps / SHORT) / 2
-    return torch.stack([torch.full_like(made, known), made, torch.full_like(made, length)], -1)
 
 
 def rest(state: State, step: Tensor, decay_after: int, warm_up: bool) -> Tensor:
@@ -47,14 +31,9 @@ def rest(state: State, step: Tensor, decay_after: int, warm_up: bool) -> Tensor:
     anytime = (decay_after / step).clamp(max=1)
     if state.num_steps is None:
         return anytime
-    falling = 1 - _share_made(state, step)
+    made = step - 1 if state.clock is None else as_tensor(state.clock, step)
+    falling = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
     if warm_up:
         falling = falling * (step / (WARM_UP * state.num_steps)).clamp(max=1)
     known = known_share(state)
     return anytime ** (1 - known) * falling**known
-
-
-def _share_made(state: State, step: Tensor) -> Tensor:
-    """Returns s / N, the share of the run's steps before the update `step`, (tensors,) or (1,)."""
-    made = step - 1 if state.clock is None else as_tensor(state.clock, step)
-    return made.clamp(max=state.num_steps - 1) / state.num_steps

@@ -12,7 +12,7 @@ from learned_opt.errors import ConfigError
 from learned_opt.rules.base import Observation, UpdateRule, register
 from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
-from learned_opt.rules.fall import TOLD, rest, told
+from learned_opt.rules.fall import known_share, rest
 from learned_opt.rules.layout import Chunk, Layout, State, collect, join
 from learned_opt.rules.moments import (
     BETAS,
@@ -46,7 +46,6 @@ LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
 TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
-SHAPE = slice(16, 18)  # of these rows: whether the tensor is a matrix, and log(fan-in) / 3
 MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
 
 
@@ -76,10 +75,9 @@ class GeodesicRNN(UpdateRule):
     gradients of matrices (basis.py), and the untrained rule is SOAP (Vyas et al. 2024) with
     relative steps.
 
-    If the number of steps is known and `horizon` is set, the share k of the gains and of o comes
-    from a linear function of s / N, log N and the tensor's shape in place of the LSTM, so that what
-    suits short runs does not have to suit long ones. It has few weights because it is trained on
-    the ends of whole runs.
+    If the number of steps is known and `horizon` is set, the share k of the gains and of o is that
+    of the untrained rule: the LSTM knows runs of some hundred steps, and in runs of thousands the
+    untrained rule ends lower.
 
     The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
     A basis takes 8 n² for each side of n rows or columns that has one.
@@ -96,8 +94,8 @@ class GeodesicRNN(UpdateRule):
         basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
             It needs per="tensor".
         renew: the steps between two bases, and at first fewer, see `due`.
-        horizon: whether runs of a known length have a head of their own, see above, which starts as
-            that of the untrained rule. It needs per="tensor".
+        horizon: whether the LSTM has the less say the longer a run of known length is, as above. It
+            needs per="tensor".
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
             runs of a known length N, a has the further factor min(1, 20 t / N)^k; and averages
@@ -115,7 +113,8 @@ class GeodesicRNN(UpdateRule):
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, "hidden", *ENTRIES)
     falls = True
-    renew, beginnings = SELDOM, False  # of rules that were pickled before there were these
+    # Of rules that were pickled before there were these.
+    renew, horizon, beginnings = SELDOM, False, False
 
     def __init__(
         self,
@@ -163,9 +162,13 @@ class GeodesicRNN(UpdateRule):
         }
         inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
         self.cell = LSTMCell(inputs, hidden)
-        self.head = _first_head(hidden)
-        if horizon:
-            self.horizon_head = _first_head(TOLD - 1 + SHAPE.stop - SHAPE.start)
+        self.head = nn.Linear(hidden, DIRECTIONS + 1)
+        first = torch.zeros(DIRECTIONS + 1)
+        first[1 + BETAS.index(0.9)] = 1.0
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.bias.copy_(first)
+        self.register_buffer("untrained", first.unsqueeze(-1), persistent=False)
 
     @property
     def config(self) -> dict:
@@ -236,7 +239,7 @@ class GeodesicRNN(UpdateRule):
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
-            told(state, step).to(means),
+            layout.constant((known_share(state),), means),
         )  # fmt: skip
         kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
         if self.every > 1:
@@ -258,7 +261,7 @@ class GeodesicRNN(UpdateRule):
 
     def _tensor_features(
         self, gram: Tensor, rms: Tensor, step: Tensor, rest: Tensor, matrix: Tensor, fan_in: Tensor,
-        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor, told: Tensor,
+        scales: Tensor, initial_rms: Tensor, peak_gradient: Tensor, known: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns Observation.tensor and the next initial_rms, peak_gradient and gradient_rms.
 
@@ -272,10 +275,10 @@ class GeodesicRNN(UpdateRule):
             scales: LOGS as a tensor.
             initial_rms: the RMS of θ before the first update, (*tasks, 1, tensors).
             peak_gradient: the largest r̄ so far, (*tasks, 1, tensors).
-            told: what is known of the length of the run, see `told`, (tensors or 1, TOLD).
+            known: how much the length of the run counts, see `known_share`, (1,).
 
         Returns:
-            (*tasks, TENSOR_INPUTS + MIXING, tensors), with `told` between the two for rules with a
+            (*tasks, TENSOR_INPUTS + MIXING, tensors), with `known` between the two for rules with a
             horizon, and three tensors (*tasks, 1, tensors).
         """
         rms_g, r_bar, rms_p = rms[..., 0], rms[..., 1] + EPS, rms[..., 2]
@@ -312,7 +315,7 @@ class GeodesicRNN(UpdateRule):
             rho = torch.where(matrix > 0, rho, VECTOR_STEP)
         rho = rho * rest
         if self.horizon:
-            inputs.append(told.expand(*size.shape, -1))
+            inputs.append(known.expand(*size.shape).unsqueeze(-1))
         mixing = [adam, torch.stack([1 / r_bar, rho], -1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
@@ -363,9 +366,8 @@ class GeodesicRNN(UpdateRule):
         h, hidden = self.cell(tensor[..., :TENSOR_INPUTS, :], hidden)
         out = _applied(self.head, h)
         if self.horizon:
-            known, *length = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + TOLD, :].split(1, -2)
-            own = _applied(self.horizon_head, torch.cat([*length, tensor[..., SHAPE, :]], -2))
-            out = out.lerp(own, known)
+            known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :]
+            out = out.lerp(self.untrained, known)
         mixture, scale = _mixture(out, tensor)
         return scale * mixture, hidden
 
@@ -410,16 +412,6 @@ class GeodesicRNN(UpdateRule):
         first = rows[..., 0, :]
         out = first if observation.spent else torch.empty_like(first)
         return collect(map(of, observation.layout.chunks), out)
-
-
-def _first_head(inputs: int) -> nn.Linear:
-    """Returns the head of the untrained rule: zero weights, and Adam's average in the bias."""
-    head = nn.Linear(inputs, DIRECTIONS + 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    with torch.no_grad():
-        head.bias[1 + BETAS.index(0.9)] = 1.0
-    return head
 
 
 def _applied(head: nn.Linear, h: Tensor) -> Tensor:

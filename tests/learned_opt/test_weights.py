@@ -307,9 +307,11 @@ def test_the_shipped_weights_are_those_of_the_default_config(tmp_path: Path) -> 
     assert recipe(then) == recipe(config)
 
 
-def test_the_first_stage_of_the_default_config_is_that_of_mlps() -> None:
+def test_the_first_stage_of_the_first_generation_is_that_of_mlps() -> None:
     """Figures of the first stage by itself are of weights that mlps.yaml makes."""
-    configs = (["train", "--config", str(TRAIN / f"{name}.yaml")] for name in ("default", "mlps"))
+    configs = (
+        ["train", "--config", str(TRAIN / f"{name}.yaml")] for name in ("first_generation", "mlps")
+    )
     default, mlps = (parse([*config, "--output", "unused"])[1] for config in configs)
     stage = replace(first_stage(default), seed=mlps.seed, step_size=mlps.step_size)  # no part of it
     assert recipe(stage) == recipe(mlps)

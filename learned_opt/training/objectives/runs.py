@@ -60,10 +60,10 @@ class RunObjective(Objective):
                 f"window is {config.window}, but the rule's network runs every {rule.every} steps; "
                 "use a multiple of that, because a window must begin with a run of the network"
             )
-        if config.known_length and not rule.horizon:
+        if config.known_length and not rule.falls:
             raise ConfigError(
                 f"known_length is {config.known_length}, but rule {config.rule!r} does not use the "
-                "length of a run as it is configured; use 0, or geodesic_rnn with horizon: true"
+                "length of a run; use 0, or geodesic_rnn"
             )
         self.open_runs: list[OpenRun | None] = [None] * config.open_runs
 
