@@ -54,7 +54,7 @@ SMALL = TaskConfig(
 )
 ENTRANTS = [
     NAMED["learned"],
-    NAMED["learned decay"],
+    NAMED["learned num_steps"],
     *(
         Entrant(
             f"AdamW {rate:g}",

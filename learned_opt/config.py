@@ -17,9 +17,10 @@ from geodesic.targets import TargetConfig
 from learned_opt.errors import ConfigError
 from learned_opt.tasks.families import FamilyConfig
 from learned_opt.tasks.kinds import TaskConfig
-from learned_opt.training.objectives import OBJECTIVES
+from learned_opt.training.objectives import OBJECTIVES as REGISTRY
 
-RUN_OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.runs)
+OBJECTIVES = tuple(REGISTRY)
+RUN_OBJECTIVES = tuple(name for name, objective in REGISTRY.items() if objective.runs)
 # Element-wise optimizers: they treat the parameters of many tasks in one tensor independently.
 TEACHERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop",
             "SGD")  # fmt: skip
@@ -324,8 +325,8 @@ class TrainConfig:
     logger: str = "csv"
 
     def __post_init__(self) -> None:
-        if not self.objectives or set(self.objectives) - OBJECTIVES.keys():
-            raise ConfigError(f"objectives is {self.objectives}; use some of {tuple(OBJECTIVES)}")
+        if not self.objectives or set(self.objectives) - set(OBJECTIVES):
+            raise ConfigError(f"objectives is {self.objectives}; use some of {OBJECTIVES}")
         names = ["updates", "epoch_length", "coordinates", "open_runs", "validation_steps",
                  "validation_draws", "selection_interval"]  # fmt: skip
         for name in names if self.window is None else [*names, "window"]:

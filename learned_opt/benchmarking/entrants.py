@@ -335,7 +335,6 @@ FIELD = (
         schedule="cosine",
     ),
     Entrant("learned num_steps", LEARNED, {"num_steps": "{steps}"}),
-    Entrant("learned decay", LEARNED, _DECAY),
 )
 NAMED |= {entrant.name: entrant for entrant in FIELD}
 DEFAULTS = ("learned", "learned tuned", "Adam", "AdamW", "SGD momentum", "Adam cosine")

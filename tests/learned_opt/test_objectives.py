@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from learned_opt.config import OBJECTIVES, RUN_OBJECTIVES, TrainConfig
+from learned_opt.config import RUN_OBJECTIVES, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import UpdateRule, make_rule
 from learned_opt.tasks.mlp import MLPTask
@@ -23,11 +23,6 @@ from tests.learned_opt.tiny import ALL, DoubleTask, gradient, tiny_task
 def open_run(rule: UpdateRule, task: MLPTask) -> OpenRun:
     theta = task.init(0).double()
     return OpenRun(("test", 0), 100, theta, rule.init_state(theta, task.shapes))
-
-
-def test_every_objective_has_its_name() -> None:
-    assert set(objectives.OBJECTIVES) == set(OBJECTIVES)
-    assert all(name == o.name for name, o in objectives.OBJECTIVES.items())
 
 
 @pytest.mark.parametrize("limit", [math.inf, 1.1])
