@@ -92,7 +92,8 @@ class BenchmarkConfig:
             shipped weights), learned num_steps (which are told the number of steps), learned tuned
             (with a tuned factor on their steps), Adam, AdamW, SGD, SGD momentum, NAG, RMSprop, Adam
             cosine, AdamW cosine, SGD momentum cosine, AdamW warm-up cosine, NAdamW, Schedule-Free,
-            Schedule-Free tuned, Muon, SOAP, SOAP tuned and Prodigy. The protocol "validation" is made for the last eight.
+            Schedule-Free tuned, Muon, SOAP, SOAP tuned and Prodigy. The protocol "validation" is
+            made for the last eight.
         reporting_seeds: The seeds of the runs that are reported, or the number of these seeds.
         tuning_seeds: The seeds on which hyperparameters are chosen, or the number of these seeds.
             They are never reported.
