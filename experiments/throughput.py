@@ -142,7 +142,7 @@ def eigenbasis_flops(rule: GeodesicRNN, params: list[Tensor]) -> float:
     """
     layout = Layout(tuple(tuple(p.shape) for p in params))
     products = sum(
-        math.prod(m.shape) * m.shape[SIDES.index(side)]
+        m.count * math.prod(m.shape) * m.shape[SIDES.index(side)]
         for m in matrices(layout, rule.basis)
         for side in m.sides
     )
