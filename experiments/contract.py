@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SUITE = "tests/learned_opt/test_optimizer_suite.py"
 RULES = {  # the classes of the suite and their descriptions
     "Shipped": "geodesic_rnn, shipped weights",
-    "Coordinate": "geodesic_rnn per coordinate",
     "Published": "coordinatewise_lstm",
     "Prop": "rnnprop",
     "Scheduled": "scheduled, over the shipped weights",

@@ -77,19 +77,6 @@ ARMS = {
         rule="coordinatewise_lstm",
         family=SMALL,
     ),
-    # One LSTM per tensor against one per coordinate. The runs are short because the latter is slow.
-    "light": Arm(
-        "LSTM(32) per tensor, 300 updates",
-        rule_config={"hidden": 32, "per": "tensor"},
-        family=SMALL,
-        updates=300,
-    ),
-    "full": Arm(
-        "LSTM(16) per coordinate, 300 updates",
-        rule_config={"hidden": 16, "per": "coordinate"},
-        family=SMALL,
-        updates=300,
-    ),
 }
 UNTRAINED = {
     "initial": "geodesic_rnn, untrained",

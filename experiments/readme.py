@@ -45,7 +45,6 @@ ARMS = {  # the files of results/generalization, and their names on the pages
     "initial": "untrained rule",
     "scaled": "untrained, step tuned",
 }
-SIZES = {"light": "one LSTM(32) per tensor", "full": "one LSTM(16) per coordinate"}
 BASELINES = ("Adam (tuned)", "SGD momentum (tuned)", "Adam 1e-3")
 METRICS = ("final_train_loss", "mean_loss")
 LONG = ("final_train_loss", "largest_rise", "largest_rise_minibatches")
@@ -299,7 +298,6 @@ def main() -> None:
         "width": width_table(),
         "contract": contract_table(RESULTS / "contract.csv"),
         "l2l": l2l_section(),
-        "sizes": losses(cells, SIZES),
         "ablation": ablation_table(),
         "ablation_paths": paths_table(),
         "benchmark": benchmark(RESULTS),

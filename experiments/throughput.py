@@ -40,7 +40,6 @@ from learned_opt import LearnedOptimizer, make_rule
 from learned_opt.rules import GeodesicRNN
 from learned_opt.rules.basis import SIDES, matrices
 from learned_opt.rules.cell import LSTMCell
-from learned_opt.rules.geodesic_rnn import TENSOR_INPUTS
 from learned_opt.rules.layout import Layout
 
 BASELINE, FUSED = "Adam foreach", "Adam fused"
@@ -54,12 +53,6 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     "geodesic_rnn as shipped": LearnedOptimizer,
     "geodesic_rnn compiled": lambda params: LearnedOptimizer(
         params, weights=make_rule("geodesic_rnn"), compile=True
-    ),
-    "geodesic_rnn per coordinate, hidden 16": lambda params: LearnedOptimizer(
-        params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16)
-    ),
-    "geodesic_rnn per coordinate, hidden 16, compiled": lambda params: LearnedOptimizer(
-        params, weights=make_rule("geodesic_rnn", per="coordinate", hidden=16), compile=True
     ),
     "coordinatewise_lstm": lambda params: LearnedOptimizer(
         params, weights=make_rule("coordinatewise_lstm")
@@ -124,8 +117,7 @@ def work(optimizer: Optimizer) -> Work:
     moved = 3 + 2 * sum(x.numel() for x in state.values())  # reads θ and g, writes θ; the state
     flops = transcendentals = 0
     if rule.hidden_per == "coordinate":
-        seen_once = TENSOR_INPUTS * isinstance(rule, GeodesicRNN)  # for all coordinates of a tensor
-        products = sum(4 * c.hidden * (c.weight.shape[1] - seen_once) for c in cells)
+        products = sum(c.weight.numel() for c in cells)
         flops = 2 * (products + rule.head.weight.numel())
         transcendentals = 5 * sum(c.hidden for c in cells) + 2  # 2 for the input and the output
     if isinstance(rule, GeodesicRNN):  # reads the averages again once their sums are known,

@@ -31,40 +31,30 @@ class LSTMCell(nn.Module):
         self.weight = nn.Parameter(torch.empty(4 * hidden, inputs + hidden).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(4 * hidden))
 
-    def forward(
-        self, x: Tensor, state: Tensor, shared: Tensor | None = None, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
         """Returns h' (*, hidden, units) and the next state (*, 2·hidden, units).
 
         Args:
             x: the inputs, (*, inputs, units).
             state: [h; c], (*, 2·hidden, units).
-            shared: the first inputs, before x, (*, first inputs, 1 or units); 1 if all units share
-                them.
             in_place: whether to overwrite `state`, with fewer passes over memory and without an
                 autograd graph.
         """
         h, c = state.chunk(2, dim=-2)
         if in_place and not torch.compiler.is_compiling():
-            return self._overwrite(x, h, c, shared), state
-        gates, weight = self.bias.unsqueeze(-1), self.weight
-        if shared is not None:  # their product, once for all units
-            first, weight = weight.split([shared.shape[-2], weight.shape[-1] - shared.shape[-2]], 1)
-            gates = gates + per_task(first, shared) @ shared
-        gates = gates + per_task(weight, x) @ torch.cat([x, h], dim=-2)
+            return self._overwrite(x, h, c), state
+        inputs = torch.cat([x, h], dim=-2)
+        gates = self.bias.unsqueeze(-1) + per_task(self.weight, x) @ inputs
         i, f, g, o = gates.chunk(4, dim=-2)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         new = torch.cat([h, c], dim=-2)
         return h, state.copy_(new) if in_place else new
 
-    def _overwrite(self, x: Tensor, h: Tensor, c: Tensor, shared: Tensor | None) -> Tensor:
-        weight, bias = self.weight, self.bias.unsqueeze(-1)
-        if shared is not None:  # (*, 4·hidden, 1): the product for all units at once
-            first, weight = weight.split([shared.shape[-2], weight.shape[-1] - shared.shape[-2]], 1)
-            bias = first @ shared + bias
+    def _overwrite(self, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
         # A row of ones makes the bias part of the product, which saves a pass over the gates.
-        weight = torch.cat([per_task(weight, x), bias.expand(*x.shape[:-2], -1, 1)], dim=-1)
+        bias = self.bias.unsqueeze(-1).expand(*x.shape[:-2], -1, 1)
+        weight = torch.cat([per_task(self.weight, x), bias], dim=-1)
         ones = x.new_ones(()).expand(*x.shape[:-2], 1, x.shape[-1])
         gates = weight @ torch.cat([x, h, ones], dim=-2)
         # These lines are not compiled: every form of tanh that was tried was slower compiled.

@@ -46,7 +46,7 @@ LOGS = ((-5.0, 1.0, 0.0),) * DIRECTIONS + (
 )  # fmt: skip
 TENSOR_ENTRIES = ("initial_rms", "peak_gradient", "gradient_rms")  # of State.tensor
 TENSOR_INPUTS = 20  # rows of Observation.tensor that are inputs of the network; the others are:
-MIXING = DIRECTIONS + 2  # RMS of each m̂_k/r, 1/r̄, size with its decay
+MIXING = DIRECTIONS + 1  # RMS of each m̂_k/r, size with its decay
 
 
 @register
@@ -79,23 +79,20 @@ class GeodesicRNN(UpdateRule):
     of the untrained rule: the LSTM knows runs of some hundred steps, and in runs of thousands the
     untrained rule ends lower.
 
-    The state takes 20 bytes for each parameter. per="coordinate" takes 8 more for each hidden unit.
-    A basis takes 8 n² for each side of n rows or columns that has one.
+    The state takes 20 bytes for each parameter. A basis takes 8 n² for each side of n rows or
+    columns that has one.
 
     Args:
         hidden: the number of LSTM units.
-        per: "tensor" runs the LSTM once for each tensor. Its inputs are RMS and cosines of the
+        per: "tensor": the LSTM runs once for each tensor. Its inputs are RMS and cosines of the
             m̂_k/r, which are proxies for gradient noise and curvature; the gradient's decline; the
             tensor's size, shape and growth; and the step number. The update is then odd in the
-            gradients. "coordinate" runs the LSTM for each coordinate, with that coordinate's m̂_k/r
-            as further inputs.
+            gradients.
         decay_after: the step after which the step size decays; use about a third of the longest
             runs that the rule is trained on.
         basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
-            It needs per="tensor".
         renew: the steps between two bases, and at first fewer, see `due`.
-        horizon: whether the LSTM has the less say the longer a run of known length is, as above. It
-            needs per="tensor".
+        horizon: whether the LSTM has the less say the longer a run of known length is, as above.
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
             runs of a known length N, a has the further factor min(1, 20 t / N)^k; and averages
@@ -104,11 +101,11 @@ class GeodesicRNN(UpdateRule):
         decay: the relative weight decay of matrices that the rule was made for, which a
             LearnedOptimizer has by default.
         every: the network runs for a tensor in every so many steps, and at first more often, see
-            `due`. In between, its output and its inputs about the past are kept. A value above 1
-            needs per="tensor".
+            `due`. In between, its output and its inputs about the past are kept.
     """
 
     name = "geodesic_rnn"
+    hidden_per, gains_per_tensor, weights_per_task = "tensor", True, True
     kernels = ("_tensor_features", "_gains")
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, "hidden", *ENTRIES)
@@ -129,24 +126,20 @@ class GeodesicRNN(UpdateRule):
         beginnings: bool = False,
     ) -> None:
         super().__init__()
-        if per not in ("tensor", "coordinate") or min(hidden, decay_after, every) < 1:
+        if per != "tensor":
             raise ConfigError(
-                f"per is {per!r}, hidden {hidden}, decay_after {decay_after} and every {every}; "
-                "use 'tensor' or 'coordinate' for per, and at least 1 for the others"
+                f"per is {per!r}; use 'tensor' (version 0.1.0 was the last with per='coordinate')"
             )
-        if basis < 0 or (per == "coordinate" and (basis or every > 1 or horizon)):
+        if min(hidden, decay_after, every) < 1 or basis < 0:
             raise ConfigError(
-                f"basis is {basis}, every is {every} and horizon is {horizon} with per={per!r}; "
-                "use at least 0 and 1 with per='tensor', and exactly 0, 1 and False with "
-                "per='coordinate'"
+                f"hidden is {hidden}, decay_after {decay_after}, every {every} and basis {basis}; "
+                "use at least 1, and for basis at least 0"
             )
         if renew < 1 or not 0 <= decay < math.inf:
             raise ConfigError(
                 f"renew is {renew} and decay is {decay}; use at least 1 for renew, and a finite "
                 "number of at least 0 for decay"
             )
-        self.hidden_per = per
-        self.gains_per_tensor = self.weights_per_task = per == "tensor"
         self.decay_after = decay_after
         self.basis, self.every, self.renew = basis, every, renew
         self.horizon, self.decay, self.beginnings = horizon, decay, beginnings
@@ -160,8 +153,7 @@ class GeodesicRNN(UpdateRule):
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after} | {
             name: value for name, (value, usual) in later.items() if value != usual
         }
-        inputs = TENSOR_INPUTS + (DIRECTIONS + 1 if per == "coordinate" else 0)
-        self.cell = LSTMCell(inputs, hidden)
+        self.cell = LSTMCell(TENSOR_INPUTS, hidden)
         self.head = nn.Linear(hidden, DIRECTIONS + 1)
         first = torch.zeros(DIRECTIONS + 1)
         first[1 + BETAS.index(0.9)] = 1.0
@@ -182,9 +174,9 @@ class GeodesicRNN(UpdateRule):
         tensor = {name: params.new_zeros(*lead, 1, len(shapes)) for name in TENSOR_ENTRIES}
         if self.beginnings:
             tensor[RECENT] = params.new_zeros(*lead, 2, len(shapes))
-        where, units = (coordinate, d) if self.hidden_per == "coordinate" else (tensor, len(shapes))
         kept = DIRECTIONS if self.every > 1 else 0  # the last gains
-        where["hidden"] = params.new_zeros(*lead, 2 * self.cell.hidden + kept, units)
+        hidden = 2 * self.cell.hidden + kept
+        tensor["hidden"] = params.new_zeros(*lead, hidden, len(shapes))
         matrix = start(params, layout, self.basis) if self.basis else ()
         return State(layout, 0, coordinate, tensor, matrix)
 
@@ -316,28 +308,15 @@ class GeodesicRNN(UpdateRule):
         rho = rho * rest
         if self.horizon:
             inputs.append(known.expand(*size.shape).unsqueeze(-1))
-        mixing = [adam, torch.stack([1 / r_bar, rho], -1)]
+        mixing = [adam, rho.unsqueeze(-1)]
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
 
     def respond(
         self, observation: Observation, hidden: Tensor, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        if self.hidden_per == "tensor":
-            gains, hidden = self.gains(observation.tensor, hidden)
-            return self.mix(gains, observation), hidden
-        row, tensor, layout = observation.coordinate, observation.tensor, observation.layout
-        if in_place:  # tensors become a dimension, (*, tensors, features, units)
-            n = tensor.shape[-1]
-            row, state = (x.unflatten(-1, (n, -1)).movedim(-2, -3) for x in (row, hidden))
-            tensor = tensor.mT.unsqueeze(-1)
-        else:
-            index = layout.tensor_of.to(tensor.device) if isinstance(layout, Layout) else layout
-            tensor, state = tensor[..., index], hidden
-        own = self._own(row, tensor)
-        h, state = self.cell(own, state, tensor[..., :TENSOR_INPUTS, :], in_place)
-        update = self._coordinate_update(_applied(self.head, h), row, tensor)
-        return (update.flatten(-2), hidden) if in_place else (update, state)
+        gains, hidden = self.gains(observation.tensor, hidden)
+        return self.mix(gains, observation), hidden
 
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gains, which multiply the `features`, and the next recurrent state.
@@ -383,19 +362,6 @@ class GeodesicRNN(UpdateRule):
         update = self._mix(gains, observation)
         return update if observation.basis is None else observation.basis.turn_back(update)
 
-    @staticmethod
-    def _own(row: Tensor, tensor: Tensor) -> Tensor:
-        """Returns the inputs that coordinates do not share: m̂_k/r and log(r/r̄)/3, (*, 5, units)."""
-        noise = (row[..., -1:, :] * tensor[..., -2:-1, :]).log() / 3
-        return torch.cat([normal(row), noise], -2)
-
-    @staticmethod
-    def _coordinate_update(out: Tensor, row: Tensor, tensor: Tensor) -> Tensor:
-        """Returns the update (*, units) from the head's output per coordinate, (*, 5, units)."""
-        mixture, scale = _mixture(out, tensor)
-        mixed = (mixture * row[..., :-1, :]).sum(-2, keepdim=True)
-        return (scale * mixed / row[..., -1:, :]).squeeze(-2)
-
     def _mix(self, gains: Tensor, observation: Observation) -> Tensor:
         """Returns Σ_k gains_k features_k in the observation's basis; gains are (*, 4, tensors)."""
         rows = observation.coordinate
@@ -430,7 +396,7 @@ def _fan_in(shape: tuple[int, ...]) -> int:
 def _mixture(out: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Returns c, (*, 4, units), and −a ρ, (*, 1, units), from the head's output, (*, 5, units)."""
     mixture, log_step = out[..., :-1, :], out[..., -1:, :].clamp(-5, 5)
-    rms, size = tensor[..., -MIXING:-2, :], tensor[..., -1:, :]
+    rms, size = tensor[..., -MIXING:-1, :], tensor[..., -1:, :]
     step = STEP * log_step.exp()
     moved = step * (mixture.abs() * rms).sum(-2, keepdim=True)  # an upper bound, in units of size
     return mixture, -step * size / (1 + moved / MAX_STEP)

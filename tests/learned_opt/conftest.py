@@ -11,7 +11,6 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
-    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
     "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
     "scheduled lstm": (

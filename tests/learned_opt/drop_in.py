@@ -16,7 +16,6 @@ RULES = {
         "geodesic_rnn",
         {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "beginnings": True},
     ),
-    "coordinate": ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "rnnprop": ("rnnprop", {"hidden": 4}),
     "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),

@@ -285,7 +285,6 @@ def test_a_parameter_may_join_later_with_its_own_step_count(rule: UpdateRule) ->
 def test_the_state_has_the_documented_size() -> None:
     for name, config, size in (
         ("geodesic_rnn", {}, 20),
-        ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}, 20 + 8 * 2),
         ("coordinatewise_lstm", {}, 320),
     ):
         p = torch.ones(5, 40, requires_grad=True)

@@ -38,12 +38,6 @@ class Shipped(LearnedOptimizer):
     """The rule and the weights that a user gets."""
 
 
-class Coordinate(LearnedOptimizer):
-    __init__ = functools.partialmethod(
-        LearnedOptimizer.__init__, weights=make_rule("geodesic_rnn", hidden=3, per="coordinate")
-    )
-
-
 def descending_lstm() -> UpdateRule:
     """L2L's rule as sign descent, for with random weights it goes anywhere."""
     rule = make_rule("coordinatewise_lstm", hidden=1, layers=1)
@@ -116,7 +110,7 @@ ALL = [
         supported_impls=(), supports_complex=False,
         not_og_supported_flags=("maximize", "num_steps"),
     )
-    for optimizer in (Shipped, Coordinate, Published, Prop, Scheduled)
+    for optimizer in (Shipped, Published, Prop, Scheduled)
 ]  # fmt: skip
 # L2L's and RNNProp's move a parameter without gradient, see their docstrings.
 GATED = [info for info in ALL if info.optim_cls not in (Published, Prop)]

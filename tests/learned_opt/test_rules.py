@@ -21,7 +21,6 @@ per_tensor = pytest.mark.parametrize("rule", ["tensor"], indirect=True)
 coordinates_alone = pytest.mark.parametrize(
     "rule", [name for name in RULES if name != "basis"], indirect=True
 )
-ours = pytest.mark.parametrize("rule", ["tensor", "coordinate"], indirect=True)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -118,12 +117,12 @@ def test_the_cell_is_torch_s_lstm_and_runs_under_vmap() -> None:
     torch.testing.assert_close(torch.func.vmap(cell)(x, state), (h, after))
 
 
-@ours
+@per_tensor
 def test_no_gradient_no_update(rule: UpdateRule) -> None:
     assert (run(rule, torch.zeros(3, 2, D).double(), numbers(2, D)) == 0).all()
 
 
-@ours
+@per_tensor
 def test_the_update_does_not_see_the_scale_of_the_loss(rule: UpdateRule) -> None:
     grads, params = numbers(5, D), numbers(D, seed=1)
     torch.testing.assert_close(run(rule, 1000 * grads, params), run(rule, grads, params))
@@ -157,10 +156,9 @@ def test_no_tensor_moves_by_more_than_its_size(rule: UpdateRule, scale: float) -
         params = params + update
 
 
-@pytest.mark.parametrize("name", ["tensor", "coordinate"])
-def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
+def test_untrained_it_is_adam_with_a_relative_step() -> None:
     """u = −STEP ρ a / (1 + STEP RMS(a) / MAX_STEP) with Adam's a = m̂/√v̂, ρ the tensor's size."""
-    rule = make_rule("geodesic_rnn", hidden=3, per=name).double()
+    rule = make_rule("geodesic_rnn", hidden=3).double()
     matrix, bias = numbers(6, 5, seed=1), torch.zeros(6, dtype=torch.float64)
     params = torch.cat([matrix.flatten(), bias])
     reference = [torch.zeros_like(matrix, requires_grad=True), bias.clone().requires_grad_()]
@@ -179,9 +177,8 @@ def test_untrained_it_is_adam_with_a_relative_step(name: str) -> None:
             torch.testing.assert_close(u, -STEP * rho * a / limit)
 
 
-@pytest.mark.parametrize("name", ["tensor", "coordinate"])
-def test_steps_fall_harmonically_after_the_longest_training_runs(name: str) -> None:
-    rules = [make_rule("geodesic_rnn", hidden=3, per=name, decay_after=n) for n in (4, 1000)]
+def test_steps_fall_harmonically_after_the_longest_training_runs() -> None:
+    rules = [make_rule("geodesic_rnn", hidden=3, decay_after=n) for n in (4, 1000)]
     params, states = numbers(D), [rule.double().init_state(numbers(D), SHAPES) for rule in rules]
     for t, grad in enumerate(numbers(9, D, seed=1), 1):
         (short, states[0]), (long, states[1]) = (

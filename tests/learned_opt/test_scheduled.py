@@ -15,10 +15,9 @@ from learned_opt.rules.scheduled import INPUTS
 
 BASES = [
     ("geodesic_rnn", {"hidden": 4}),
-    ("geodesic_rnn", {"hidden": 3, "per": "coordinate"}),
     ("coordinatewise_lstm", {"hidden": 4}),
 ]
-bases = pytest.mark.parametrize(("base", "config"), BASES, ids=["tensor", "coordinate", "lstm"])
+bases = pytest.mark.parametrize(("base", "config"), BASES, ids=["tensor", "lstm"])
 SHAPES = ((3, 4), (5,))
 D = 17
 

@@ -28,7 +28,6 @@ from learned_opt.weights import DEFAULT, MAX_HEADER, digest
 TRAIN = Path(__file__).parents[2] / "configs" / "train"
 RULES = [
     ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
-    ("geodesic_rnn", {"hidden": 2, "per": "coordinate"}),
     ("coordinatewise_lstm", {"hidden": 4, "layers": 1, "output_scale": 0.1}),
 ]
 
