@@ -151,7 +151,10 @@ def test_one_outlier_does_not_make_the_basis() -> None:
     assert ((found[0].mT @ found[1]).abs().amax(-1) > 0.9).all()
 
 
-@pytest.mark.parametrize("config", [{"basis": -1}, {"basis": 8, "per": "coordinate"}])
-def test_refused(config: dict) -> None:
-    with pytest.raises(ConfigError, match="basis is"):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"basis": -1}, "basis -1;"), ({"per": "coordinate"}, "version 0.1.0 was the last")],
+)
+def test_refused(config: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
         make_rule("geodesic_rnn", **config)
