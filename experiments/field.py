@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from result_files import markdown_table
+
 from learned_opt.benchmarking import BenchmarkConfig
 from learned_opt.benchmarking.going_on import run_going_on, undisturbed
 from learned_opt.benchmarking.going_on_tables import sentence as going_on_sentence
 from learned_opt.benchmarking.going_on_tables import table as going_on_table
+from learned_opt.benchmarking.stats import probability_of_improvement
 from learned_opt.benchmarking.stores import Rows
 from learned_opt.benchmarking.summary import markdown
 from learned_opt.benchmarking.validation import (
@@ -74,6 +79,58 @@ def going_on(name: str) -> str:
     return f"{going_on_sentence(config, rows)}\n\n{markdown(going_on_table(config, rows))}"
 
 
+def finals(name: str, metric: str) -> dict[str, np.ndarray]:
+    """Returns the losses at the end of the full budget, (tasks, seeds), of each entrant.
+
+    Of learned entrants they are those of the weights that are shipped.
+
+    Raises:
+        Lacking: the runs of an entrant are incomplete.
+    """
+    config, found = suite(name), {}
+    for line in (RESULTS / name / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        loss = math.inf if row["diverged"] else row[metric]
+        found[row["entrant"], row["task"], row["seed"], row["steps"], row["weights"]] = loss
+    losses = {}
+    for entrant in config.entrants:
+        weights = (entrant.weights_hash or "")[:12]
+        keys = [[(entrant.name, task.label, seed, task.steps, weights)
+                 for seed in config.reporting] for task in config.tasks]  # fmt: skip
+        if missing := [key for row in keys for key in row if key not in found]:
+            raise Lacking(f"{name}: {len(missing)} full runs of {entrant.name} are missing")
+        losses[entrant.name] = np.array([[found[key] for key in row] for row in keys])
+    return losses
+
+
+def ends(name: str) -> str:
+    """Returns a sentence and a table about the ends of runs of the full budget."""
+    config, baseline = suite(name), suite(name).validation_baseline
+    losses, tests = (finals(name, f"{split}_loss") for split in ("validation", "test"))
+    lines = {}
+    for entrant, mine in losses.items():
+        ratios = mine.mean(1) / losses[baseline].mean(1)
+        chances = [
+            float(probability_of_improvement(-x[entrant], -x[baseline])) for x in (losses, tests)
+        ]
+        lines[entrant] = [*ratios, float(np.exp(np.log(ratios).mean())), *chances]
+    ranked = sorted(lines, key=lambda entrant: lines[entrant][-3])
+    own, best = "learned num_steps", next(e for e in ranked if not e.startswith("learned"))
+    sentence = (
+        f"Told the number of steps, the learned optimizer ends at {lines[own][-3]:.3f} times the "
+        f"validation loss of {baseline} with a tuned rate (geometric mean), and below it with "
+        f"probability {lines[own][-2]:.2f}; told nothing, at {lines['learned'][-3]:.3f} times. The "
+        f"best of the others is {best}, at {lines[best][-3]:.3f} times."
+    )
+    headings = ["optimizer", *(task.label for task in config.tasks), "geometric mean",
+                "P(lower validation loss)", "P(lower test loss)"]  # fmt: skip
+    table = [
+        [e, *(f"{x:.3f}" for x in lines[e][:-2]), *(f"{p:.2f}" for p in lines[e][-2:])]
+        for e in ranked
+    ]
+    return f"{sentence}\n\n{markdown_table(headings, table)}"
+
+
 def keep(path: Path, name: str) -> int:
     """Adds new rows to the committed ones, sorted by name, and returns their number."""
     target, config, rows = RESULTS / name / "rows.jsonl", suite(name), {}
@@ -111,12 +168,14 @@ def asked_for(config: BenchmarkConfig, row: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("keep", "show"))
+    parser.add_argument("what", choices=("keep", "show", "ends"))
     parser.add_argument("path", type=Path, nargs="?", help="file of the rows to keep")
     parser.add_argument("suite")
     args = parser.parse_args()
     if args.what == "keep":
         print(f"{keep(args.path, args.suite)} new rows")
+    elif args.what == "ends":
+        print(ends(args.suite))
     else:
         make = real if suite(args.suite).protocol == "validation" else going_on
         print(make(args.suite))

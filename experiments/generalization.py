@@ -1,9 +1,9 @@
 """Do rules trained on digits work elsewhere?
 
-Trains the arms below and runs them untuned on the validation tasks. The arms are the shipped
-recipe, its first stage, and L2L's rule with the same number of inner steps. ablation.py compares
-what each objective contributes. Tuned baselines on the same tasks come from `learned-opt benchmark
---config configs/benchmark/validation.yaml`.
+Trains the arms below and runs them untuned on the validation tasks. The arms are the recipe of the
+first generation of weights, its first stage, and L2L's rule with the same number of inner steps.
+ablation.py compares what each objective contributes. Tuned baselines on the same tasks come from
+`learned-opt benchmark --config configs/benchmark/validation.yaml`.
 
     python experiments/generalization.py train --arm shipped --seed 0
     python experiments/generalization.py evaluate --arm shipped --seed 0

@@ -21,7 +21,7 @@ from certificates import table as certificates_table
 from contract import table as contract_table
 from feasibility import readme_table as feasibility_table
 from feasibility import table as trajectories_table
-from field import going_on
+from field import ends, going_on
 from figure1 import SETTINGS as FIGURE1
 from geodesic_comparison import table as comparison_table
 from geodesic_throughput import pairs_table, scaling_table
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 PICTURE = ROOT / "docs" / "validation.png"
 ARMS = {  # the files of results/generalization, and their names on the pages
-    "shipped": "**shipped recipe**",
+    "shipped": "**first generation**",
     "second": "its second stage alone",
     "mlps": "its first stage",
     "l2l": "L2L LSTM",
@@ -112,7 +112,7 @@ def seeds_text(cells: Cells) -> str:
 
 
 def long_runs() -> str:
-    """Returns a table of the shipped weights and Adam, with its best rate for each row."""
+    """Returns a table of first-generation weights and Adam, with its best rate for each row."""
     learned, adam = (
         {key: np.array(runs) for key, runs in grouped(name, *columns).items()}
         for name, columns in (("long", ()), ("long_adam", ("lr",)))
@@ -132,7 +132,7 @@ def long_runs() -> str:
         figures = loss, adams_loss, f"{lower:.2f}", rise, adams_rise, small, adams_small
         lines.append([*key, *figures, f"{bad} of {len(mine)}"])
     return (
-        "The next table shows runs of the shipped weights that are far longer than their training "
+        "The next table shows runs of these weights that are far longer than their training "
         "runs. It compares training losses, with Adam at a constant rate: the best of the rate "
         "that was tuned for short runs, that rate times 0.3, and that rate times 0.1. None "
         "of them has a schedule, and validation losses were not measured. *P* is the "
@@ -284,6 +284,7 @@ def main() -> None:
     cells = load()
     blocks = {
         "headline": headline(RESULTS),
+        "real_dev": ends("real_dev"),
         "going_on_dev": going_on("going_on_dev"),
         "results": results(cells),
         "feasibility": feasibility_table(),

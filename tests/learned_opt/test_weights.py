@@ -25,7 +25,9 @@ from learned_opt.training.fit import recipe
 from learned_opt.training.stages import first_stage
 from learned_opt.weights import DEFAULT, MAX_HEADER, digest
 
-TRAIN = Path(__file__).parents[2] / "configs" / "train"
+ROOT = Path(__file__).parents[2]
+FIRST_GENERATION = ROOT / "experiments" / "weights" / "first_generation.safetensors"
+TRAIN = ROOT / "configs" / "train"
 RULES = [
     ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
     ("coordinatewise_lstm", {"hidden": 4, "layers": 1, "output_scale": 0.1}),
@@ -261,13 +263,14 @@ def test_each_byte_of_the_facts_is_covered(path: Path) -> None:
 
 
 def test_files_of_the_first_version_are_read(path: Path) -> None:
-    """Its checksum does not cover the facts. The shipped file is one."""
+    """Its checksum does not cover the facts. The file of the first generation is one."""
     rule = load_rule(path)
     rewrite(path, version=1, facts=FACTS)
     again = load_rule(path)
     assert again.config == rule.config
     assert all(torch.equal(again.state_dict()[k], v) for k, v in rule.state_dict().items())
-    assert header_of(DEFAULT)["version"] == 1 and load_rule().name == "geodesic_rnn"
+    assert header_of(FIRST_GENERATION)["version"] == 1
+    assert load_rule(FIRST_GENERATION).config["decay_after"] == 300
 
 
 @pytest.mark.parametrize("version", [0, -1, 1.5, "2", None, True])
