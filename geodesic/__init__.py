@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from geodesic.lazy import lazy
+from geodesic.lazy import lazy as _lazy
 
 if TYPE_CHECKING:
     from geodesic.alignment import (
@@ -46,23 +46,24 @@ __all__ = [
     "sequential_spec",
     "sgd_profile",
 ]
-__getattr__, __dir__ = lazy(
-    "geodesic",
-    {
-        "geodesic.alignment": (
-            "PermutationSpec",
-            "align",
-            "match_weights",
-            "mlp_spec",
-            "permute",
-            "sequential_spec",
-        ),
-        "geodesic.dataset": ("DatasetError", "PathDataset"),
-        "geodesic.dss": ("Strings", "StringSampling", "sample_strings"),
-        "geodesic.level_set": ("LevelProfile", "sgd_profile"),
-        "geodesic.model": ("ModelLoss",),
-        "geodesic.path": ("length", "normalized_length", "points_at", "project", "resample"),
-        "geodesic.sharded": ("find_geodesics_on_disk",),
-        "geodesic.solve": ("Geodesic", "find_geodesic", "find_geodesics"),
-    },
-)
+if not TYPE_CHECKING:  # type checkers would take any name
+    __getattr__, __dir__ = _lazy(
+        "geodesic",
+        {
+            "geodesic.alignment": (
+                "PermutationSpec",
+                "align",
+                "match_weights",
+                "mlp_spec",
+                "permute",
+                "sequential_spec",
+            ),
+            "geodesic.dataset": ("DatasetError", "PathDataset"),
+            "geodesic.dss": ("Strings", "StringSampling", "sample_strings"),
+            "geodesic.level_set": ("LevelProfile", "sgd_profile"),
+            "geodesic.model": ("ModelLoss",),
+            "geodesic.path": ("length", "normalized_length", "points_at", "project", "resample"),
+            "geodesic.sharded": ("find_geodesics_on_disk",),
+            "geodesic.solve": ("Geodesic", "find_geodesic", "find_geodesics"),
+        },
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -21,7 +22,7 @@ def lazy(
     def get(name: str) -> Any:
         if name in where:
             return getattr(import_module(where[name]), name)
-        if f"{package}.{name}" in modules:
+        if find_spec(f"{package}.{name}") is not None:
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

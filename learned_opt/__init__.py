@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from geodesic.lazy import lazy
+from geodesic.lazy import lazy as _lazy
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError, WeightsError
 
 if TYPE_CHECKING:
@@ -56,21 +56,25 @@ __all__ = [
 ]
 # The modules of the public names that are imported on first use. They are slow to import, and the
 # command must handle Ctrl-C before it imports torch.
-__getattr__, __dir__ = lazy(
-    "learned_opt",
-    {
-        "geodesic.dataset": ("DatasetError", "PathDataset"),
-        "learned_opt.benchmarking": ("BenchmarkConfig", "BenchmarkTask", "Entrant", "benchmark"),
-        "learned_opt.comparison": ("Comparison", "compare"),
-        "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
-        "learned_opt.target_paths": ("make_geodesics",),
-        "learned_opt.optimizer": ("LearnedOptimizer",),
-        "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
-        "learned_opt.tasks.base": ("Task",),
-        "learned_opt.tasks.families": ("FamilyConfig",),
-        "learned_opt.tasks.kinds": ("TaskConfig",),
-        "learned_opt.tasks.own": ("OwnTask",),
-        "learned_opt.training.stages": ("train",),
-        "learned_opt.weights": ("load_rule", "save_rule"),
-    },
-)
+_MODULES = {
+    "geodesic.dataset": ("DatasetError", "PathDataset"),
+    "learned_opt.benchmarking": (
+        "BenchmarkConfig",
+        "BenchmarkTask",
+        "Entrant",
+        "benchmark",
+    ),
+    "learned_opt.comparison": ("Comparison", "compare"),
+    "learned_opt.config": ("GeodesicsConfig", "TrainConfig"),
+    "learned_opt.target_paths": ("make_geodesics",),
+    "learned_opt.optimizer": ("LearnedOptimizer",),
+    "learned_opt.rules": ("UpdateRule", "make_rule", "register"),
+    "learned_opt.tasks.base": ("Task",),
+    "learned_opt.tasks.families": ("FamilyConfig",),
+    "learned_opt.tasks.kinds": ("TaskConfig",),
+    "learned_opt.tasks.own": ("OwnTask",),
+    "learned_opt.training.stages": ("train",),
+    "learned_opt.weights": ("load_rule", "save_rule"),
+}
+if not TYPE_CHECKING:  # type checkers would take any name
+    __getattr__, __dir__ = _lazy("learned_opt", _MODULES)

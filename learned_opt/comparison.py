@@ -21,7 +21,6 @@ from learned_opt.tasks.trainee import Parameters, Trainee
 
 DEFAULT = ("learned", "AdamW warm-up cosine")
 EVALUATIONS = 20  # the number of equally spaced evaluations in a run
-NUMBERS = ("final_loss", "lowest_loss", "steps_to_match", "ms_per_step")  # in each row
 ABOVE_TABLE = (
     "Each row is an optimizer with the best of the settings that were tried, the lowest final loss "
     "on the validation data first. *Steps to match* are the steps in which the loss reaches the "

@@ -137,7 +137,10 @@ class Block:
     def _last_step(
         self, told: _Told, theta: Tensor, update: Tensor, decayed: Tensor, skipped: Tensor
     ) -> LastStep:
-        """Returns the facts of lr · u, and the same with decay, before it is added to θ."""
+        """Returns the facts of a step: `update` is lr · u, `decayed` the same after weight decay.
+
+        Neither has been added to θ yet.
+        """
         size, moved, taken = (
             self.layout.squared_norms(x).sqrt() for x in (theta, update, update - decayed)
         )
@@ -279,14 +282,15 @@ class Block:
             self.used = True
         self.last = None
         decay = self._decay(rule, theta, weight_decay)
-        if decay is not None or isinstance(lr, Tensor) or diagnose:
+        if diagnose:
+            plain = update * lr
+            decayed = plain if decay is None else decay_(plain.clone(), theta, self.layout, decay)
+            self.last = self._last_step(told, theta, plain, decayed, skipped)
+        if decay is not None or isinstance(lr, Tensor):
             # A tensor as `alpha` would have to be copied from the device.
-            update, lr = update.mul_(lr) if isinstance(lr, Tensor) or lr != 1 else update, 1.0
-        before = update.clone() if diagnose else None
+            update, lr = torch.mul(update, lr, out=update if rule.spends else None), 1.0
         if decay is not None:
             decay_(update, theta, self.layout, decay)
-        if diagnose:
-            self.last = self._last_step(told, theta, before, update, skipped)
         updates = update.split(list(self.layout.sizes))
         updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
         torch._foreach_add_(parts, updates, alpha=lr)

@@ -48,10 +48,10 @@ class LearnedOptimizer(Optimizer):
     The state of a parameter p is in float32: "step", "skipped" and "clock", the number of steps of
     the run; the rule's averages of each coordinate, (*p.shape, features); a few small vectors for
     the whole tensor; and, for a matrix under the shipped rule, two square matrices for each side of
-    up to 256. The shipped rule takes 20 bytes for each parameter (Adam: 8), and 8 n² bytes for each
-    such side of length n: 36 bytes for each parameter of a square matrix of at most 256 rows. Other
-    code may add entries to the state of p; they are kept, saved and loaded. `state_dict()` returns
-    copies.
+    up to 256, if no side is above 4,096. The shipped rule takes 20 bytes for each parameter (Adam:
+    8), and 8 n² bytes for each such side of length n: 36 bytes for each parameter of a square
+    matrix of at most 256 rows. Other code may add entries to the state of p; they are kept, saved
+    and loaded. `state_dict()` returns copies.
 
     Args:
         params: tensors, or dicts of groups with their own `lr`, `weight_decay`, `num_steps` and
@@ -64,9 +64,10 @@ class LearnedOptimizer(Optimizer):
             matrices have the weight decay that goes with the weights, and vectors have none.
         weights: a weights file of `learned-opt train`, "hf://owner/name" for a repository of the
             Hugging Face Hub, or a rule; by default the shipped weights.
-        num_steps: the number of steps of the whole run, if it is known. Steps then fall to zero
-            over the run, so leave other schedules out. State and checkpoints keep
-            it. After `num_steps` steps there is a warning, and further steps are small. If it is
+        num_steps: the number of steps of the whole run, if it is known. Steps then rise over its
+            first twentieth and fall to zero at its end, so leave other schedules out; and the
+            shipped network has the less say the longer the run is. State and checkpoints keep it.
+            After `num_steps` steps there is a warning, and further steps are small. If it is
             None, steps fall in a way that suits any length; runs of at most 300 steps are the same
             either way. Rules of another kind than the shipped one refuse it.
         maximize: maximizes instead of minimizing.

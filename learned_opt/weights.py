@@ -132,8 +132,9 @@ def load_rule(weights: str | Path | None = None, revision: str | None = None) ->
             rule = make_rule(rule_name, **config)
         rule.load_state_dict(tensors, assign=True)  # float32, whatever torch's default dtype is
     except (ConfigError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"weights={str(path)!r} do not fit their rule: {error!r}; import the "
-                           "module that registers it, or train it again") from None  # fmt: skip
+        raise WeightsError(f"weights={str(path)!r} do not fit their rule: {error!r}; use the "
+                           "version of learned-opt that wrote them, import the module that "
+                           "registers their rule, or train it again") from None  # fmt: skip
     return rule.requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ from learned_opt.rules.layout import Layout, Span, State
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
 
-UNITS = 1 << 12  # as CHUNK, for an LSTM, whose 16 to 20 hidden units have four gates each
+UNITS = 1 << 12  # as CHUNK, for an LSTM, whose 20 hidden units have four gates each
 MIN_UNITS = 1 << 9  # of each of many tasks: shorter rows cost more than cache misses
 
 
@@ -115,6 +115,7 @@ class UpdateRule(nn.Module, ABC):
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
     weights_per_task: bool = False
+    spends: bool = False  # whether the caller may overwrite an update that was made in place
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
@@ -255,10 +256,8 @@ def decay_(update: Tensor, params: Tensor, layout: Layout, weight_decay: float |
     for span in rows.spans:
         u, theta = (x[..., span.where].unflatten(-1, (span.number, -1)) for x in (update, params))
         portion = share[..., span.tensors, None]
-        if finite:
-            u.addcmul_(theta, portion, value=-1)
-        else:
-            u -= (theta * portion).masked_fill_(portion == 0, 0)  # 0 · inf is not 0
+        taken = theta * portion
+        u -= taken if finite else taken.masked_fill_(portion == 0, 0)  # 0 · inf is not 0
     return update
 
 

@@ -66,25 +66,27 @@ class Matrices:
         ]
 
 
-def matrices(layout: Layout, limit: int) -> tuple[Matrices, ...]:
+def matrices(layout: Layout, limit: int, every: int = SELDOM) -> tuple[Matrices, ...]:
     """Returns the tensors with a side that has an eigenbasis, small ones of one shape together.
 
-    These are sides of 2 to `limit` rows or columns. The other side has at most LONGEST.
+    These are sides of 2 to `limit` rows or columns. If bases are renewed often, which is what
+    `every` says, no side is longer than LONGEST.
     """
     together = 1 if layout.gather else TOGETHER  # parts of several tensors cannot be gathered
-    return _matrices(layout.shapes, layout.sizes, limit, together)
+    longest = LONGEST if every < SELDOM else math.inf
+    return _matrices(layout.shapes, layout.sizes, limit, together, longest)
 
 
 @lru_cache(maxsize=256)
 def _matrices(
-    shapes: tuple, sizes: tuple[int, ...], limit: int, together: int
+    shapes: tuple, sizes: tuple[int, ...], limit: int, together: int, longest: float
 ) -> tuple[Matrices, ...]:
     found, first, start = [], 0, 0
     for (shape, size), same in groupby(zip(shapes, sizes, strict=True)):
         last = first + len(list(same))
         sides = math.prod(shape[:1]), math.prod(shape[1:])
         turned = tuple(s for s, n in zip(SIDES, sides, strict=True) if 2 <= n <= limit)
-        if len(shape) > 1 and turned and 0 < min(sides) and max(sides) <= LONGEST:
+        if len(shape) > 1 and turned and 0 < min(sides) and max(sides) <= longest:
             step = max(1, together // math.prod(shape))
             for i in range(first, last, step):
                 count, begin = min(step, last - i), start + (i - first) * size
@@ -126,10 +128,12 @@ class Basis:
         return x
 
 
-def start(params: Tensor, layout: Layout, limit: int) -> tuple[dict[str, Tensor], ...]:
+def start(
+    params: Tensor, layout: Layout, limit: int, every: int = SELDOM
+) -> tuple[dict[str, Tensor], ...]:
     """Returns `State.matrix` before the first gradient, with identity matrices as bases."""
     entries: tuple[dict[str, Tensor], ...] = tuple({} for _ in layout.shapes)
-    for group in matrices(layout, limit):
+    for group in matrices(layout, limit, every):
         for side, n in zip(SIDES, group.shape, strict=True):
             for number in group.tensors if side in group.sides else ():
                 eye = torch.eye(n, dtype=params.dtype, device=params.device)
@@ -172,7 +176,7 @@ def follow(
 
     Args:
         grads: the gradients, (*tasks, d). They are rotated into the basis in place.
-        rows: (*tasks, 1 + momenta + 1, d), in the last basis: the last gradient, its averages, and
+        rows: (*tasks, 1 + momenta + 1, d), in the last basis: this gradient, the averages, and
             r = √v̂. If the basis is new, averages and r are rotated in place. v uses the squared
             rotation, which assumes uncorrelated coordinates.
         state: the state before this gradient.
@@ -188,7 +192,7 @@ def _follow(
     grads: Tensor, rows: Tensor, state: State, limit: int, every: int, in_place: bool
 ) -> tuple[Basis, tuple[dict[str, Tensor], ...]]:
     layout, kept, bases = state.layout, list(state.matrix), []
-    found = matrices(layout, limit)
+    found = matrices(layout, limit, every)
     steps = as_numbers(state.step)
     for group in found:
         counts = [steps[i % len(steps)] + 1 for i in group.tensors]

@@ -36,6 +36,7 @@ MIN_SIZE = 0.03  # the least size of a tensor among the network's inputs; less f
 VECTOR_STEP = 0.03  # ρ of vectors, in place of one to four times VECTOR_SIZE
 LEAST = 0.1  # ρ of a matrix that does not start at zero is at least this share of its usual size
 STEP = 0.1  # the relative step of the untrained rule, near Adam(0.003-0.01) on default inits
+ADAM = 1 + BETAS.index(0.9)  # the direction of the untrained rule
 MAX_STEP = 1.0  # no tensor moves by more than this share of its size ρ in one update
 LONGEST = 2000.0  # the step number among the inputs stops here, beyond the longest training runs
 WIDEST = 3072.0  # the fan-in among the inputs stops here, for the same reason
@@ -91,7 +92,8 @@ class GeodesicRNN(UpdateRule):
         decay_after: the step after which the step size decays; use about a third of the longest
             runs that the rule is trained on.
         basis: the most rows or columns for which a side of a matrix has an eigenbasis; 0 for none.
-        renew: the steps between two bases, and at first fewer, see `due`.
+        renew: the steps between two bases, and at first fewer, see `due`. With fewer than 1,024,
+            matrices with a side above 4,096, such as embeddings, have no basis.
         horizon: whether the LSTM has the less say the longer a run of known length is, as above.
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
@@ -109,7 +111,7 @@ class GeodesicRNN(UpdateRule):
     kernels = ("_tensor_features", "_gains")
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, "hidden", *ENTRIES)
-    falls = True
+    falls = spends = True
     # Of rules that were pickled before there were these.
     renew, horizon, beginnings = SELDOM, False, False
 
@@ -155,12 +157,10 @@ class GeodesicRNN(UpdateRule):
         }
         self.cell = LSTMCell(TENSOR_INPUTS, hidden)
         self.head = nn.Linear(hidden, DIRECTIONS + 1)
-        first = torch.zeros(DIRECTIONS + 1)
-        first[1 + BETAS.index(0.9)] = 1.0
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         with torch.no_grad():
-            self.head.weight.zero_()
-            self.head.bias.copy_(first)
-        self.register_buffer("untrained", first.unsqueeze(-1), persistent=False)
+            self.head.bias[ADAM] = 1.0
 
     @property
     def config(self) -> dict:
@@ -177,7 +177,7 @@ class GeodesicRNN(UpdateRule):
         kept = DIRECTIONS if self.every > 1 else 0  # the last gains
         hidden = 2 * self.cell.hidden + kept
         tensor["hidden"] = params.new_zeros(*lead, hidden, len(shapes))
-        matrix = start(params, layout, self.basis) if self.basis else ()
+        matrix = start(params, layout, self.basis, self.renew) if self.basis else ()
         return State(layout, 0, coordinate, tensor, matrix)
 
     def observe(
@@ -346,7 +346,9 @@ class GeodesicRNN(UpdateRule):
         out = _applied(self.head, h)
         if self.horizon:
             known = tensor[..., TENSOR_INPUTS : TENSOR_INPUTS + 1, :]
-            out = out.lerp(self.untrained, known)
+            untrained = torch.zeros_like(out)
+            untrained[..., ADAM, :] = 1.0
+            out = out.lerp(untrained, known)
         mixture, scale = _mixture(out, tensor)
         return scale * mixture, hidden
 

@@ -41,7 +41,7 @@ def rescale(rows: Tensor, size: Tensor, state: State) -> State:
     do not count: their steps should become small.
 
     Args:
-        rows: the last gradient, its averages and r, (*tasks, 5, d).
+        rows: a row that is not used here, the averages and r, (*tasks, 5, d).
         size: RMS(g) of each tensor, (*tasks, tensors).
         state: the state before this step.
     """

@@ -30,7 +30,7 @@ def rms(x: torch.Tensor) -> float:
 
 
 def test_the_relative_step_is_that_of_the_parameters():
-    model, optimizer, before = trained(lr=0.5, diagnose=True)
+    model, optimizer, before = trained(lr=0.5, weight_decay=0.0, diagnose=True)
     facts = optimizer.diagnostics()
     assert list(facts) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     for name, p in model.named_parameters():
@@ -40,7 +40,7 @@ def test_the_relative_step_is_that_of_the_parameters():
 
 
 def test_decay_is_the_share_that_it_took():
-    plain, _, before = trained(steps=1)
+    plain, _, before = trained(steps=1, weight_decay=0.0)
     model, optimizer, _ = trained(steps=1, weight_decay=0.2, diagnose=True)
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         share = rms(q.detach() - p.detach()) / rms(before[name])
@@ -69,10 +69,11 @@ def test_the_gains_make_the_step(every: int):
         torch.testing.assert_close(gradient, share * p.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.3, "weight_decay": 0.0}])
 @pytest.mark.parametrize("name", ["scheduled", "coordinatewise_lstm", "rnnprop", None])
-def test_it_changes_no_step_and_no_state(name: str | None):
+def test_it_changes_no_step_and_no_state(name: str | None, settings: dict):
     rule = name and make_rule(name)
-    plain, told = (trained(copy.deepcopy(rule), diagnose=on) for on in (False, True))
+    plain, told = (trained(copy.deepcopy(rule), diagnose=on, **settings) for on in (False, True))
     for p, q in zip(plain[0].parameters(), told[0].parameters(), strict=True):
         assert p.equal(q)
     states = (optimizer.state_dict()["state"] for _, optimizer, _ in (plain, told))

@@ -17,7 +17,7 @@ from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
 N = 3000
 
 
-@pytest.fixture(params=["tensor", "horizon", "coordinate"])
+@pytest.fixture(params=["tensor", "horizon"])
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     return noisy_rule(request.param)
 

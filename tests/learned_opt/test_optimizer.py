@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.rules import Layout, Observation, State
 from learned_opt.tasks.data import load_images
 from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
 
@@ -376,7 +377,7 @@ def test_rows_without_gradient_stay_exactly_where_they_are(shape, dead: str) -> 
     where, rng = DEAD[dead], torch.Generator().manual_seed(0)
     p = (0.1 * torch.randn(shape, generator=rng)).requires_grad_()
     start = p.detach().clone()
-    optimizer = LearnedOptimizer([p])
+    optimizer = LearnedOptimizer([p], weight_decay=0.0)  # which is of whole rows
     for step in range(10):
         p.grad = torch.randn(shape, generator=rng)
         if step < 5:
@@ -428,3 +429,41 @@ def test_it_is_made_and_steps_without_a_word() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class HeavyBall(UpdateRule):
+    """v ← .9 v − .1 g; the update is v itself, as a view of the state."""
+
+    name, hidden_per, config, entries = "heavy ball", "tensor", {}, ("v",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def init_state(self, params: Tensor, shapes: tuple) -> State:
+        v = params.new_zeros(*params.shape[:-1], 1, params.shape[-1])
+        hidden = params.new_zeros(*params.shape[:-1], 0, len(shapes))
+        return State(Layout(shapes), 0, {"v": v}, {"hidden": hidden})
+
+    def observe(self, grads: Tensor, params: Tensor, state: State, in_place: bool = False):
+        v = state.coordinate["v"]
+        v = (v if in_place else v.clone()).mul_(0.9).sub_(0.1 * grads.unsqueeze(-2))
+        new = replace(state, step=state.step + 1, coordinate={"v": v})
+        return Observation(v, grads.new_zeros(*grads.shape[:-1], 0, 1), state.layout), new
+
+    def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):
+        return observation.coordinate[..., 0, :], hidden
+
+
+@pytest.mark.parametrize("settings", [{"lr": torch.tensor(0.5)}, {"weight_decay": 0.1}])
+def test_a_rule_may_return_its_state_as_the_update(settings: dict) -> None:
+    p = torch.ones(3, requires_grad=True)
+    optimizer = LearnedOptimizer([p], weights=HeavyBall(), **settings)
+    expected, v = torch.ones(3), torch.zeros(3)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        v = 0.9 * v - 0.1
+        taken = settings.get("weight_decay", 0) * v.norm() / expected.norm() * expected
+        expected = expected + settings.get("lr", 1) * v - taken
+    torch.testing.assert_close(p.detach(), expected)

@@ -71,7 +71,7 @@ class StepSize(AntitheticRuns):
         if config.step_size.mixture and not rule.gains_per_tensor:
             raise ConfigError(
                 f"step_size.mixture is {config.step_size.mixture}, but rule {config.rule!r} has no "
-                "gains per tensor; use 0, or geodesic_rnn with per: tensor"
+                "gains per tensor; use 0, or geodesic_rnn"
             )
 
     def estimate(
@@ -130,7 +130,8 @@ def step_size_gradient(
         )  # coordinates are overwritten later: SampledReplay copies them, gains need none
         if not config.mixture:
             update, state = rule.advance(seen, state)
-            updates.append(update.clone())  # the next step may overwrite it
+            if not rule.gains_per_tensor:  # else their lengths are known without them
+                updates.append(update)
             return factors * update, state
         gains, hidden = rule.gains(seen.tensor, rule.hidden(state))
         if not len(eta):
