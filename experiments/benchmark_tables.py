@@ -99,13 +99,14 @@ def headline(results: Path) -> str:
         name: float(np.exp(np.log(x.mean(1) / losses[adamw].mean(1)).mean()))
         for name, x in losses.items()
     }
-    best = min((name for name in ratios if not name.startswith("learned")), key=ratios.get)
+    others = [name for name in ratios if name != adamw and not name.startswith("learned")]
+    best = min(others, key=ratios.get)
     chances = [float(probability_of_improvement(-x[own], -x[adamw])) for x in (losses, tests)]
     lines = [
         [f"Final validation loss of {len(losses[own])} networks, as people train them, after 2,000 "
          "to 3,000 steps, given `num_steps`",
-         f"**{ratios[own]:.2f}** times that of a tuned AdamW with warm-up and cosine (tuned {best}, "
-         f"the best of seven others: {ratios[best]:.2f})"],
+         f"**{ratios[own]:.2f}** times that of a tuned AdamW with warm-up and cosine (tuned "
+         f"{best}, the best of {len(others)} others: {ratios[best]:.2f} times)"],
         ["Probability of a lower final loss than that AdamW",
          f"{chances[0]:.2f} on validation data, {chances[1]:.2f} on test data"],
         [f"Short runs: steps to the final training loss of a tuned Adam, {where}",
