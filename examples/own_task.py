@@ -21,7 +21,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from learned_opt import FamilyConfig, LearnedOptimizer, TaskConfig, TrainConfig, train
+from learned_opt import FamilyConfig, LearnedOptimizer, TaskConfig, TrainConfig, load_rule, train
 from learned_opt.config import StepSizeConfig
 from learned_opt.tasks.base import choice, log_uniform
 from learned_opt.tasks.kinds import SINGLE, register
@@ -65,7 +65,7 @@ class Halves(ModuleTask):
 def meta_train(updates: int, output: Path) -> Path:
     """Trains the shipped weights further on networks for `halves`; returns their path."""
     config = TrainConfig(
-        rule_config={"hidden": 32, "per": "tensor", "basis": 256, "decay_after": 300, "every": 10},
+        rule_config=load_rule().config,  # that of the shipped weights
         start_from="shipped",
         objectives=("step_size",),
         step_size=StepSizeConfig(common=0.5, mixture=0.2),
