@@ -104,7 +104,7 @@ def headline(results: Path) -> str:
     chances = [float(probability_of_improvement(-x[own], -x[adamw])) for x in (losses, tests)]
     lines = [
         [f"Final validation loss of {len(losses[own])} networks, as people train them, after 2,000 "
-         "to 3,000 steps, given `num_steps`",
+         "to 3,000 steps, given `num_steps`; parts of the recipe were chosen on them",
          f"**{ratios[own]:.2f}** times that of a tuned AdamW with warm-up and cosine (tuned "
          f"{best}, the best of {len(others)} others: {ratios[best]:.2f} times)"],
         ["Probability of a lower final loss than that AdamW",
