@@ -59,7 +59,6 @@ class Arm:
     config: str = "mlps"
     objectives: tuple[str, ...] = ()
     rule: str = "geodesic_rnn"
-    rule_config: dict = field(default_factory=dict)
     family: dict = field(default_factory=dict)
     updates: int | None = None  # None for as many inner steps as in the config
     first: bool = True  # with the config's first stage, if it has one
@@ -140,7 +139,7 @@ def arm_config(name: str, seed: int, dataset: Path) -> TrainConfig:
         family=replace(config.family or config.geodesics.family, **arm.family),
         first=config.first if arm.first else None,
         rule=arm.rule,
-        rule_config=arm.rule_config or (config.rule_config if arm.rule == config.rule else {}),
+        rule_config=config.rule_config if arm.rule == config.rule else {},
     )
     updates = arm.updates or config.updates * inner_steps(config) / inner_steps(changed)
     return replace(changed, updates=math.ceil(updates / config.epoch_length) * config.epoch_length)
