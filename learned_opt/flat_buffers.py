@@ -16,6 +16,7 @@ from learned_opt.rules.base import decay_, known_entries
 from learned_opt.rules.basis import full_precision
 from learned_opt.rules.layout import CHUNK
 from learned_opt.rules.steps import not_compiled
+from learned_opt.rules.trained import TRAINED
 
 # The number of coordinates updated together, of one large tensor or of many small ones. It is large
 # enough to hide the cost of a call, and small enough that scratch memory is negligible.
@@ -26,6 +27,11 @@ BLOCK_ACCELERATOR = 1 << 24  # on an accelerator calls cost more and there is mo
 def local(tensor: Tensor) -> Tensor:
     """Returns the part of a sharded tensor (DTensor) on this process; other tensors unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a sharded tensor (DTensor), from all processes; other tensors unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local_gradient(p: Tensor) -> Tensor:
@@ -253,6 +259,11 @@ class Block:
         """Tells the state how many steps of the run were made."""
         self.state.clock.fill_(steps)
 
+    def set_trained(self, trained: bool) -> None:
+        """Tells the state whether the net was trained before."""
+        if TRAINED in self.state.tensor:
+            self.state.tensor[TRAINED].fill_(trained)
+
     def set_length(self, num_steps: int | None) -> None:
         """Tells the state how many steps the run has."""
         if num_steps != self.state.num_steps:
@@ -300,7 +311,7 @@ class Block:
     ) -> float | Tensor | None:
         """Returns the weight decay, a number or (rows,); None if there is none."""
         if weight_decay is None:
-            return self.layout.of_matrices(rule.decay, theta) if rule.decay else None
+            return rule.decay_of_rows(self.state, theta) if rule.decay else None
         return weight_decay if isinstance(weight_decay, Tensor) or weight_decay else None
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_opt.flat_buffers import Block, guarded_update, partition
+from learned_opt.flat_buffers import Block, guarded_update, partition, whole
 from learned_opt.rules import UpdateRule
 from learned_opt.rules.steps import as_numbers, not_compiled
+from learned_opt.rules.trained import TRAINED, is_trained
 from learned_opt.saved_state import AsSaved, apart, as_saved, copied, on_its_own, rule_entries
 from learned_opt.weights import load_rule
 
@@ -299,16 +300,30 @@ class LearnedOptimizer(Optimizer):
         for p, views in rule_entries(old):
             if p in gone and p in self.state:  # a view would keep the whole old buffer alive
                 self.state[p].update(on_its_own(self.state[p], views))
+        trained = self._was_trained()
         blocks = [
             Block(members, self.rule, [self.state[p] for p in members])
             for members in partition(params)
         ]
+        for block in blocks:
+            block.set_trained(trained)
         for p, views in rule_entries(blocks):
             entries = self.state[p]
             others = {name: x for name, x in entries.items() if name not in views}
             entries.clear()
             entries.update(views | others)  # in place, as torch's optimizers do
         return blocks
+
+    def _was_trained(self) -> bool:
+        """Whether the net was trained before the first step, which the rule may want to know.
+
+        It is told by all matrices with a gradient in the first step, and kept in the state.
+        """
+        known = [x[TRAINED] for p, x in self.state.items() if isinstance(p, Tensor) and TRAINED in x]
+        if known or not self.rule.trained_starts:
+            return any(map(bool, known))
+        params = (p for group in self.param_groups for p in group["params"])
+        return is_trained(whole(p) for p in params if p.dim() > 1 and not p.is_meta and _moves(p))
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
         if device not in self._rules:

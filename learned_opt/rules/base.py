@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError, did_you_mean
 from learned_opt.rules.layout import Layout, Span, State
+from learned_opt.rules.steps import as_tensor
 
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
@@ -118,6 +119,8 @@ class UpdateRule(nn.Module, ABC):
     spends: bool = False  # whether the caller may overwrite an update that was made in place
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
+    decay_rises: int = 0  # the steps of a tensor over which it rises to that; 0: it is there at once
+    trained_starts: bool = False  # whether nets that were trained before the run differ
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
     # The names of all State entries of this rule, with any config. They tell the entries of a rule
@@ -209,14 +212,25 @@ class UpdateRule(nn.Module, ABC):
                 updates[..., where], _ = self.respond(piece, hidden[..., where], in_place=True)
         return updates, self.with_hidden(state, hidden)
 
-    def moved(self, params: Tensor, update: Tensor, layout: Layout) -> Tensor:
+    def moved(self, params: Tensor, update: Tensor, state: State) -> Tensor:
         """Returns the parameters after an update and the rule's weight decay, (*tasks, d).
 
-        For autograd, what decay takes is a constant.
+        For autograd, what decay takes is a constant. `state` is the one after the update.
         """
         if self.decay:
-            update = decay_(update.clone(), params, layout, layout.of_matrices(self.decay, params))
+            update = decay_(update.clone(), params, state.layout, self.decay_of_rows(state, params))
         return params + update
+
+    def decay_of_rows(self, state: State, params: Tensor) -> Tensor:
+        """Returns the rule's weight decay of each of `Layout.rows`, (rows,), in this step.
+
+        `state` is the one after the update. The decay of vectors is zero.
+        """
+        decay = state.layout.of_matrices(self.decay, params)
+        if not self.decay_rises:
+            return decay
+        share = (as_tensor(state.step, params) / self.decay_rises).clamp(max=1).to(decay.dtype)
+        return decay * (share if len(share) == 1 else share[state.layout.tensor_of_rows(params)])
 
     @torch.no_grad()
     def update(

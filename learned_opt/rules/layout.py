@@ -134,23 +134,30 @@ class Layout:
 
         A row of a convolution is all that belongs to one output channel.
         """
-        shapes = tuple((size,) for size, _ in self._rows)
+        shapes = tuple((size,) for size, _, _ in self._rows)
         return Layout(shapes, reduction=self.row_reduction, chunk=self.chunk)
 
     @cached_property
-    def _rows(self) -> list[tuple[int, bool]]:
-        """The size of each row on this process, and whether it belongs to a matrix."""
-        found: list[tuple[int, bool]] = []
-        for part in self.local or self.shapes:
+    def _rows(self) -> list[tuple[int, bool, int]]:
+        """The size of each row here, whether it belongs to a matrix, and its tensor's number."""
+        found: list[tuple[int, bool, int]] = []
+        for i, part in enumerate(self.local or self.shapes):
             rows, matrix = (part[:1], True) if len(part) > 1 else ((), False)
-            found += [(math.prod(part[len(rows) :]), matrix)] * math.prod(rows)
+            found += [(math.prod(part[len(rows) :]), matrix, i)] * math.prod(rows)
         return found
 
     def of_matrices(self, value: float, x: Tensor) -> Tensor:
         """Returns `value` for rows of matrices and 0 for vectors, (rows,), with dtype of `x`."""
         key = ("of_matrices", value, x.dtype, x.device)
         if key not in self._made:
-            self._made[key] = x.new_tensor([value if matrix else 0.0 for _, matrix in self._rows])
+            self._made[key] = x.new_tensor([value if matrix else 0.0 for _, matrix, _ in self._rows])
+        return self._made[key]
+
+    def tensor_of_rows(self, x: Tensor) -> Tensor:
+        """Returns the number of the tensor of each row, (rows,), on the device of `x`."""
+        key = ("tensor_of_rows", x.device)
+        if key not in self._made:
+            self._made[key] = torch.tensor([i for _, _, i in self._rows], device=x.device)
         return self._made[key]
 
     def reduce(self, sums: Tensor) -> Tensor:

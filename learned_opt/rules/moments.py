@@ -22,13 +22,13 @@ PAST = 8  # for about so many steps
 RECENT = "recent_gradient"  # of State.tensor, the largest RMS(g) in the last and this PAST steps
 
 
-def clip(rms: Tensor, state: State) -> Tensor:
+def clip(rms: Tensor, state: State, most: float = CLIP) -> Tensor:
     """Returns the factor that clips each tensor's gradient, (*tasks, tensors).
 
-    It is min(1, CLIP · r̄ / RMS(g)) with the r̄ of the step before.
+    It is min(1, most · r̄ / RMS(g)) with the r̄ of the step before.
     """
     usual = state.tensor["gradient_rms"].squeeze(-2)
-    left = (CLIP * usual / rms.clamp(min=EPS)).clamp(max=1)
+    left = (most * usual / rms.clamp(min=EPS)).clamp(max=1)
     return torch.where(usual > 2 * EPS, left, 1)  # before a first gradient r̄ is unknown
 
 
@@ -61,18 +61,22 @@ def rescale(rows: Tensor, size: Tensor, state: State) -> State:
     return replace(state, tensor=state.tensor | kept)
 
 
-def average(row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, compiling: bool) -> Tensor:
+def average(
+    row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, louder: Tensor, compiling: bool
+) -> Tensor:
     """Returns the rows [g, m̂, r] (*, 5, n, size) after a step with the gradient g (*, n, size).
 
-    Unless `compiling`, `row` is updated in place and must contain g already.
+    Unless `compiling`, `row` is updated in place and must contain g already. The gradient of which
+    r takes the average is `louder` times g, with a number of each tensor, (*, n, 1).
     """
     g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
+    squares = (g * louder.unsqueeze(-3)).square_()
     if compiling:  # the compiler fuses this into one loop, but not writes to views
         m = m.lerp(g, weights[:-1])
-        r = r.square().lerp(g * g, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
+        r = r.square().lerp(squares, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
         return torch.cat([g, m, r], -3)
     m.lerp_(g, weights[:-1])
-    r.square_().lerp_(g * g, weights[-1:]).sqrt_().clamp_(min=floor.unsqueeze(-3))
+    r.square_().lerp_(squares, weights[-1:]).sqrt_().clamp_(min=floor.unsqueeze(-3))
     return row
 
 

@@ -11,6 +11,11 @@ RULES = {
     "tensor": ("geodesic_rnn", {"hidden": 5}),
     "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
+    "careful": (
+        "geodesic_rnn",
+        {"hidden": 5, "horizon": True, "beginnings": True, "clip_squares": 10.0,
+         "trained_starts": True},
+    ),
     "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
     "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
     "scheduled lstm": (

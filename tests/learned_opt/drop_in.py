@@ -14,7 +14,8 @@ RULES = {
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
     "horizon": (
         "geodesic_rnn",
-        {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "beginnings": True},
+        {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "horizon": True, "beginnings": True,
+         "decay": 0.1, "decay_rises": 20, "clip_squares": 10.0, "trained_starts": True},
     ),
     "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "rnnprop": ("rnnprop", {"hidden": 4}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -322,3 +323,25 @@ def test_config_builds_the_rule_again(rule: UpdateRule) -> None:
     again.load_state_dict(rule.state_dict())
     grads, params = numbers(2, D), numbers(D, seed=1)
     assert torch.equal(run(again, grads, params), run(rule, grads, params))
+
+
+@pytest.mark.parametrize("clip_squares", [1.5, 10.0])
+def test_squares_follow_gradients_that_explode(clip_squares: float) -> None:
+    """r̄² ← .99 r̄² + .01 g², with g clipped to `clip_squares` times r̄."""
+    rule = make_rule("geodesic_rnn", hidden=3, clip_squares=clip_squares).double()
+    theta = torch.full((1, 12), 0.3, dtype=torch.float64)
+    state = replace(rule.init_state(theta, ((3, 4),)), step=10_000)
+    state.coordinate["averages"][..., -1, :] = state.tensor["gradient_rms"][...] = 1.0
+    _, state = rule.update(1e3 * torch.ones_like(theta), theta, state)
+    expected = (0.99 + 0.01 * clip_squares**2) ** 0.5
+    assert float(state.tensor["gradient_rms"]) == pytest.approx(expected)
+    assert state.coordinate["averages"][..., 1:-1, :].max() <= 1.5 + 1e-9
+
+
+def test_decay_rises_over_the_first_steps_of_a_tensor() -> None:
+    rule = make_rule("geodesic_rnn", hidden=3, decay=0.1, decay_rises=100)
+    theta = torch.full((15,), 0.3)
+    state = replace(rule.init_state(theta, ((3, 4), (3,))), step=torch.tensor([50.0, 7.0]))
+    torch.testing.assert_close(rule.decay_of_rows(state, theta), torch.tensor([0.05] * 3 + [0.0]))
+    state = replace(state, step=4000)
+    torch.testing.assert_close(rule.decay_of_rows(state, theta), torch.tensor([0.1] * 3 + [0.0]))
