@@ -319,9 +319,10 @@ class LearnedOptimizer(Optimizer):
 
         It is told by all matrices with a gradient in the first step, and kept in the state.
         """
-        known = [x[TRAINED] for p, x in self.state.items() if isinstance(p, Tensor) and TRAINED in x]
+        states = (x for p, x in self.state.items() if isinstance(p, Tensor))
+        known = [x[TRAINED] for x in states if TRAINED in x]
         if known or not self.rule.trained_starts:
-            return any(map(bool, known))
+            return any(bool(x) for x in known if not x.is_meta)
         params = (p for group in self.param_groups for p in group["params"])
         return is_trained(whole(p) for p in params if p.dim() > 1 and not p.is_meta and _moves(p))
 

@@ -119,7 +119,7 @@ class UpdateRule(nn.Module, ABC):
     spends: bool = False  # whether the caller may overwrite an update that was made in place
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
-    decay_rises: int = 0  # the steps of a tensor over which it rises to that; 0: it is there at once
+    decay_rises: int = 0  # the steps of a tensor over which it rises to that, 0 for none
     trained_starts: bool = False  # whether nets that were trained before the run differ
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles

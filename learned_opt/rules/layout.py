@@ -150,7 +150,8 @@ class Layout:
         """Returns `value` for rows of matrices and 0 for vectors, (rows,), with dtype of `x`."""
         key = ("of_matrices", value, x.dtype, x.device)
         if key not in self._made:
-            self._made[key] = x.new_tensor([value if matrix else 0.0 for _, matrix, _ in self._rows])
+            values = [value if matrix else 0.0 for _, matrix, _ in self._rows]
+            self._made[key] = x.new_tensor(values)
         return self._made[key]
 
     def tensor_of_rows(self, x: Tensor) -> Tensor:

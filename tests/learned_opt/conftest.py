@@ -13,8 +13,13 @@ RULES = {
     "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
     "careful": (
         "geodesic_rnn",
-        {"hidden": 5, "horizon": True, "beginnings": True, "clip_squares": 10.0,
-         "trained_starts": True},
+        {
+            "hidden": 5,
+            "horizon": True,
+            "beginnings": True,
+            "clip_squares": 10.0,
+            "trained_starts": True,
+        },
     ),
     "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
     "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
-from learned_opt.rules import Layout
 from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
 
 N = 3000

@@ -32,7 +32,8 @@ INITS = (
 
 def fresh(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3))
+    layers = (nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3))
+    return nn.Sequential(*layers)
 
 
 def examples() -> tuple[Tensor, Tensor]:
