@@ -123,7 +123,8 @@ class Block:
         steps = theta.new_zeros(len(params))
         self.state = replace(fresh, layout=self.layout, step=steps, clock=torch.zeros_like(steps))
         self.skipped = torch.zeros_like(steps)
-        self.layout.expand(steps)  # fills the layout's caches, which a compiled step could not do
+        # This fills the layout's caches, which a compiled step could not do.
+        _ = self.layout.expand(steps), self.layout.groups, [*map(self.layout.rows, (False, True))]
         self.used = False
         self.last: LastStep | None = None  # set by steps with `diagnose`
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]
@@ -202,27 +203,34 @@ class Block:
 
         return gather, scatter
 
-    def _row_reduction(self) -> Callable[[Tensor], Tensor] | None:
+    def _row_reduction(self) -> Callable[[Tensor, bool], Tensor] | None:
         """Returns `Layout.row_reduction` of sharded parameters, else None."""
         reduce = _reduction(self.params[0])
         if reduce is None:
             return None
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        numbers, total = [], 0
-        for p in self.params:
-            count = p.shape[0] if p.dim() > 1 else 1
-            rows = torch.arange(total, total + count, device=p.device)
-            total += count
-            if p.dim() > 1:
-                mesh = p.device_mesh
-                whole = DTensor.from_local(rows, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                kept = [x if x == Shard(0) else Replicate() for x in p.placements]
-                rows = whole.redistribute(placements=kept).to_local()
-            numbers.append(rows)
-        index = torch.cat(numbers)
+        def numbers(vectors: bool) -> tuple[Tensor, int]:
+            """Returns the numbers of the rows that this process has parts of, and that of all."""
+            found, total = [], 0
+            for p in self.params:
+                matrix = p.dim() > 1
+                count = p.shape[0] if matrix else int(vectors)
+                rows = torch.arange(total, total + count, device=p.device)
+                total += count
+                if matrix:
+                    mesh = p.device_mesh
+                    copies = [Replicate()] * mesh.ndim
+                    every = DTensor.from_local(rows, mesh, copies, run_check=False)
+                    kept = [x if x == Shard(0) else Replicate() for x in p.placements]
+                    rows = every.redistribute(placements=kept).to_local()
+                found.append(rows)
+            return torch.cat(found), total
 
-        def over_parts(sums: Tensor) -> Tensor:
+        known = tuple(map(numbers, (False, True)))
+
+        def over_parts(sums: Tensor, vectors: bool) -> Tensor:
+            index, total = known[vectors]
             whole = sums.new_zeros(*sums.shape[:-1], total)
             return reduce(whole.index_copy_(-1, index, sums)).index_select(-1, index)
 
@@ -291,28 +299,23 @@ class Block:
             skipped = self.skipped.clone() if diagnose else None
             update = advance(told, grads, theta, self.state, self.skipped)
             self.used = True
-        self.last = None
-        decay = self._decay(rule, theta, weight_decay)
+        self.last, vectors = None, weight_decay is not None  # the rule's own is for matrices only
+        decay = weight_decay if vectors else rule.decay and rule.decay_of_rows(self.state, theta)
+        decays = isinstance(decay, Tensor) or bool(decay)
         if diagnose:
             plain = update * lr
-            decayed = plain if decay is None else decay_(plain.clone(), theta, self.layout, decay)
+            decayed = plain.clone()
+            if decays:
+                decay_(decayed, theta, self.layout, decay, vectors)
             self.last = self._last_step(told, theta, plain, decayed, skipped)
-        if decay is not None or isinstance(lr, Tensor):
+        if isinstance(lr, Tensor) or (decays and not (lr == 1 and rule.spends)):
             # A tensor as `alpha` would have to be copied from the device.
             update, lr = torch.mul(update, lr, out=update if rule.spends else None), 1.0
-        if decay is not None:
-            decay_(update, theta, self.layout, decay)
+        if decays:
+            decay_(update, theta, self.layout, decay, vectors)
         updates = update.split(list(self.layout.sizes))
         updates = [u.view(part.shape) for u, part in zip(updates, parts, strict=True)]
         torch._foreach_add_(parts, updates, alpha=lr)
-
-    def _decay(
-        self, rule: UpdateRule, theta: Tensor, weight_decay: float | Tensor | None
-    ) -> float | Tensor | None:
-        """Returns the weight decay, a number or (rows,); None if there is none."""
-        if weight_decay is None:
-            return rule.decay_of_rows(self.state, theta) if rule.decay else None
-        return weight_decay if isinstance(weight_decay, Tensor) or weight_decay else None
 
 
 def guarded_update(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError, did_you_mean
 from learned_opt.rules.layout import Layout, Span, State
-from learned_opt.rules.steps import as_tensor
+from learned_opt.rules.steps import as_tensor, common
 
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
@@ -218,19 +218,22 @@ class UpdateRule(nn.Module, ABC):
         For autograd, what decay takes is a constant. `state` is the one after the update.
         """
         if self.decay:
-            update = decay_(update.clone(), params, state.layout, self.decay_of_rows(state, params))
+            decay = self.decay_of_rows(state, params)
+            update = decay_(update.clone(), params, state.layout, decay, vectors=False)
         return params + update
 
-    def decay_of_rows(self, state: State, params: Tensor) -> Tensor:
-        """Returns the rule's weight decay of each of `Layout.rows`, (rows,), in this step.
+    def decay_of_rows(self, state: State, params: Tensor) -> float | Tensor:
+        """Returns the rule's weight decay in this step, one number or one of each row of a matrix.
 
-        `state` is the one after the update. The decay of vectors is zero.
+        `state` is the one after the update. Vectors have none.
         """
-        decay = state.layout.of_matrices(self.decay, params)
         if not self.decay_rises:
-            return decay
-        share = (as_tensor(state.step, params) / self.decay_rises).clamp(max=1).to(decay.dtype)
-        return decay * (share if len(share) == 1 else share[state.layout.tensor_of_rows(params)])
+            return self.decay
+        step = common(as_tensor(state.step, params))
+        share = (step / self.decay_rises).clamp(max=1).to(params.dtype)
+        if len(share) > 1:
+            share = share[state.layout.tensor_of_rows(params)]
+        return self.decay * share
 
     @torch.no_grad()
     def update(
@@ -248,7 +251,13 @@ class UpdateRule(nn.Module, ABC):
         return self.advance(*self.observe(grads, params, state, in_place), in_place)
 
 
-def decay_(update: Tensor, params: Tensor, layout: Layout, weight_decay: float | Tensor) -> Tensor:
+def decay_(
+    update: Tensor,
+    params: Tensor,
+    layout: Layout,
+    weight_decay: float | Tensor,
+    vectors: bool = True,
+) -> Tensor:
     """Adds weight decay to an update in place, and returns it:
 
         u_i − min(1, weight_decay · |u_i| / |θ_i|) θ_i,    for each row i of a matrix
@@ -260,18 +269,19 @@ def decay_(update: Tensor, params: Tensor, layout: Layout, weight_decay: float |
         update: u, (*tasks, d).
         params: θ, (*tasks, d).
         layout: the layout of these coordinates.
-        weight_decay: one number, or one for each of `layout.rows`, (rows,).
+        weight_decay: one number, or one for each of `layout.rows(vectors)`, (rows,).
+        vectors: whether vectors decay too.
     """
-    rows, params = layout.rows, params.detach()
-    norm, moved = (rows.squared_norms(x.detach()).sqrt() for x in (params, update))
+    params = params.detach()
+    norm, moved = (layout.row_norms(x.detach(), vectors) for x in (params, update))
     share = (weight_decay * torch.where(norm > 0, moved / norm, 0)).clamp(max=1)
     on_cpu = params.device.type == "cpu" and not torch.compiler.is_compiling()
     finite = on_cpu and norm.isfinite().all()  # elsewhere Python would wait for the result
-    for span in rows.spans:
-        u, theta = (x[..., span.where].unflatten(-1, (span.number, -1)) for x in (update, params))
-        portion = share[..., span.tensors, None]
-        taken = theta * portion
-        u -= taken if finite else taken.masked_fill_(portion == 0, 0)  # 0 · inf is not 0
+    for span in layout.rows(vectors):
+        theta, portion = span.of(params), share[..., span.tensors, None]
+        if not finite:
+            theta = torch.where(portion == 0, 0, theta)  # 0 · inf is not 0
+        span.of(update).addcmul_(theta, portion, value=-1)
     return update
 
 

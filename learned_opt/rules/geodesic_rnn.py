@@ -13,7 +13,7 @@ from learned_opt.rules.base import Observation, UpdateRule, register
 from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 from learned_opt.rules.fall import known_share, rest
-from learned_opt.rules.layout import Chunk, Layout, State, collect, join
+from learned_opt.rules.layout import Chunk, Layout, State, collect, in_place_pays, join
 from learned_opt.rules.moments import (
     BETAS,
     CLIP,
@@ -27,7 +27,7 @@ from learned_opt.rules.moments import (
     normal,
     rescale,
 )
-from learned_opt.rules.steps import as_numbers, as_tensor, due, not_compiled
+from learned_opt.rules.steps import as_numbers, as_tensor, common, due, not_compiled
 from learned_opt.rules.trained import TRAINED
 
 VANISHED = 1e-3  # r is at least this share of its peak: vanishing gradients are not amplified
@@ -227,7 +227,7 @@ class GeodesicRNN(UpdateRule):
         basis, matrix = None, state.matrix
         if self.basis:
             basis, matrix = follow(grads, rows, state, self.basis, self.renew, in_place)
-        step = as_tensor(state.step, grads) + 1
+        step = common(as_tensor(state.step, grads)) + 1
         betas = layout.constant(RATES, step)
         # With this weight in the update of an average, the average needs no bias correction.
         weights = ((1 - betas) / (1 - betas**step)).to(grads.dtype)
@@ -398,16 +398,23 @@ class GeodesicRNN(UpdateRule):
         if isinstance(observation.layout, Tensor):
             return (gains[..., observation.layout] * normal(rows)).sum(-2)
 
+        in_place = observation.spent and in_place_pays()
+
         def of(chunk: Chunk) -> Tensor:
             (first, *others, r), weights = chunk.of(rows).unbind(-3), chunk.spread(gains).unbind(-3)
-            update = first * weights[0]  # in a fixed order, so that chunks do not change rounding
+            # In a fixed order, so that chunks do not change rounding.
+            update = first.mul_(weights[0]) if in_place else first * weights[0]
             for row, weight in zip(others, weights[1:], strict=True):
                 update.addcmul_(row, weight)
             return update.div_(r).flatten(-2)
 
         first = rows[..., 0, :]
-        out = first if observation.spent else torch.empty_like(first)
-        return collect(map(of, observation.layout.chunks), out)
+        pieces = map(of, observation.layout.chunks)
+        if not in_place:
+            return collect(pieces, first if observation.spent else torch.empty_like(first))
+        for _ in pieces:
+            pass
+        return first
 
 
 def _applied(head: nn.Linear, h: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ coordinates. Ranges of coordinates are processed together, few enough to stay in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -45,10 +45,14 @@ class Span(NamedTuple):
     def where(self) -> slice:
         return slice(self.start, self.stop)
 
+    def of(self, x: Tensor) -> Tensor:
+        """Returns these coordinates of x, (*, d), as a matrix (*, tensors, size)."""
+        return x[..., self.where].view(*x.shape[:-1], self.number, self.size)
+
     @property
     def size(self) -> int:
         """The coordinates of each tensor."""
-        return (self.stop - self.start) // self.number
+        return (self.stop - self.start) // max(1, self.number)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Layout:
         local: if tensors are sharded over processes, the shapes of the parts on this process.
         reduction: adds sums over these parts, (*, tensors, *), over all processes.
         chunk: the number of coordinates that are processed together; None for all.
-        row_reduction: as `reduction`, for sums over the parts of `rows`, (*, rows).
+        row_reduction: as `reduction`, for sums over the parts of `rows(vectors)`, (*, rows).
         gather: maps the part on this process, (*, local coordinates), and the number of its tensor
             to all coordinates of the tensor, (*, coordinates).
         scatter: the inverse of `gather`.
@@ -72,7 +76,7 @@ class Layout:
     chunk: int | None = CHUNK
     gather: Callable[[Tensor, int], Tensor] | None = None
     scatter: Callable[[Tensor, int], Tensor] | None = None
-    row_reduction: Callable[[Tensor], Tensor] | None = None
+    row_reduction: Callable[[Tensor, bool], Tensor] | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -92,6 +96,11 @@ class Layout:
     def spans(self) -> list[Span]:
         """The ranges of coordinates that are processed together, of about `chunk` at most."""
         return self.spans_of(self.chunk)
+
+    @cached_property
+    def groups(self) -> tuple[Span, ...]:
+        """Neighboring tensors of one size, whole."""
+        return tuple(_neighbors((True, 1, size) for size in self.sizes))
 
     def spans_of(self, chunk: int | None) -> list[Span]:
         """Returns the `spans` for another size of chunk."""
@@ -128,37 +137,29 @@ class Layout:
             gathered[-1].append(span)
         return [Chunk(tuple(spans)) for spans in gathered]
 
-    @cached_property
-    def rows(self) -> Layout:
-        """The layout whose tensors are the rows of the matrices; a vector is one row.
+    def rows(self, vectors: bool) -> tuple[Span, ...]:
+        """Returns the rows of the matrices; with `vectors`, also each vector as one row.
 
-        A row of a convolution is all that belongs to one output channel.
+        A row of a convolution is all that belongs to one output channel. The rows count as tensors
+        of the spans, and a span has the neighboring rows of one size.
         """
-        shapes = tuple((size,) for size, _, _ in self._rows)
-        return Layout(shapes, reduction=self.row_reduction, chunk=self.chunk)
+        return self._matrix_rows if not vectors else self._all_rows
 
     @cached_property
-    def _rows(self) -> list[tuple[int, bool, int]]:
-        """The size of each row here, whether it belongs to a matrix, and its tensor's number."""
-        found: list[tuple[int, bool, int]] = []
-        for i, part in enumerate(self.local or self.shapes):
-            rows, matrix = (part[:1], True) if len(part) > 1 else ((), False)
-            found += [(math.prod(part[len(rows) :]), matrix, i)] * math.prod(rows)
-        return found
+    def _matrix_rows(self) -> tuple[Span, ...]:
+        return tuple(_neighbors(map(_rows_of, self.local or self.shapes), vectors=False))
 
-    def of_matrices(self, value: float, x: Tensor) -> Tensor:
-        """Returns `value` for rows of matrices and 0 for vectors, (rows,), with dtype of `x`."""
-        key = ("of_matrices", value, x.dtype, x.device)
-        if key not in self._made:
-            values = [value if matrix else 0.0 for _, matrix, _ in self._rows]
-            self._made[key] = x.new_tensor(values)
-        return self._made[key]
+    @cached_property
+    def _all_rows(self) -> tuple[Span, ...]:
+        return tuple(_neighbors(map(_rows_of, self.local or self.shapes)))
 
     def tensor_of_rows(self, x: Tensor) -> Tensor:
-        """Returns the number of the tensor of each row, (rows,), on the device of `x`."""
+        """Returns the number of the tensor of each row of `rows(False)`, on the device of `x`."""
         key = ("tensor_of_rows", x.device)
         if key not in self._made:
-            self._made[key] = torch.tensor([i for _, _, i in self._rows], device=x.device)
+            parts = enumerate(map(_rows_of, self.local or self.shapes))
+            numbers = [i for i, (matrix, rows, _) in parts if matrix for _ in range(rows)]
+            self._made[key] = torch.tensor(numbers, device=x.device)
         return self._made[key]
 
     def reduce(self, sums: Tensor) -> Tensor:
@@ -167,11 +168,14 @@ class Layout:
 
     def squared_norms(self, x: Tensor) -> Tensor:
         """Returns |x|² of each tensor, (*, tensors), for x (*, d)."""
-        squares = x.new_zeros(*x.shape[:-1], len(self.sizes))
-        for span in self.spans:
-            part = _side_by_side(x[..., span.where], span.number)
-            squares[..., span.tensors] += torch.linalg.vector_norm(part, dim=-1).square()
-        return self.reduce(squares)
+        return self.reduce(_norms(x, self.groups).square())
+
+    def row_norms(self, x: Tensor, vectors: bool) -> Tensor:
+        """Returns |x| of each of `rows`, (*, rows), for x (*, d)."""
+        norms = _norms(x, self.rows(vectors))
+        if self.row_reduction is None:
+            return norms
+        return self.row_reduction(norms.square(), vectors).sqrt()
 
     def expand(self, x: Tensor) -> Tensor:
         """Repeats a value of each tensor, (*, tensors), for each of its coordinates, (*, d)."""
@@ -310,10 +314,15 @@ def join(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
+def in_place_pays() -> bool:
+    """Whether to write to parts of a tensor; for autograd and compilers copies are better."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def collect(pieces: Iterator[Tensor], out: Tensor) -> Tensor:
     """Concatenates pieces along the last dimension, into `out` where neither autograd nor the
     compiler is at work, so that few pieces are in memory at a time."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not in_place_pays():
         return join([*pieces] or [torch.empty_like(out)])
     start = 0
     for piece in pieces:
@@ -321,6 +330,30 @@ def collect(pieces: Iterator[Tensor], out: Tensor) -> Tensor:
         out[..., start:stop] = piece
         start = stop
     return out
+
+
+def _rows_of(part: tuple[int, ...]) -> tuple[bool, int, int]:
+    """Returns whether a tensor is a matrix, the number of its rows, and their size."""
+    rows = part[:1] if len(part) > 1 else ()
+    return len(part) > 1, math.prod(rows), math.prod(part[len(rows) :])
+
+
+def _neighbors(parts: Iterable[tuple[bool, int, int]], vectors: bool = True) -> Iterator[Span]:
+    """Yields the spans of neighboring rows of one size; parts are as `_rows_of` returns them."""
+    first = start = 0
+    for (matrix, size), same in groupby(parts, key=lambda part: (part[0], part[2])):
+        number = sum(rows for _, rows, _ in same)
+        stop = start + number * size
+        if matrix or vectors:
+            yield Span(first, number, start, stop)
+            first += number
+        start = stop
+
+
+def _norms(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """Returns the norms of all tensors of some spans, (*, tensors), for x (*, d)."""
+    norms = [torch.linalg.vector_norm(span.of(x), dim=-1) for span in spans]
+    return join(norms or [x.new_zeros(*x.shape[:-1], 0)])
 
 
 def _side_by_side(x: Tensor, n: int) -> Tensor:

@@ -32,3 +32,12 @@ def as_tensor(step: int | Tensor, x: Tensor) -> Tensor:
     """Returns a step count as (tensors,) or (1,), in a dtype that is exact enough for β**step."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
     return step.to(dtype) if isinstance(step, Tensor) else x.new_full((1,), step, dtype=dtype)
+
+
+def common(step: Tensor) -> Tensor:
+    """Returns step counts (tensors,) as (1,) if they are equal, which saves work.
+
+    Elsewhere than on the CPU Python would have to wait for the answer.
+    """
+    known = step.device.type == "cpu" and not torch.compiler.is_compiling()
+    return step[:1] if known and len(step) > 1 and bool((step == step[0]).all()) else step
