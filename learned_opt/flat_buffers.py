@@ -300,7 +300,7 @@ class Block:
             update = advance(told, grads, theta, self.state, self.skipped)
             self.used = True
         self.last, vectors = None, weight_decay is not None  # the rule's own is for matrices only
-        decay = weight_decay if vectors else rule.decay and rule.decay_of_rows(self.state, theta)
+        decay = weight_decay if vectors else rule.decay
         decays = isinstance(decay, Tensor) or bool(decay)
         if diagnose:
             plain = update * lr

@@ -156,5 +156,5 @@ def run_rule(task: Task, rule: UpdateRule, seed: int, steps: int) -> tuple[Tenso
         loss, grad = task.loss_and_grad(theta, task.batch(seed, step))
         losses.append(loss)
         update, state = rule.update(grad, theta, state, in_place=True)
-        theta = rule.moved(theta, update, state)
+        theta = rule.moved(theta, update, state.layout)
     return torch.stack(losses), theta

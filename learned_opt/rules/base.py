@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError, did_you_mean
 from learned_opt.rules.layout import Layout, Span, State
-from learned_opt.rules.steps import as_tensor, common
 
 if TYPE_CHECKING:
     from learned_opt.rules.basis import Basis
@@ -119,7 +118,6 @@ class UpdateRule(nn.Module, ABC):
     spends: bool = False  # whether the caller may overwrite an update that was made in place
     falls: bool = False  # whether steps fall to zero over State.num_steps, if that is known
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
-    decay_rises: int = 0  # the steps of a tensor over which it rises to that, 0 for none
     trained_starts: bool = False  # whether nets that were trained before the run differ
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
     kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
@@ -212,28 +210,14 @@ class UpdateRule(nn.Module, ABC):
                 updates[..., where], _ = self.respond(piece, hidden[..., where], in_place=True)
         return updates, self.with_hidden(state, hidden)
 
-    def moved(self, params: Tensor, update: Tensor, state: State) -> Tensor:
+    def moved(self, params: Tensor, update: Tensor, layout: Layout) -> Tensor:
         """Returns the parameters after an update and the rule's weight decay, (*tasks, d).
 
-        For autograd, what decay takes is a constant. `state` is the one after the update.
+        For autograd, what decay takes is a constant.
         """
         if self.decay:
-            decay = self.decay_of_rows(state, params)
-            update = decay_(update.clone(), params, state.layout, decay, vectors=False)
+            update = decay_(update.clone(), params, layout, self.decay, vectors=False)
         return params + update
-
-    def decay_of_rows(self, state: State, params: Tensor) -> float | Tensor:
-        """Returns the rule's weight decay in this step, one number or one of each row of a matrix.
-
-        `state` is the one after the update. Vectors have none.
-        """
-        if not self.decay_rises:
-            return self.decay
-        step = common(as_tensor(state.step, params))
-        share = (step / self.decay_rises).clamp(max=1).to(params.dtype)
-        if len(share) > 1:
-            share = share[state.layout.tensor_of_rows(params)]
-        return self.decay * share
 
     @torch.no_grad()
     def update(

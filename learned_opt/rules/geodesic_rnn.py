@@ -107,7 +107,6 @@ class GeodesicRNN(UpdateRule):
         clip_squares: v̂ is the average of the squares of gradients that are clipped to so many times
             their usual RMS. With 10 in place of 1.5, r̄ grows by up to two fifths in a step, so that
             steps soon become shorter if gradients explode, as in recurrent nets with a large gain.
-        decay_rises: the steps of a tensor over which its decay rises from zero to `decay`.
         trained_starts: whether nets that were trained before, see trained.py, are treated with
             care. Then k = 1, whatever the length of the run; and if that is not known, a is
             multiplied by min(1, t / 20) / (1 + t / 100).
@@ -123,7 +122,7 @@ class GeodesicRNN(UpdateRule):
     falls = spends = True
     # Of rules that were pickled before there were these.
     renew, horizon, beginnings = SELDOM, False, False
-    clip_squares, decay_rises, trained_starts = CLIP, 0, False
+    clip_squares, trained_starts = CLIP, False
 
     def __init__(
         self,
@@ -137,7 +136,6 @@ class GeodesicRNN(UpdateRule):
         decay: float = 0.0,
         beginnings: bool = False,
         clip_squares: float = CLIP,
-        decay_rises: int = 0,
         trained_starts: bool = False,
     ) -> None:
         super().__init__()
@@ -157,24 +155,21 @@ class GeodesicRNN(UpdateRule):
             )
         self.decay_after = decay_after
         self.basis, self.every, self.renew = basis, every, renew
-        if not CLIP <= clip_squares < math.inf or decay_rises < 0:
+        if not CLIP <= clip_squares < math.inf:
             raise ConfigError(
-                f"clip_squares is {clip_squares} and decay_rises is {decay_rises}; use a finite "
-                f"number of at least {CLIP}, and at least 0"
+                f"clip_squares is {clip_squares}; use a finite number of at least {CLIP}"
             )
         if trained_starts and not horizon:
             raise ConfigError("trained_starts is True, but horizon is False; set both")
         self.horizon, self.decay, self.beginnings = horizon, decay, beginnings
-        self.clip_squares, self.decay_rises = clip_squares, decay_rises
-        self.trained_starts = trained_starts
+        self.clip_squares, self.trained_starts = clip_squares, trained_starts
         # Of what was added later, config has only what is not as it was, so that the checksums of
         # older weights stay the same.
         later = {
             "basis": (basis, 0), "every": (every, 1), "renew": (renew, SELDOM),
             "horizon": (horizon, False), "decay": (decay, 0.0),
             "beginnings": (beginnings, False),
-            "clip_squares": (clip_squares, CLIP), "decay_rises": (decay_rises, 0),
-            "trained_starts": (trained_starts, False),
+            "clip_squares": (clip_squares, CLIP), "trained_starts": (trained_starts, False),
         }  # fmt: skip
         self._config = {"hidden": hidden, "per": per, "decay_after": decay_after} | {
             name: value for name, (value, usual) in later.items() if value != usual

@@ -153,15 +153,6 @@ class Layout:
     def _all_rows(self) -> tuple[Span, ...]:
         return tuple(_neighbors(map(_rows_of, self.local or self.shapes)))
 
-    def tensor_of_rows(self, x: Tensor) -> Tensor:
-        """Returns the number of the tensor of each row of `rows(False)`, on the device of `x`."""
-        key = ("tensor_of_rows", x.device)
-        if key not in self._made:
-            parts = enumerate(map(_rows_of, self.local or self.shapes))
-            numbers = [i for i, (matrix, rows, _) in parts if matrix for _ in range(rows)]
-            self._made[key] = torch.tensor(numbers, device=x.device)
-        return self._made[key]
-
     def reduce(self, sums: Tensor) -> Tensor:
         """Adds sums over the parts of tensors on this process to those of the other processes."""
         return sums if self.reduction is None else self.reduction(sums)

@@ -65,7 +65,7 @@ class Scheduled(UpdateRule):
         self.hidden_per, self.gains_per_tensor = self.base.hidden_per, self.base.gains_per_tensor
         self.weights_per_task, self.every = self.base.weights_per_task, self.base.every
         self.directions, self.falls = self.base.directions, self.base.falls
-        self.decay, self.decay_rises = self.base.decay, self.base.decay_rises
+        self.decay = self.base.decay
         self.trained_starts = self.base.trained_starts
         self._config = {"base": base, "base_config": self.base.config, "hidden": hidden}
         self.cell = LSTMCell(INPUTS, hidden)

@@ -22,7 +22,6 @@ RULES = {
             "horizon": True,
             "beginnings": True,
             "decay": 0.1,
-            "decay_rises": 20,
             "clip_squares": 10.0,
             "trained_starts": True,
         },

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
+from learned_opt.rules import Layout
 from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
 
 N = 3000
@@ -224,7 +225,7 @@ def test_runs_by_backpropagation_may_have_decay() -> None:
     rule, theta = make_rule("geodesic_rnn", hidden=3, decay=0.1), torch.zeros(1, 12)
     theta[:, 4:] = 0.3
     theta.requires_grad_()
-    moved = rule.moved(theta, torch.ones(1, 12), rule.init_state(theta, ((3, 4),)))
+    moved = rule.moved(theta, torch.ones(1, 12), Layout(((3, 4),)))
     (gradient,) = torch.autograd.grad(moved.sum(), theta)
     assert torch.equal(gradient, torch.ones(1, 12))
     assert (moved[:, :4] == 1).all() and (moved[:, 4:] < 1.3).all()

@@ -61,7 +61,7 @@ def test_it_makes_the_rule_s_updates(rule: UpdateRule, num_steps: int | None) ->
     for step in range(4):
         set_gradients(params, step)
         update, state = rule.update(torch.cat([p.grad.flatten() for p in params]), theta, state)
-        theta = rule.moved(theta, update, state)
+        theta = rule.moved(theta, update, state.layout)
         optimizer.step()
         torch.testing.assert_close(torch.cat([p.detach().flatten() for p in params]), theta)
 

@@ -336,12 +336,3 @@ def test_squares_follow_gradients_that_explode(clip_squares: float) -> None:
     expected = (0.99 + 0.01 * clip_squares**2) ** 0.5
     assert float(state.tensor["gradient_rms"]) == pytest.approx(expected)
     assert state.coordinate["averages"][..., 1:-1, :].max() <= 1.5 + 1e-9
-
-
-def test_decay_rises_over_the_first_steps_of_a_tensor() -> None:
-    rule = make_rule("geodesic_rnn", hidden=3, decay=0.1, decay_rises=100)
-    theta = torch.full((15,), 0.3)
-    state = replace(rule.init_state(theta, ((3, 4), (3,))), step=torch.tensor([50.0, 7.0]))
-    torch.testing.assert_close(rule.decay_of_rows(state, theta), torch.tensor([0.05] * 3))
-    state = replace(state, step=4000)
-    torch.testing.assert_close(rule.decay_of_rows(state, theta), torch.tensor([0.1]))

@@ -97,7 +97,7 @@ def meta_loss(
             observation, run.state = rule.observe(grad, run.theta, run.state)
             replay.see(observation)
             update, run.state = rule.advance(observation, run.state)
-            run.theta = rule.moved(run.theta, update, run.state)
+            run.theta = rule.moved(run.theta, update, run.state.layout)
         losses, grads = torch.stack(losses[1:]), torch.stack(grads[1:])
         mean = losses.clamp(max=limit).mean(0)
         grads = torch.where((losses < limit).unsqueeze(-1), grads, 0)
@@ -137,7 +137,7 @@ def unrolled_loss(
         losses.append(loss)
         if step < steps:
             update, state = rule.advance(observation, seen)
-            theta = rule.moved(theta, update, state)
+            theta = rule.moved(theta, update, state.layout)
     losses = torch.stack(losses[1:])
     mean = torch.where(alive, losses.clamp(max=limit).mean(0), 0)
     run.theta = torch.where(alive[:, None], theta.detach(), torch.nan)

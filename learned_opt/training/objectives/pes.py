@@ -145,7 +145,7 @@ def roll_out(rule: UpdateRule, advance: Advance, task: Task, run: OpenRun, steps
         grad = grad.flatten(0, -2)
         observation, state = rule.observe(grad, run.theta, run.state, in_place=True)
         update, run.state = advance(observation, state)
-        run.theta = rule.moved(run.theta, update, run.state)
+        run.theta = rule.moved(run.theta, update, run.state.layout)
     return torch.stack(losses[1:])
 
 
