@@ -51,9 +51,6 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         params, weights=make_rule("geodesic_rnn", basis=256)
     ),
     "geodesic_rnn as shipped": LearnedOptimizer,
-    "geodesic_rnn compiled": lambda params: LearnedOptimizer(
-        params, weights=make_rule("geodesic_rnn"), compile=True
-    ),
     "coordinatewise_lstm": lambda params: LearnedOptimizer(
         params, weights=make_rule("coordinatewise_lstm")
     ),
@@ -178,7 +175,6 @@ def measure(
     names: list[str], parameters: int, tensors: str, repeats: int, rates: Work
 ) -> list[dict]:
     """Returns a row for each optimizer, with medians of `repeats` samples taken in turn."""
-    torch.compiler.reset()  # because the limit of recompilations is for a whole program
     optimizers = {name: OPTIMIZERS[name](make_params(parameters, tensors)) for name in names}
     parameters = sum(p.numel() for p in optimizers[BASELINE].param_groups[0]["params"])
     for optimizer in optimizers.values():

@@ -279,8 +279,8 @@ class Block:
             self.used = False  # a step in Python fills the layout's caches anew
 
     def update(
-        self, rule: UpdateRule, guarded: Callable[..., Tensor], lr: float | Tensor,
-        weight_decay: float | Tensor | None, maximize: bool, diagnose: bool = False,
+        self, rule: UpdateRule, lr: float | Tensor, weight_decay: float | Tensor | None,
+        maximize: bool, diagnose: bool = False,
     ) -> None:  # fmt: skip
         """Updates these parameters by one step, in place.
 
@@ -293,8 +293,8 @@ class Block:
         if maximize:
             grads = -grads
         with full_precision(theta):
-            # The first step is not compiled, because it fills caches of the layout.
-            advance = guarded if self.used and not diagnose else in_python
+            # The first step of a compiled training step is not compiled: it fills caches.
+            advance = guarded_update if self.used and not diagnose else in_python
             told = _Told(rule) if diagnose else rule
             skipped = self.skipped.clone() if diagnose else None
             update = advance(told, grads, theta, self.state, self.skipped)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_opt.flat_buffers import Block, guarded_update, partition, whole
+from learned_opt.flat_buffers import Block, partition, whole
 from learned_opt.rules import UpdateRule
 from learned_opt.rules.steps import as_numbers, not_compiled
 from learned_opt.rules.trained import TRAINED, is_trained
@@ -72,10 +72,6 @@ class LearnedOptimizer(Optimizer):
             None, steps fall in a way that suits any length; runs of at most 300 steps are the same
             either way. Rules of another kind than the shipped one refuse it.
         maximize: maximizes instead of minimizing.
-        compile: compiles the rule's update with `torch.compile`, which needs a C++ compiler. On a
-            CPU only some methods of the rule (its `kernels`) are compiled, which takes a few
-            seconds for any number of tensors. On an accelerator the whole update is compiled;
-            compile time grows with the number of distinct tensor sizes.
         revision: the commit of the repository. It is required if `weights` is on the Hugging Face
             Hub.
         diagnose: keeps the facts that `diagnostics()` returns. You can set it at any time, as in
@@ -102,7 +98,6 @@ class LearnedOptimizer(Optimizer):
         *,
         num_steps: int | None = None,
         maximize: bool = False,
-        compile: bool = False,
         revision: str | None = None,
         diagnose: bool = False,
         **unknown: Any,
@@ -110,7 +105,7 @@ class LearnedOptimizer(Optimizer):
         _refuse(unknown)
         _check(lr, weight_decay, num_steps)
         rule = weights if isinstance(weights, UpdateRule) else load_rule(weights, revision)
-        self.rule, self.compile, self.diagnose = rule, compile, diagnose
+        self.rule, self.diagnose = rule, diagnose
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "num_steps": num_steps, "maximize": maximize
         }  # fmt: skip
@@ -140,9 +135,7 @@ class LearnedOptimizer(Optimizer):
             _warn_of_small([group])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {
-            "rule": self.rule, "compile": self.compile, "diagnose": self.diagnose
-        }  # fmt: skip
+        return super().__getstate__() | {"rule": self.rule, "diagnose": self.diagnose}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -163,9 +156,6 @@ class LearnedOptimizer(Optimizer):
         self._rules: dict[torch.device, UpdateRule] = {}
         self._clock: int | None = None  # the steps of the run, read from the state when needed
         self._ended: set[float] = set()  # the values of num_steps whose end was noticed
-        self._guarded = guarded_update
-        if self.compile:
-            self._guarded = torch.compile(guarded_update, dynamic=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -184,10 +174,8 @@ class LearnedOptimizer(Optimizer):
         if not torch.compiler.is_compiling():  # a compiled step leaves the time to the state
             self._tick(work)
         for group, block in work:
-            device = block.params[0].device
-            guarded = guarded_update if device.type == "cpu" else self._guarded
             block.update(
-                self._rule_on(device), guarded, group["lr"], group["weight_decay"],
+                self._rule_on(block.params[0].device), group["lr"], group["weight_decay"],
                 group["maximize"], self.diagnose,
             )  # fmt: skip
         return loss
@@ -243,7 +231,7 @@ class LearnedOptimizer(Optimizer):
 
         The facts are not part of the state, so they change no step and no checkpoint. After loading
         a checkpoint there are none until the next step. With `diagnose` a step takes a few more
-        passes over the parameters and is not compiled as a whole; without it, diagnostics cost
+        passes over the parameters, and is not compiled; without it, diagnostics cost
         nothing. Reading the facts waits for the device.
 
         The entries of a parameter are
@@ -328,12 +316,8 @@ class LearnedOptimizer(Optimizer):
 
     def _rule_on(self, device: torch.device) -> UpdateRule:
         if device not in self._rules:
-            rule, compile = self.rule, self.compile and device.type == "cpu"
-            if compile or next(rule.parameters()).device != device:
-                rule = copy.deepcopy(rule).to(device)
-            if compile:
-                rule.compile_kernels()
-            self._rules[device] = rule
+            here = next(self.rule.parameters()).device == device
+            self._rules[device] = self.rule if here else copy.deepcopy(self.rule).to(device)
         return self._rules[device]
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,12 +366,18 @@ def _moves(p: Tensor) -> bool:
 
 def _refuse(unknown: dict[str, Any]) -> None:
     """Raises TypeError for unknown arguments, and explains why there are no betas or momentum."""
+    if "compile" in unknown:
+        raise TypeError(
+            f"compile is {unknown['compile']!r}, but version 0.1.0 was the last with it, because "
+            "it gained nothing on a CPU; leave it out, or compile your whole training step with "
+            "torch.compile"
+        )
     if unknown:
         given = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
         raise TypeError(
             f"LearnedOptimizer has no argument {given}; leave it out, because the rule has learned "
             "what betas, momentum and eps set in other optimizers; the arguments are params, lr, "
-            "weight_decay, weights, num_steps, maximize, compile, revision and diagnose"
+            "weight_decay, weights, num_steps, maximize, revision and diagnose"
         )
 
 

@@ -120,7 +120,6 @@ class UpdateRule(nn.Module, ABC):
     decay: float = 0.0  # the weight decay of matrices that goes with the rule
     trained_starts: bool = False  # whether nets that were trained before the run differ
     every: int = 1  # the network runs in every so many steps of a tensor, see `due`
-    kernels: ClassVar[tuple[str, ...]] = ()  # methods that `compile_kernels` compiles
     # The names of all State entries of this rule, with any config. They tell the entries of a rule
     # with more state, which are refused, from entries that other code has added, which are kept.
     entries: ClassVar[tuple[str, ...]] = ()
@@ -166,18 +165,6 @@ class UpdateRule(nn.Module, ABC):
                 hidden_per="coordinate", with one of `Observation.pieces` as the observation and
                 without an autograd graph.
         """
-
-    def compile_kernels(self) -> None:
-        """Compiles the methods named in `kernels`, once for all sizes of tensors.
-
-        Compiling the whole step would take minutes if tensors have many sizes. `fullgraph` is not
-        set. So if a program with many optimizers exceeds torch's limit of recompilations, it falls
-        back to plain Python instead of failing.
-        """
-        for module in self.modules():
-            for name in getattr(module, "kernels", ()):
-                kernel = torch.compile(getattr(module, name), dynamic=True)
-                setattr(module, name, kernel)
 
     def hidden(self, state: State) -> Tensor:
         """Returns the recurrent state in `state`, (*tasks, rows, units)."""

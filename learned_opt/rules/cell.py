@@ -57,7 +57,6 @@ class LSTMCell(nn.Module):
         weight = torch.cat([per_task(self.weight, x), bias], dim=-1)
         ones = x.new_ones(()).expand(*x.shape[:-2], 1, x.shape[-1])
         gates = weight @ torch.cat([x, h, ones], dim=-2)
-        # These lines are not compiled: every form of tanh that was tried was slower compiled.
         i, f, g, o = gates.chunk(4, dim=-2)
         for gate in (i, f, o):
             gate.sigmoid_()

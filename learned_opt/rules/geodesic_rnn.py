@@ -116,7 +116,6 @@ class GeodesicRNN(UpdateRule):
 
     name = "geodesic_rnn"
     hidden_per, gains_per_tensor, weights_per_task = "tensor", True, True
-    kernels = ("_tensor_features", "_gains")
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, TRAINED, "hidden", *ENTRIES)
     falls = spends = True

@@ -307,6 +307,13 @@ def test_a_bad_setting_is_refused_by_name(name, value, untrained: UpdateRule) ->
     assert len(optimizer.param_groups) == 1
 
 
+def test_compile_is_gone_and_the_error_says_since_when() -> None:
+    with pytest.raises(
+        TypeError, match=r"compile is True, but version 0\.1\.0 was the last with it"
+    ):
+        LearnedOptimizer(parameters(), compile=True)
+
+
 @pytest.mark.parametrize("argument", [{"betas": (0.9, 0.99)}, {"momentum": 0.9}, {"fused": True}])
 def test_settings_of_other_optimizers_are_refused_with_the_reason(argument: dict) -> None:
     ((name, value),) = argument.items()

@@ -49,19 +49,23 @@ def rule(request: pytest.FixtureRequest) -> UpdateRule:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("rule", ["tensor", "basis", "horizon"], indirect=True)
-def test_compiled_it_does_the_same(rule: UpdateRule) -> None:
+@pytest.mark.parametrize("rule", ["tensor", "horizon"], indirect=True)
+def test_compiled_to_c_it_does_the_same(rule: UpdateRule) -> None:
+    torch.compiler.reset()
     params, others = ([torch.ones(6, 5, requires_grad=True) for _ in range(2)] for _ in range(2))
-    optimizer = LearnedOptimizer(params, weights=rule, compile=True)
-    reference = LearnedOptimizer(others, weights=rule)
-    for step in range(5):
-        for each, its_params in ((optimizer, params), (reference, others)):
-            set_gradients(its_params, step)
-            if step == 3:
+    optimizer, reference = (LearnedOptimizer(p, weights=rule) for p in (params, others))
+    compiled = torch.compile(lambda: optimizer.step(), dynamic=False)
+    for number in range(5):
+        for step, its_params in ((compiled, params), (reference.step, others)):
+            set_gradients(its_params, number)
+            if number == 3:
                 its_params[1].grad[0, 0] = float("nan")
-            each.step()
+            step()
     torch.testing.assert_close(params, others)
-    kept, expected = (list(o.state.values()) for o in (optimizer, reference))
+    kept, expected = (  # the first row of averages is scratch
+        [x | {"averages": x["averages"][..., 1:]} for x in o.state.values()]
+        for o in (optimizer, reference)
+    )
     torch.testing.assert_close(kept, expected)
 
 
@@ -110,11 +114,10 @@ def test_past_the_limit_of_recompilations_it_does_the_same(basis: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @one_graph
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_nothing_waits_for_it(rule: UpdateRule, compiled: bool) -> None:
+def test_on_a_gpu_nothing_waits_for_it(rule: UpdateRule) -> None:
     params = [p.detach().cuda().requires_grad_() for p in parameters()]
     others = parameters()
-    optimizer = LearnedOptimizer(params, weights=copy.deepcopy(rule), compile=compiled)
+    optimizer = LearnedOptimizer(params, weights=copy.deepcopy(rule))
     reference = LearnedOptimizer(others, weights=rule)
     for step in range(5):
         set_gradients(others, step)
