@@ -13,9 +13,10 @@ if TYPE_CHECKING:
         permute,
         sequential_spec,
     )
-    from geodesic.dataset import DatasetError, PathDataset
+    from geodesic.dataset import PathDataset
     from geodesic.dss import Strings, StringSampling, sample_strings
     from geodesic.level_set import LevelProfile, sgd_profile
+    from geodesic.manifest import DatasetError
     from geodesic.model import ModelLoss
     from geodesic.path import length, normalized_length, points_at, project, resample
     from geodesic.sharded import find_geodesics_on_disk
@@ -58,7 +59,8 @@ if not TYPE_CHECKING:  # type checkers would take any name
                 "permute",
                 "sequential_spec",
             ),
-            "geodesic.dataset": ("DatasetError", "PathDataset"),
+            "geodesic.dataset": ("PathDataset",),
+            "geodesic.manifest": ("DatasetError",),
             "geodesic.dss": ("Strings", "StringSampling", "sample_strings"),
             "geodesic.level_set": ("LevelProfile", "sgd_profile"),
             "geodesic.model": ("ModelLoss",),

@@ -22,33 +22,39 @@ import hashlib
 import json
 import os
 import shlex
-import struct
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, contiguous_format
 
 from geodesic.files import user_path, write_atomic
+from geodesic.manifest import (
+    FORMAT,
+    ORIGIN,
+    VERSION,
+    DatasetError,
+    changed_header,
+    check_record,
+    describe,
+    inside,
+    origin_in,
+    read_json,
+    read_manifest,
+    record_name,
+    sha256_of,
+    shard_name,
+    to_json,
+)
 
-FORMAT = "geodesic-paths"
-VERSION = 1
-ORIGIN = "header"  # the key of the header's digest in the metadata of a shard
 NAMED = 8  # foreign shards that an error names one by one; if there are more, it names the folder
-MAX_HEADER = 1 << 20  # bytes; a damaged length must not allocate memory
 NEWS = 30.0  # seconds after which a process says what it is waiting for
-
-_RECORD_TYPES = {"file": str, "bytes": int, "sha256": str, "tensors": dict, "facts": dict}
-
-
-class DatasetError(ValueError):
-    """A dataset of paths is missing, unfinished or damaged, or was made with another header."""
 
 
 class PathDataset:
@@ -70,7 +76,7 @@ class PathDataset:
         self._num_shards: int = manifest["num_shards"]
         self._records: list[Any] | None = manifest["shards"]
         self._check = check
-        self._origin = hashlib.sha256(_to_json(self.header, "header")).hexdigest()
+        self._origin = hashlib.sha256(to_json(self.header, "header")).hexdigest()
         self._verified: dict[int, str] = {}  # shard index -> the sha256 last computed of its file
 
     @classmethod
@@ -91,7 +97,7 @@ class PathDataset:
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "header": json.loads(_to_json(header, "header")),
+            "header": json.loads(to_json(header, "header")),
             "num_shards": num_shards,
             "shards": None,
         }
@@ -102,9 +108,9 @@ class PathDataset:
                     f"{folder} holds shards but no manifest.json that describes them; write to "
                     "another folder, or delete them"
                 )
-            write_atomic(folder / "manifest.json", _to_json(manifest, "manifest"))
-        found = _read_manifest(folder)
-        if difference := _difference(found, manifest):
+            write_atomic(folder / "manifest.json", to_json(manifest, "manifest"))
+        found = read_manifest(folder)
+        if difference := changed_header(found, manifest):
             raise DatasetError(
                 f"{folder} holds another dataset: {difference}; write to another folder, or "
                 "delete this one"
@@ -124,7 +130,7 @@ class PathDataset:
             DatasetError: the dataset is missing, unfinished, damaged, or of an unknown version.
         """
         folder = user_path(folder, "folder", DatasetError)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if manifest["shards"] is None:
             raise DatasetError(
                 f"{folder} is unfinished; run the command that writes it again; it makes only the "
@@ -150,18 +156,18 @@ class PathDataset:
         """
         record = self._record(index)
         try:
-            content = _inside(self.folder, _shard_name(index)).read_bytes()
+            content = inside(self.folder, shard_name(index)).read_bytes()
         except (FileNotFoundError, IsADirectoryError):
             raise self._error(index, "is missing") from None
         digest = (lambda: hashlib.sha256(content).hexdigest()) if self._check else None
         fault, tensors = self._fault(index, record, len(content), digest), {}
         if fault is None:
             try:
-                tensors, origin = load(content), _origin_in(BytesIO(content))
+                tensors, origin = load(content), origin_in(BytesIO(content))
             except SafetensorError as error:
                 fault = f"is not a safetensors file ({error})"
             else:
-                if _describe(tensors) != record["tensors"]:
+                if describe(tensors) != record["tensors"]:
                     fault = "holds other tensors than its record says"
         if fault is not None:
             raise self._error(index, fault)
@@ -213,16 +219,16 @@ class PathDataset:
         }
         content = save(tensors, {ORIGIN: self._origin})
         record: dict[str, Any] = {
-            "file": _shard_name(index),
+            "file": shard_name(index),
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
-            "tensors": _describe(tensors),
+            "tensors": describe(tensors),
             "facts": facts,
         }
-        encoded = _to_json(record, f"facts of shard {index}")
+        encoded = to_json(record, f"facts of shard {index}")
         self._check_folder()
-        write_atomic(self.folder / _shard_name(index), content)
-        write_atomic(self.folder / _record_name(index), encoded)
+        write_atomic(self.folder / shard_name(index), content)
+        write_atomic(self.folder / record_name(index), encoded)
         self._verified[index] = record["sha256"]
 
     def fill(
@@ -289,7 +295,7 @@ class PathDataset:
         if missing:
             raise DatasetError(
                 f"{self.folder} lacks {len(missing)} of {len(self)} shards, the first is "
-                f"{_shard_name(missing[0])}; write the shards that missing() returns first"
+                f"{shard_name(missing[0])}; write the shards that missing() returns first"
             )
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -298,7 +304,7 @@ class PathDataset:
             "num_shards": len(self),
             "shards": records,
         }
-        write_atomic(self.folder / "manifest.json", _to_json(manifest, "manifest"))
+        write_atomic(self.folder / "manifest.json", to_json(manifest, "manifest"))
         self._records = manifest["shards"]
 
     def _check_index(self, index: int) -> None:
@@ -326,8 +332,8 @@ class PathDataset:
 
     def _check_folder(self) -> None:
         """Raises DatasetError if another process has made the folder into another dataset."""
-        found = _read_manifest(self.folder)
-        if difference := _difference(found, {"header": self.header, "num_shards": len(self)}):
+        found = read_manifest(self.folder)
+        if difference := changed_header(found, {"header": self.header, "num_shards": len(self)}):
             raise DatasetError(
                 f"{self.folder} was deleted and made again as another dataset while this process "
                 f"wrote to it: {difference}; run the command again with another folder"
@@ -343,7 +349,7 @@ class PathDataset:
         return origin != self._origin
 
     def _foreign_error(self, indices: list[int]) -> DatasetError:
-        names = [Path(_shard_name(index)).stem for index in indices]
+        names = [Path(shard_name(index)).stem for index in indices]
         files = shlex.join(str(self.folder / f"{name}{end}") for name in names
                            for end in (".safetensors", ".json"))  # fmt: skip
         remove = f"rm {files}" if len(names) <= NAMED else f"rm -r {shlex.quote(str(self.folder))}"
@@ -360,8 +366,8 @@ class PathDataset:
         Without such a shard both are None.
         """
         try:
-            record = _read_json(self.folder, _record_name(index))
-            _check_record(record, index, _record_name(index))
+            record = read_json(self.folder, record_name(index))
+            check_record(record, index, record_name(index))
             fault, origin = self._look(index, record)
         except DatasetError:
             return None, None
@@ -369,12 +375,12 @@ class PathDataset:
 
     def _look(self, index: int, record: dict[str, Any]) -> tuple[str | None, str | None]:
         """Returns what is wrong with a shard's file, and the header's digest in it."""
-        path = _inside(self.folder, _shard_name(index))
+        path = inside(self.folder, shard_name(index))
         try:
             with path.open("rb") as file:  # the same file to the end, whatever takes its place
                 size = os.fstat(file.fileno()).st_size
-                fault = self._fault(index, record, size, partial(_sha256, file))
-                return fault, _origin_in(file) if fault is None else None
+                fault = self._fault(index, record, size, partial(sha256_of, file))
+                return fault, origin_in(file) if fault is None else None
         except (FileNotFoundError, IsADirectoryError):
             return "is missing", None
         except ValueError:  # altered since its checksum was right
@@ -401,124 +407,6 @@ class PathDataset:
 
     def _error(self, index: int, fault: str) -> DatasetError:
         return DatasetError(
-            f"{self.folder / _shard_name(index)} {fault}; delete the file and run the command that "
+            f"{self.folder / shard_name(index)} {fault}; delete the file and run the command that "
             "wrote it again; it makes only the missing shards"
         )
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:05d}.safetensors"
-
-
-def _record_name(index: int) -> str:
-    return f"shard-{index:05d}.json"
-
-
-def _describe(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        for name, tensor in tensors.items()
-    }
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _origin_in(file: BinaryIO) -> str | None:
-    """The digest in the metadata of a safetensors file that is whole: 8 bytes, the length of the
-    JSON after them."""
-    file.seek(0)
-    (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(min(length, MAX_HEADER)))
-    return header.get("__metadata__", {}).get(ORIGIN)
-
-
-def _to_json(value: Any, what: str) -> bytes:
-    try:
-        return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{what} must be JSON with finite numbers: {error}") from error
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if path.resolve().parent != folder.resolve():
-        raise DatasetError(
-            f"{path} is a link that leads out of its folder; replace it by the file itself"
-        )
-    return path
-
-
-def _read_json(folder: Path, name: str) -> Any:
-    path = _inside(folder, name)
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DatasetError(
-            f"{path} is missing, so {folder} is not a dataset of paths; give another folder"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not JSON: {error}; restore it, or write it again") from error
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest, where = _read_json(folder, "manifest.json"), folder / "manifest.json"
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DatasetError(f"{where} is not the manifest of a dataset of paths; give its folder")
-    if manifest.get("version") != VERSION:
-        raise DatasetError(
-            f"{where} has format version {manifest.get('version')!r}, and this version reads "
-            f"{VERSION}; use the release that wrote it, or write the dataset again"
-        )
-    num_shards, records = manifest.get("num_shards"), manifest.get("shards")
-    if (
-        not isinstance(manifest.get("header"), dict)
-        or type(num_shards) is not int
-        or not (records is None or (isinstance(records, list) and len(records) == num_shards))
-    ):
-        raise DatasetError(
-            f"{where} is damaged: header, num_shards or shards is invalid; write the dataset again"
-        )
-    for index, record in enumerate(records or ()):
-        _check_record(record, index, where)
-    manifest["shards"] = records
-    return manifest
-
-
-def _check_record(record: Any, index: int, where: str | Path) -> None:
-    """Raises DatasetError if a record is damaged or names any file but that of its shard."""
-    if not isinstance(record, dict) or any(
-        type(record.get(key)) is not kind for key, kind in _RECORD_TYPES.items()
-    ):
-        raise DatasetError(
-            f"{where}: the record of shard {index} is damaged; write the dataset again"
-        )
-    if record["file"] != _shard_name(index):
-        raise DatasetError(
-            f"{where}: shard {index} must be the file {_shard_name(index)}, got {record['file']!r}"
-        )
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Returns the first difference in header or number of shards of two manifests, or None."""
-    differences = (_first_difference(found[k], wanted[k], k) for k in ("header", "num_shards"))
-    return next(filter(None, differences), None)
-
-
-def _first_difference(found: Any, wanted: Any, key: str) -> str | None:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in sorted(found.keys() | wanted.keys()):
-            if (name in found) != (name in wanted):
-                return f"{key}.{name} is only in the {'old' if name in found else 'new'} one"
-            difference = _first_difference(found[name], wanted[name], f"{key}.{name}")
-            if difference:
-                return difference
-        return None
-    # Compared as JSON, because in Python 1, 1.0 and True are equal.
-    if json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True):
-        return None
-    return f"{key} is {found!r} there and {wanted!r} here"

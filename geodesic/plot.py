@@ -22,8 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import PathDataset
 from geodesic.level_set import sgd_profile
+from geodesic.manifest import DatasetError
 from geodesic.path import fractions, normalized_length, subdivide
 from geodesic.targets import Problem, TargetConfig, run_teacher
 

@@ -9,7 +9,8 @@ from geodesic.lazy import lazy as _lazy
 from learned_opt.errors import ConfigError, DataError, LearnedOptError, OutputError, WeightsError
 
 if TYPE_CHECKING:
-    from geodesic.dataset import DatasetError, PathDataset
+    from geodesic.dataset import PathDataset
+    from geodesic.manifest import DatasetError
     from learned_opt.benchmarking import BenchmarkConfig, BenchmarkTask, Entrant, benchmark
     from learned_opt.comparison import Comparison, compare
     from learned_opt.config import GeodesicsConfig, TrainConfig
@@ -57,7 +58,8 @@ __all__ = [
 # The modules of the public names that are imported on first use. They are slow to import, and the
 # command must handle Ctrl-C before it imports torch.
 _MODULES = {
-    "geodesic.dataset": ("DatasetError", "PathDataset"),
+    "geodesic.dataset": ("PathDataset",),
+    "geodesic.manifest": ("DatasetError",),
     "learned_opt.benchmarking": (
         "BenchmarkConfig",
         "BenchmarkTask",

@@ -261,7 +261,7 @@ def _keys(hint: Any) -> set[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command of `args`, by default the arguments of the process."""
-    from geodesic.dataset import DatasetError
+    from geodesic.manifest import DatasetError
 
     with interruptible():
         try:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save
 
 import geodesic.dataset
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import PathDataset
+from geodesic.manifest import DatasetError
 
 HEADER = {"task": "digits", "seeds": [0, 1], "solver": {"steps": 40, "tol": 1e-6}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geodesic import LevelProfile, points_at
-from geodesic.dataset import DatasetError
+from geodesic.manifest import DatasetError
 from geodesic.path import chord
 from geodesic.plot import (
     plot_dataset,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from geodesic import LevelProfile, find_geodesics, find_geodesics_on_disk
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import PathDataset
+from geodesic.manifest import DatasetError
 
 ROOT = Path(__file__).parents[2]
 

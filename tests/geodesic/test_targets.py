@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geodesic.dataset import DatasetError
+from geodesic.manifest import DatasetError
 from geodesic.targets import Problem, TargetConfig, run_teacher, target_paths, write_dataset
 
 CURVATURE = torch.tensor([9.0, 1.0, 0.3], dtype=torch.float64)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from geodesic.dataset import DatasetError, PathDataset
+from geodesic.dataset import PathDataset
 from geodesic.files import user_path
+from geodesic.manifest import DatasetError
 from learned_opt import load_rule
 from learned_opt.benchmarking.entrants import Entrant
 from learned_opt.benchmarking.stores import Rows
