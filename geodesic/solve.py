@@ -200,61 +200,23 @@ def find_geodesics(
         )
     samples = sublevel.certify(straight, losses.shape[2] - 1, every, losses)
     samples.feasible &= good
-    best = _Best(chord(theta_a, theta_b, num_segments), samples)
     chord_feasible = samples.feasible.clone()
-    iterations = torch.zeros(pairs, dtype=torch.long)
-    residual = torch.where(chord_feasible, 0.0, torch.inf).to(theta_a)
+    best = _Best(chord(theta_a, theta_b, num_segments), samples)
 
-    # Each start maps rows to paths, and says whether these may be feasible without shortening.
+    # Each start maps rows to paths. Only those of bulges are not feasible without shortening.
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
-        given = initial_path.detach()
-        # even beads are easier to shorten
-        cuts: list[Callable[[Tensor], Tensor]] = [partial(resample, num_segments=num_segments)]
-        if given.shape[1] == num_segments + 1:
-            cuts = [lambda path: path]  # given[rows] is a copy already
-        elif given.shape[1] <= num_segments:
-            cuts.insert(0, lambda path: torch.stack([refine(p, num_segments) for p in path]))
-
-        def from_given(rows: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
-            path = cut(given[rows])
-            path[:, 0], path[:, -1] = theta_a[rows], theta_b[rows]
-            return path
-
-        starts += [(partial(from_given, cut=cut), True) for cut in cuts]
-
-    def bulging(rows: Tensor, size: float) -> Tensor:
-        return _bulge(theta_a[rows], theta_b[rows], num_segments, size, seed)
-
-    starts += [(partial(bulging, size=size), False) for size in BULGES]
+        cuts = _cuts(initial_path.detach(), theta_a, theta_b, num_segments)
+        starts += [(cut, True) for cut in cuts]
+    for size in BULGES:
+        bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
+        starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
     starts.append((lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows), True))
     for start, may_do in starts:
         rows = (~best.certified & good & sublevel.affords(every, num_segments)).nonzero().squeeze(1)
         if len(rows) == 0 or num_segments == 1:
             break
-        first, first_rows = start(rows), rows
-        path, limit = first, max_iterations
-        for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
-            if len(rows) == 0:
-                break
-            strict = per_segment == CERTIFICATE_SAMPLES
-            blocks = torch.arange(len(rows)).split(max(1, AT_ONCE // path[0].numel()))
-            found = join(
-                [shorten(sublevel, path[b], rows[b], per_segment, limit, strict) for b in blocks]
-            )
-            iterations[rows] += found.iterations
-            residual[rows] = found.residual
-            best.update(rows, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, rows))
-            refused = found.feasible & ~best.certified[rows]
-            rows, path, limit = rows[refused], found.path[refused], max(1, max_iterations // 4)
-        if may_do:
-            # Shortening lowers the energy. With uneven beads that need not lower the length.
-            longer = best.length[first_rows] > length(first)
-            left = longer | ~best.certified[first_rows]
-            rows = first_rows[left]
-            if len(rows):
-                samples = sublevel.certify(first[left], CERTIFICATE_SAMPLES, rows)
-                residual[best.update(rows, first[left], samples)] = torch.inf
+        _search(sublevel, best, start(rows), rows, may_do, max_iterations)
 
     total = torch.where(chord_feasible, distance, best.length)
     ratio = torch.where(chord_feasible | (total == 0), torch.ones_like(total), total / distance)
@@ -268,14 +230,14 @@ def find_geodesics(
         level=sublevel.level(torch.zeros_like(distance)[:, None], every)[:, 0],
         loss_evaluations=sublevel.loss_evaluations,
         gradient_evaluations=sublevel.gradient_evaluations,
-        iterations=iterations,
-        residual=residual,
+        iterations=best.iterations,
+        residual=best.residual,
         error=errors,
     )
 
 
 class _Best:
-    """Keeps the best path of each pair.
+    """Keeps the best path of each pair, and what `Geodesic` says of its search.
 
     A certified path is better than one that is not. Of two certified paths the shorter is better;
     of two others, the one that exceeds the level less.
@@ -285,6 +247,8 @@ class _Best:
         self.path, self.length, self.certified = path, length(path), samples.feasible.clone()
         self.peak = samples.peak.amax(1)
         self.max_loss = samples.max_loss.clone()
+        self.iterations = torch.zeros(len(path), dtype=torch.long)
+        self.residual = torch.where(samples.feasible, 0.0, torch.inf).to(path)
 
     def update(self, rows: Tensor, path: Tensor, samples: Samples) -> Tensor:
         """Replaces paths by better ones, and returns the rows that changed."""
@@ -299,6 +263,61 @@ class _Best:
         self.certified[rows], self.peak[rows] = samples.feasible[better], new_peak[better]
         self.max_loss[rows] = samples.max_loss[better]
         return rows
+
+
+def _search(
+    sublevel: SublevelSet, best: _Best, first: Tensor, rows: Tensor, may_do: bool, limit: int
+) -> None:
+    """Shortens paths, and puts those that are better into `best`.
+
+    Args:
+        sublevel: the sublevel sets of all pairs.
+        best: the best paths so far.
+        first: the paths that the search starts from, (rows, K + 1, d).
+        rows: the numbers of their pairs.
+        may_do: whether these paths may be feasible without shortening.
+        limit: the largest number of quadratic programs for each pair.
+    """
+    path, left, most = first, rows, limit
+    for per_segment in (SHORTENING_SAMPLES, CERTIFICATE_SAMPLES):
+        if len(left) == 0:
+            break
+        strict = per_segment == CERTIFICATE_SAMPLES
+        blocks = torch.arange(len(left)).split(max(1, AT_ONCE // path[0].numel()))
+        found = join(
+            [shorten(sublevel, path[b], left[b], per_segment, most, strict) for b in blocks]
+        )
+        best.iterations[left] += found.iterations
+        best.residual[left] = found.residual
+        best.update(left, found.path, sublevel.certify(found.path, CERTIFICATE_SAMPLES, left))
+        refused = found.feasible & ~best.certified[left]
+        left, path, most = left[refused], found.path[refused], max(1, limit // 4)
+    if may_do:
+        # Shortening lowers the energy. With uneven beads that need not lower the length.
+        unused = (best.length[rows] > length(first)) | ~best.certified[rows]
+        left = rows[unused]
+        if len(left):
+            samples = sublevel.certify(first[unused], CERTIFICATE_SAMPLES, left)
+            best.residual[best.update(left, first[unused], samples)] = torch.inf
+
+
+def _cuts(
+    given: Tensor, theta_a: Tensor, theta_b: Tensor, num_segments: int
+) -> list[Callable[[Tensor], Tensor]]:
+    """Returns functions that cut the given paths of some rows into segments, in different ways."""
+    if given.shape[1] == num_segments + 1:
+        cuts = [lambda path: path]  # given[rows] is a copy already
+    else:  # even beads are easier to shorten
+        cuts = [partial(resample, num_segments=num_segments)]
+        if given.shape[1] <= num_segments:
+            cuts.insert(0, lambda path: torch.stack([refine(p, num_segments) for p in path]))
+
+    def between_ends(rows: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        path = cut(given[rows])
+        path[:, 0], path[:, -1] = theta_a[rows], theta_b[rows]
+        return path
+
+    return [partial(between_ends, cut=cut) for cut in cuts]
 
 
 def _strings(
