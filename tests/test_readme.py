@@ -146,13 +146,20 @@ def test_no_link_within_the_pages_is_broken() -> None:
         return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
 
     broken = []
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+    for page in (p for folder in (".", "docs", "experiments") for p in (ROOT / folder).glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 broken.append(f"{page.name}: {link}")
     assert not broken
+
+
+def test_the_page_on_experiments_names_every_script() -> None:
+    """Those that run by themselves; weak_scaling.py is started by training_throughput.py."""
+    page = (ROOT / "experiments" / "README.md").read_text()
+    scripts = {p.name for p in (ROOT / "experiments").glob("*.py") if "__main__" in p.read_text()}
+    assert set(re.findall(r"\b(\w+\.py)\b", page)) == scripts - {"weak_scaling.py"}
 
 
 def test_the_readme_is_short() -> None:
