@@ -146,7 +146,8 @@ def test_no_link_within_the_pages_is_broken() -> None:
         return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
 
     broken = []
-    for page in (p for folder in (".", "docs", "experiments") for p in (ROOT / folder).glob("*.md")):
+    folders = (ROOT, ROOT / "docs", ROOT / "experiments")
+    for page in (page for folder in folders for page in folder.glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
