@@ -203,14 +203,15 @@ def find_geodesics(
     chord_feasible = samples.feasible.clone()
     best = _Best(chord(theta_a, theta_b, num_segments), samples)
 
+    def bulging(rows: Tensor, size: float) -> Tensor:
+        return _bulge(theta_a[rows], theta_b[rows], num_segments, size, seed)
+
     # Each start maps rows to paths. Only those of bulges are not feasible without shortening.
     starts: list[tuple[Callable[[Tensor], Tensor], bool]] = []
     if initial_path is not None:
         cuts = _cuts(initial_path.detach(), theta_a, theta_b, num_segments)
         starts += [(cut, True) for cut in cuts]
-    for size in BULGES:
-        bulge = partial(_bulge, num_segments=num_segments, size=size, seed=seed)
-        starts.append((lambda rows, bulge=bulge: bulge(theta_a[rows], theta_b[rows]), False))
+    starts += [(partial(bulging, size=size), False) for size in BULGES]
     starts.append((lambda rows: _strings(sublevel, loss_fn, straight, num_segments, rows), True))
     for start, may_do in starts:
         rows = (~best.certified & good & sublevel.affords(every, num_segments)).nonzero().squeeze(1)
