@@ -124,7 +124,7 @@ class Block:
         self.state = replace(fresh, layout=self.layout, step=steps, clock=torch.zeros_like(steps))
         self.skipped = torch.zeros_like(steps)
         # This fills the layout's caches, which a compiled step could not do.
-        _ = self.layout.expand(steps), self.layout.groups, [*map(self.layout.rows, (False, True))]
+        _ = self.layout.expand(steps), self.layout.groups, self.layout.rows(vectors=True)
         self.used = False
         self.last: LastStep | None = None  # set by steps with `diagnose`
         self.states = [self._views(i, part.shape) for i, part in enumerate(parts)]

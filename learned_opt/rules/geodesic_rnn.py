@@ -211,7 +211,9 @@ class GeodesicRNN(UpdateRule):
         if self.beginnings:
             state = rescale(rows, size, state)
         share = clip(size, state)
-        louder = clip(size, state, self.clip_squares) / share
+        louder = None
+        if self.clip_squares != CLIP:
+            louder = clip(size, state, self.clip_squares) / share
         compiling = torch.compiler.is_compiling()  # read once: a frame may fall back to Python
         # Clip first: a basis built from few gradients may stay in use for many steps.
         if compiling:
@@ -233,8 +235,8 @@ class GeodesicRNN(UpdateRule):
         moved, sums = [], grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
         for chunk in layout.chunks:
             row = average(
-                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor, louder)),
-                compiling,
+                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)),
+                None if louder is None else chunk.spread(louder), compiling,
             )  # fmt: skip
             if compiling:
                 moved.append(row.flatten(-2))

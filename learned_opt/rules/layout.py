@@ -143,15 +143,12 @@ class Layout:
         A row of a convolution is all that belongs to one output channel. The rows count as tensors
         of the spans, and a span has the neighboring rows of one size.
         """
-        return self._matrix_rows if not vectors else self._all_rows
+        return self._rows[vectors]
 
     @cached_property
-    def _matrix_rows(self) -> tuple[Span, ...]:
-        return tuple(_neighbors(map(_rows_of, self.local or self.shapes), vectors=False))
-
-    @cached_property
-    def _all_rows(self) -> tuple[Span, ...]:
-        return tuple(_neighbors(map(_rows_of, self.local or self.shapes)))
+    def _rows(self) -> tuple[tuple[Span, ...], ...]:
+        parts = [*map(_rows_of, self.local or self.shapes)]
+        return tuple(tuple(_neighbors(parts, vectors)) for vectors in (False, True))
 
     def reduce(self, sums: Tensor) -> Tensor:
         """Adds sums over the parts of tensors on this process to those of the other processes."""
@@ -306,7 +303,7 @@ def join(pieces: list[Tensor]) -> Tensor:
 
 
 def in_place_pays() -> bool:
-    """Whether to write to parts of a tensor; for autograd and compilers copies are better."""
+    """Whether parts of a tensor may be overwritten: autograd and compilers need copies."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

@@ -62,15 +62,15 @@ def rescale(rows: Tensor, size: Tensor, state: State) -> State:
 
 
 def average(
-    row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, louder: Tensor, compiling: bool
+    row: Tensor, g: Tensor, weights: Tensor, floor: Tensor, louder: Tensor | None, compiling: bool
 ) -> Tensor:
     """Returns the rows [g, m̂, r] (*, 5, n, size) after a step with the gradient g (*, n, size).
 
     Unless `compiling`, `row` is updated in place and must contain g already. The gradient of which
-    r takes the average is `louder` times g, with a number of each tensor, (*, n, 1).
+    r takes the average is `louder` times g, with a number of each tensor, (*, n, 1); None is 1.
     """
     g, m, r = g.unsqueeze(-3), row[..., 1:-1, :, :], row[..., -1:, :, :]
-    squares = (g * louder.unsqueeze(-3)).square_()
+    squares = g * g if louder is None else (g * louder.unsqueeze(-3)).square_()
     if compiling:  # the compiler fuses this into one loop, but not writes to views
         m = m.lerp(g, weights[:-1])
         r = r.square().lerp(squares, weights[-1:]).sqrt().maximum(floor.unsqueeze(-3))
