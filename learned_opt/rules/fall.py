@@ -14,6 +14,7 @@ WARM_UP = 0.05  # in long runs of known length N, steps of a tensor rise over N 
 # Of nets that were trained before, if the length is not known: steps rise over CAREFUL steps of a
 # tensor, and are half as long after HALVED.
 CAREFUL, HALVED = 20, 100
+LATE = 50  # steps of a tensor that joins the run late rise over at most so many of its steps
 
 
 def known_share(state: State, x: Tensor) -> Tensor:
@@ -35,16 +36,20 @@ def rest(state: State, step: Tensor, decay_after: int, warm_up: bool) -> Tensor:
         state: the state before this update.
         step: the number of this update, (tensors,) or (1,).
         decay_after: the step after which steps fall in a run whose length is not known.
-        warm_up: whether the first steps of a tensor in a long run of known length are shorter.
+        warm_up: whether the first steps are shorter, of all tensors in a long run of known length,
+            and of a tensor that joins the run late in any.
     """
+    made = step - 1 if state.clock is None else as_tensor(state.clock, step)
     anytime = (decay_after / step).clamp(max=1)
+    if warm_up:
+        late = (made - (step - 1)).clamp(1, LATE)
+        anytime = anytime * (step / late).clamp(max=1)
     before = state.tensor.get(TRAINED)
     if state.num_steps is None:
         if before is None:
             return anytime
         careful = (step / CAREFUL).clamp(max=1) / (1 + step / HALVED)
         return anytime.lerp(careful, before.squeeze(-2).to(step.dtype))
-    made = step - 1 if state.clock is None else as_tensor(state.clock, step)
     falling = 1 - made.clamp(max=state.num_steps - 1) / state.num_steps
     if warm_up:
         falling = falling * (step / (WARM_UP * state.num_steps)).clamp(max=1)

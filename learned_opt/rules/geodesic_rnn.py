@@ -99,9 +99,10 @@ class GeodesicRNN(UpdateRule):
         horizon: whether the LSTM has the less say the longer a run of known length is, as above.
         beginnings: whether nets that begin in unusual ways are treated with care. Then vectors have
             ρ = 0.03; ρ of a matrix that does not start at zero may be a tenth of the usual size; in
-            runs of a known length N, a has the further factor min(1, 20 t / N)^k; and averages
-            follow at once if gradients fall to less than a thirtieth within 8 steps, as after a
-            first gradient that was far too large.
+            runs of a known length N, a has the further factor min(1, 20 t / N)^k; of a tensor that
+            joins the run d steps late, as a layer that is unfrozen, a rises over the first
+            min(d, 50) steps; and averages follow at once if gradients fall to less than a thirtieth
+            within 8 steps, as after a first gradient that was far too large.
         decay: the relative weight decay of matrices that the rule was made for, which a
             LearnedOptimizer has by default.
         clip_squares: v̂ is the average of the squares of gradients that are clipped to so many times

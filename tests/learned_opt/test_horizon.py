@@ -83,7 +83,7 @@ def test_a_layer_that_is_unfrozen_late_rests_when_the_run_does(rule: UpdateRule)
 
 
 def test_the_first_steps_of_a_layer_are_short() -> None:
-    """With `beginnings`, over its own first N / 20, however late it begins."""
+    """With `beginnings`, over its own first N / 20; a little shorter still if it begins late."""
     rule = make_rule("geodesic_rnn", hidden=3, beginnings=True)
     early, late = (torch.full((4, 3), 0.3, requires_grad=True) for _ in range(2))
     optimizer = LearnedOptimizer([early, late], weights=rule, num_steps=N)
@@ -97,7 +97,28 @@ def test_the_first_steps_of_a_layer_are_short() -> None:
         lengths.append(tuple(relative(p, torch.full_like(p, 0.3)) for p in (early, late)))
     assert lengths[0][0] < 0.02 * lengths[-1][0]
     assert lengths[200][1] < 0.02 * lengths[200][0]
-    assert lengths[219][1] == pytest.approx(lengths[19][0], rel=0.1)
+    assert lengths[219][1] == pytest.approx((20 / 50) ** 0.1 * lengths[19][0], rel=0.1)
+
+
+def test_a_layer_that_joins_late_begins_with_short_steps_and_one_that_skips_does_not() -> None:
+    """Nothing told: over its first 50 steps, or over as many as it is late."""
+    rule = make_rule("geodesic_rnn", hidden=3, beginnings=True)
+    starts = {"early": 0, "soon": 10, "late": 100, "every other": 0}
+    params = {name: torch.zeros(4, 3, requires_grad=True) for name in starts}
+    optimizer = LearnedOptimizer(list(params.values()), weights=rule)
+    moved: dict[str, list[float]] = {name: [] for name in starts}
+    for step in range(180):
+        for name, p in params.items():
+            p.data.fill_(0.3)
+            here = step >= starts[name] and (name != "every other" or step % 2 == 0)
+            p.grad = torch.ones_like(p) if here else None
+        optimizer.step()
+        for name, p in params.items():
+            if p.grad is not None:
+                moved[name].append(relative(p, torch.full_like(p, 0.3)))
+    for name, rising in {"early": 1, "soon": 10, "late": 50, "every other": 1}.items():
+        full = [min(1, (t + 1) / rising) * m for t, m in enumerate(moved["early"][:60])]
+        assert moved[name][:60] == pytest.approx(full, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["first", "later"])

@@ -265,21 +265,23 @@ def test_state_that_is_replaced_from_outside_is_used(rule: UpdateRule, replaced:
 
 
 def test_a_parameter_may_join_later_with_its_own_step_count(rule: UpdateRule) -> None:
+    """It moves as beside any other parameter, and the others as if it were not there."""
     early, late = (torch.randn(5, 4).requires_grad_() for _ in range(2))
-    late_alone, early_alone = (p.detach().clone().requires_grad_() for p in (late, early))
-    optimizer = LearnedOptimizer([early, late], weights=rule)
-    start = late.detach().clone()
-    for step in range(5):
-        set_gradients([early], step)
-        if step >= 3:
-            set_gradients([late], step)
-        else:
-            assert torch.equal(late, start)
-        optimizer.step()
-    run(LearnedOptimizer([early_alone], weights=rule), [early_alone], range(5))
-    run(LearnedOptimizer([late_alone], weights=rule), [late_alone], range(3, 5))
-    torch.testing.assert_close((early, late), (early_alone, late_alone))
-    assert [int(optimizer.state[p]["step"]) for p in (early, late)] == [5, 2]
+    alone, again = (p.detach().clone().requires_grad_() for p in (early, late))
+    other = torch.randn(7, 2).requires_grad_()
+    for first, second in ((early, late), (other, again)):
+        optimizer = LearnedOptimizer([first, second], weights=rule)
+        start = second.detach().clone()
+        for step in range(5):
+            set_gradients([first], step)
+            if step >= 3:
+                set_gradients([second], step)
+            else:
+                assert torch.equal(second, start)
+            optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in (first, second)] == [5, 2]
+    run(LearnedOptimizer([alone], weights=rule), [alone], range(5))
+    torch.testing.assert_close((early, late), (alone, again))
 
 
 def test_the_state_has_the_documented_size() -> None:
