@@ -10,6 +10,9 @@ from pathlib import Path
 from geodesic.files import write_atomic
 from learned_opt.output_folder import provenance
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
 
 def save(folder: Path, name: str, rows: list[dict], **facts) -> None:
     """Writes name.csv, and name.json with the versions, hardware, commit and `facts`."""
