@@ -183,87 +183,129 @@ def sample_strings(
     check_pairs(theta_a, theta_b, loss_args, chunk_size=chunk_size)
     if error := next(filter(None, errors_of_points(theta_a, theta_b, None)), None):
         raise ValueError(error)
-    pairs = len(theta_a)
-    sublevel = SublevelSet(loss_fn, tuple(loss_args), pairs, chunk_size)
+    sublevel = SublevelSet(loss_fn, tuple(loss_args), len(theta_a), chunk_size)
     sublevel.set_level(level if callable(level) else constant_level(level, theta_a))
-    strings = [
-        _String(path, path.new_full((1, settings.grid + 1), torch.nan))
-        for path in torch.stack((theta_a, theta_b), dim=1)
-    ]
-    loss_evaluations = sublevel.loss_evaluations
-    gradient_evaluations = sublevel.gradient_evaluations
+    ends = torch.stack((theta_a, theta_b), dim=1)
+    sampling = _Sampling(ends, sublevel, settings, loss_fn, train_fn)
+    while len(sampling.beads.pair):
+        sampling.step()
+        if progress is not None:
+            progress(sampling.finished, len(sampling.beads.pair))
+    return sampling.result()
 
-    def evaluate(function: Callable, theta: Tensor, pair: Tensor):
-        """Returns ``function`` at beads ``(n, d)`` of pairs ``(n,)``."""
-        mapped = vmap(function, randomness="same")
+
+class _Sampling:
+    """The strings of all pairs, and the beads that are in training."""
+
+    def __init__(
+        self,
+        ends: Tensor,
+        sublevel: SublevelSet,
+        settings: StringSampling,
+        loss_fn: Callable[..., Tensor],
+        train_fn: Callable[..., Tensor] | None,
+    ) -> None:
+        self.sublevel, self.settings = sublevel, settings
+        self.loss_fn, self.train_fn = loss_fn, train_fn
+        self.steps = 0
+        grids = ends.new_full((1, settings.grid + 1), torch.nan)
+        self.strings = [_String(path, grids.clone()) for path in ends]
+        self.beads = _join(self._rounds(list(range(len(ends)))))
+
+    def step(self) -> None:
+        """Tests the beads that are due, moves the others, and begins rounds of pairs in turn."""
+        gradients, complete = self._test()
+        if len(self.beads.pair):
+            if self.train_fn is not None:
+                gradients = self._gradients_to_train(self.train_fn)
+            assert gradients is not None  # of F, which come with its values
+            self.beads.descend(gradients, self.settings)
+        self.steps += 1
+        for row in complete:
+            string = self.strings[row]
+            string.path, string.losses = string.draft, string.known
+        if complete:
+            self.beads = _join([self.beads, *self._rounds(complete)])
+
+    def _test(self) -> tuple[Tensor | None, list[int]]:
+        """Removes the beads that are due and have reached their targets, and those of lost pairs.
+
+        Returns the gradients of F at the beads that stay, if it is F that they descend, and the
+        pairs whose round is complete.
+        """
+        beads, settings, gradients = self.beads, self.settings, None
+        due = (beads.age % settings.check_every == 0) | (beads.age == settings.max_steps)
+        due &= beads.age > 0
+        if self.train_fn is None:
+            gradients, values = self._evaluate(grad_and_value(self.loss_fn))
+            self.sublevel.gradient_evaluations += self._per_pair(beads.pair)
+        elif due.any():
+            values = torch.full_like(beads.target, torch.nan)
+            values[due] = self._evaluate(self.loss_fn, due)
+            self.sublevel.loss_evaluations += self._per_pair(beads.pair[due])
+        if not due.any():
+            return gradients, []
+
+        reached = due & (values <= beads.target).cpu()
+        lost = (beads.age == settings.max_steps) | ~beads.theta.isfinite().all(1).cpu()
+        lost &= due & ~reached
+        stay = ~reached & ~torch.isin(beads.pair, beads.pair[lost])
+        for index in reached.nonzero().flatten().tolist():
+            self.strings[beads.pair[index]].draft[beads.slot[index]] = beads.theta[index]
+        left = torch.cat((beads.pair[stay], beads.pair[lost]))
+        complete = beads.pair[reached & ~torch.isin(beads.pair, left)].unique().tolist()
+        if not stay.all():
+            self.beads = beads.take(stay)
+            gradients = None if gradients is None else gradients[stay]
+        return gradients, complete
+
+    def _gradients_to_train(self, train_fn: Callable[..., Tensor]) -> Tensor:
+        theta, pair = self.beads.theta, self.beads.pair
+        # The random draws of a step, as of dropout, must not depend on the batch.
+        with torch.random.fork_rng([theta.device] if theta.is_cuda else []):
+            gradients = self._evaluate(grad(partial(_seeded, train_fn, self.steps)))
+        self.sublevel.gradient_evaluations += self._per_pair(pair)
+        return gradients
+
+    def _evaluate(self, function: Callable, which: Tensor | slice = slice(None)):
+        """Returns `function` at the beads, or at `which` of them."""
+        theta, pair = self.beads.theta[which], self.beads.pair[which]
+        mapped, at_once = vmap(function, randomness="same"), self.sublevel.chunk_size
         parts = [
-            mapped(points, *(argument[rows] for argument in loss_args))
-            for points, rows in zip(theta.split(chunk_size), pair.split(chunk_size), strict=True)
+            mapped(points, *(argument[rows] for argument in self.sublevel.loss_args))
+            for points, rows in zip(theta.split(at_once), pair.split(at_once), strict=True)
         ]
         if torch.is_tensor(parts[0]):
             return torch.cat(parts)
         return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
 
-    def grow(rows: list[int]) -> list[_Beads]:
-        _sample([strings[row] for row in rows], rows, sublevel, settings.grid)
-        return [_grow(strings[row], row, sublevel, settings) for row in rows]
+    def _rounds(self, rows: list[int]) -> list["_Beads"]:
+        strings = [self.strings[row] for row in rows]
+        _sample(strings, rows, self.sublevel, self.settings.grid)
+        return [_round(string, row, self.sublevel, self.settings)
+                for string, row in zip(strings, rows, strict=True)]  # fmt: skip
 
-    beads = _join(grow(list(range(pairs))))
-    step = 0
-    while len(beads.pair):
-        due = (beads.age % settings.check_every == 0) | (beads.age == settings.max_steps)
-        due &= beads.age > 0
-        if train_fn is None:
-            gradients, values = evaluate(grad_and_value(loss_fn), beads.theta, beads.pair)
-            gradient_evaluations += torch.bincount(beads.pair, minlength=pairs)
-        elif due.any():
-            values = torch.full_like(beads.target, torch.nan)
-            values[due] = evaluate(loss_fn, beads.theta[due], beads.pair[due])
-            loss_evaluations += torch.bincount(beads.pair[due], minlength=pairs)
+    def _per_pair(self, pairs: Tensor) -> Tensor:
+        return torch.bincount(pairs, minlength=len(self.strings))
 
-        complete = []
-        if due.any():
-            reached = due & (values <= beads.target).cpu()
-            lost = (beads.age == settings.max_steps) | ~beads.theta.isfinite().all(1).cpu()
-            lost &= due & ~reached
-            stay = ~reached & ~torch.isin(beads.pair, beads.pair[lost])
-            for index in reached.nonzero().flatten().tolist():
-                strings[beads.pair[index]].draft[beads.slot[index]] = beads.theta[index]
-            left = torch.cat((beads.pair[stay], beads.pair[lost]))
-            complete = beads.pair[reached & ~torch.isin(beads.pair, left)].unique().tolist()
-            if not stay.all():
-                beads = beads.take(stay)
-                gradients = gradients[stay] if train_fn is None else None
+    @property
+    def finished(self) -> int:
+        """The number of pairs without a bead in training."""
+        return len(self.strings) - len(self.beads.pair.unique())
 
-        if len(beads.pair):
-            if train_fn is not None:
-                # The random draws of a step, as of dropout, must not depend on the batch.
-                with torch.random.fork_rng([theta_a.device] if theta_a.is_cuda else []):
-                    objective = grad(partial(_seeded, train_fn, step))
-                    gradients = evaluate(objective, beads.theta, beads.pair)
-                gradient_evaluations += torch.bincount(beads.pair, minlength=pairs)
-            assert gradients is not None  # of F, which `grad_and_value` gave
-            beads.descend(gradients, settings)
-        step += 1
-        if complete:
-            for row in complete:
-                strings[row].path, strings[row].losses = strings[row].draft, strings[row].known
-            beads = _join([beads, *grow(complete)])
-        if progress is not None:
-            progress(pairs - len(beads.pair.unique()), len(beads.pair))
-
-    paths = [string.path for string in strings]
-    return Strings(
-        paths=paths,
-        connected=torch.tensor([string.connected for string in strings]),
-        num_beads=torch.tensor([len(path) for path in paths]),
-        length=torch.stack([length(path) for path in paths]),
-        normalized_length=torch.stack([normalized_length(path) for path in paths]),
-        max_loss=torch.stack([string.losses.amax() for string in strings]),
-        rounds=torch.tensor([string.rounds for string in strings]),
-        loss_evaluations=loss_evaluations,
-        gradient_evaluations=gradient_evaluations,
-    )
+    def result(self) -> Strings:
+        paths = [string.path for string in self.strings]
+        return Strings(
+            paths=paths,
+            connected=torch.tensor([string.connected for string in self.strings]),
+            num_beads=torch.tensor([len(path) for path in paths]),
+            length=torch.stack([length(path) for path in paths]),
+            normalized_length=torch.stack([normalized_length(path) for path in paths]),
+            max_loss=torch.stack([string.losses.amax() for string in self.strings]),
+            rounds=torch.tensor([string.rounds for string in self.strings]),
+            loss_evaluations=self.sublevel.loss_evaluations,
+            gradient_evaluations=self.sublevel.gradient_evaluations,
+        )
 
 
 def _seeded(train_fn: Callable, step: int, theta: Tensor, *args: Tensor) -> Tensor:
@@ -335,7 +377,7 @@ def _sample(strings: list[_String], rows: list[int], sublevel: SublevelSet, grid
         string.losses[mask] = part
 
 
-def _grow(string: _String, row: int, sublevel: SublevelSet, settings: StringSampling) -> _Beads:
+def _round(string: _String, row: int, sublevel: SublevelSet, settings: StringSampling) -> _Beads:
     """Returns the beads that the string needs next; none if it passes or is given up."""
     path, grid, pair = string.path, settings.grid, torch.tensor([row])
     t = torch.linspace(0, 1, grid + 1, dtype=path.dtype, device=path.device)

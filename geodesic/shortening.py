@@ -70,108 +70,172 @@ def shorten(
     evaluations is used up stays as it is. With ``strict`` paths are judged by the certificate; use
     it for paths that exceed the level only a little, such as those shortened on fewer samples.
     """
-    measure = sublevel.certify if strict else sublevel.sample
-    path = path.clone()
-    tiny = torch.finfo(path.dtype).tiny
-    samples = measure(path, per_segment, rows)
-    ends = sublevel.gradients(path[:, [0, -1]], rows)
-    sites = _sites(sublevel, path, samples, ends, rows)
-    damping = torch.ones_like(path[:, 0, 0])
-    trust = torch.full_like(damping, TRUST)
-    entered = samples.feasible.clone()
-    shortest, least = path.clone(), torch.where(entered, _energy(path), torch.inf)
-    penalties = torch.zeros_like(damping)
-    away = torch.zeros_like(rows)
-    norms = torch.zeros_like(damping)
-    curvature = torch.zeros_like(sites.excess)
-    iterations = torch.zeros_like(rows)
-    residual = torch.full_like(damping, torch.inf)
+    search = _Search(sublevel, path.clone(), rows, per_segment, strict)
     active = torch.arange(len(rows))
     for _ in range(max_iterations):
         active = active[sublevel.affords(rows[active], path.shape[1] - 1)]
         if len(active) == 0:
             break
-        shortens = entered[active]
-        here = _take(samples, active)
-        bend = curvature[active] * (damping[active] * norms[active]).square()[:, None]
-        step, multipliers, predicted = _step(
-            path[active],
-            _take(sites, active),
-            damping[active],
-            trust[active],
-            shortens,
-            least[active].isinf() & (not strict),
-            bend,
-        )
-        candidate = path[active]
-        candidate[:, 1:-1] += step
-        trial = measure(candidate, per_segment, rows[active])
+        active = search.iterate(active)
+    found = search.least.isfinite()
+    path = torch.where(found[:, None, None], search.shortest, search.path)
+    return Shortened(path, found, search.iterations, search.residual)
 
-        # While shortening, E plus an exact penalty (whose weight exceeds the multipliers) has to
-        # fall. While pushing in, the violation has to fall by a tenth of the linear prediction.
-        margin = sites.margin[active, candidate.shape[1] - 2 : -2].clone()
-        margin[:, [0, -1]] = 0
-        penalty = torch.maximum(penalties[active], 2 * multipliers.amax(1))
-        penalties[active] = torch.where(shortens, penalty, 0)
-        energy, trial_energy = _energy(path[active]), _energy(candidate)
-        merit = energy + penalty * (here.peak + margin).clamp_min(0).sum(1)
-        trial_merit = trial_energy + penalty * (trial.peak + margin).clamp_min(0).sum(1)
-        violation = here.peak.clamp_min(0).sum(1)
-        trial_violation = trial.peak.clamp_min(0).sum(1)
-        eta = damping[active]
-        accepted = torch.where(
-            shortens,
-            trial_merit < merit,
-            trial.feasible | (trial_violation < violation * (1 - 0.1 * eta)),
-        )
-        norm = (_energy(torch.nn.functional.pad(step, (0, 0, 1, 1))) * 2).sqrt()
-        residual[active] = norm / (eta * length(path[active]).clamp_min(tiny))
-        norms[active] = norm / eta
-        reached = torch.cat((trial.excess[:, 1:, 0], trial.inner), dim=1)
-        missed = (reached - predicted[:, :-2]).clamp_min(0) * ~accepted[:, None]
-        curvature[active, :-2] = missed / norm.square().clamp_min(tiny)[:, None]
-        iterations[active] += 1
 
-        converged = here.feasible & (residual[active] < STOP_RESIDUAL)
+@dataclass
+class _Trial:
+    """A step of some paths, and where it leads."""
+
+    path: Tensor  # (rows, K + 1, d)
+    samples: Samples
+    energy: Tensor  # (rows,)
+    norm: Tensor  # (rows,): |δ|_A
+    multipliers: Tensor  # (rows, n)
+    predicted: Tensor  # (rows, n): c + Jδ
+
+
+class _Search:
+    """The states of all searches, one for each path. `active` are the numbers of some of them.
+
+    Attributes:
+        path: the paths, (rows, K + 1, d), which `iterate` changes.
+        shortest: the feasible paths of the least energy so far.
+        least: that energy, (rows,), and infinite before there is one.
+        entered: whether a path shortens, because it was inside the set; others are pushed in.
+        away: for how many steps a path has been outside the set.
+        damping: η.
+        trust: the largest displacement, see TRUST.
+        penalties: the weights of the exact penalty.
+        norms: |δ|_A / η of the last step that was tried.
+        curvature: how far the linearization was off in that step, over its squared norm, (rows, n).
+        iterations: how many steps were tried.
+        residual: |δ|_A / (η |γ|) of the last step that was tried.
+    """
+
+    def __init__(
+        self, sublevel: SublevelSet, path: Tensor, rows: Tensor, per_segment: int, strict: bool
+    ) -> None:
+        self.sublevel, self.rows, self.per_segment = sublevel, rows, per_segment
+        self.path, self.strict = path, strict
+        self.samples = self._measure(path, torch.arange(len(rows)))
+        self.ends = sublevel.gradients(path[:, [0, -1]], rows)
+        self.sites = _sites(sublevel, path, self.samples, self.ends, rows)
+        self.damping = torch.ones_like(path[:, 0, 0])
+        self.trust = torch.full_like(self.damping, TRUST)
+        self.penalties, self.norms = torch.zeros_like(self.damping), torch.zeros_like(self.damping)
+        self.residual = torch.full_like(self.damping, torch.inf)
+        self.away, self.iterations = torch.zeros_like(rows), torch.zeros_like(rows)
+        self.curvature = torch.zeros_like(self.sites.excess)
+        self.entered, self.shortest = self.samples.feasible.clone(), path.clone()
+        self.least = torch.where(self.entered, _energy(path), torch.inf)
+
+    def iterate(self, active: Tensor) -> Tensor:
+        """Tries a step of the `active` paths, and returns those whose search goes on."""
+        here, eta = _take(self.samples, active), self.damping[active]
+        energy = _energy(self.path[active])
+        trial = self._try(active)
+        accepted = self._accepts(active, here, energy, trial)
+        self._learn(active, trial, accepted)
+        converged = here.feasible & (self.residual[active] < STOP_RESIDUAL)
         settled = (
             here.feasible
-            & trial.feasible
+            & trial.samples.feasible
             & accepted
-            & (energy - trial_energy < STOP_DECREASE * energy * eta)
+            & (energy - trial.energy < STOP_DECREASE * energy * eta)
         )
-        damping[active] = torch.where(accepted, (4 * eta).clamp_max(1), eta / 4)
-        failed = ~accepted & (damping[active] < SMALLEST_DAMPING)
+        self.damping[active] = torch.where(accepted, (4 * eta).clamp_max(1), eta / 4)
+        failed = ~accepted & (self.damping[active] < SMALLEST_DAMPING)
+        self._move(active, trial, accepted)
+        lost, back = self._turn(active, failed)
+        moved = active[accepted | back]
+        active = active[~(converged | settled | (failed & ~lost & ~back))]
+        self._linearize(moved[torch.isin(moved, active)])
+        return active
+
+    def _measure(self, path: Tensor, active: Tensor) -> Samples:
+        measure = self.sublevel.certify if self.strict else self.sublevel.sample
+        return measure(path, self.per_segment, self.rows[active])
+
+    def _try(self, active: Tensor) -> _Trial:
+        squares = (self.damping[active] * self.norms[active]).square()
+        step, multipliers, predicted = _step(
+            self.path[active],
+            _take(self.sites, active),
+            self.damping[active],
+            self.trust[active],
+            self.entered[active],
+            self.least[active].isinf() & (not self.strict),
+            self.curvature[active] * squares[:, None],
+        )
+        path = self.path[active]
+        path[:, 1:-1] += step
+        norm = (_energy(torch.nn.functional.pad(step, (0, 0, 1, 1))) * 2).sqrt()
+        samples = self._measure(path, active)
+        return _Trial(path, samples, _energy(path), norm, multipliers, predicted)
+
+    def _accepts(self, active: Tensor, here: Samples, energy: Tensor, trial: _Trial) -> Tensor:
+        """Returns which steps are accepted, ``(active,)``.
+
+        While shortening, E plus an exact penalty (whose weight exceeds the multipliers) has to
+        fall. While pushing in, the violation has to fall by a tenth of the linear prediction.
+        """
+        shortens, segments = self.entered[active], trial.path.shape[1] - 1
+        margin = self.sites.margin[active, segments - 1 : -2].clone()
+        margin[:, [0, -1]] = 0
+        penalty = torch.maximum(self.penalties[active], 2 * trial.multipliers.amax(1))
+        self.penalties[active] = torch.where(shortens, penalty, 0)
+        merit = energy + penalty * (here.peak + margin).clamp_min(0).sum(1)
+        reached = trial.energy + penalty * (trial.samples.peak + margin).clamp_min(0).sum(1)
+        violation, left = (x.peak.clamp_min(0).sum(1) for x in (here, trial.samples))
+        enough = left < violation * (1 - 0.1 * self.damping[active])
+        return torch.where(shortens, reached < merit, trial.samples.feasible | enough)
+
+    def _learn(self, active: Tensor, trial: _Trial, accepted: Tensor) -> None:
+        """Notes how long the steps were, and by how much rejected ones missed their prediction."""
+        eta, tiny = self.damping[active], torch.finfo(trial.path.dtype).tiny
+        self.norms[active] = trial.norm / eta
+        self.residual[active] = trial.norm / (eta * length(self.path[active]).clamp_min(tiny))
+        reached = torch.cat((trial.samples.excess[:, 1:, 0], trial.samples.inner), dim=1)
+        missed = (reached - trial.predicted[:, :-2]).clamp_min(0) * ~accepted[:, None]
+        self.curvature[active, :-2] = missed / trial.norm.square().clamp_min(tiny)[:, None]
+        self.iterations[active] += 1
+
+    def _move(self, active: Tensor, trial: _Trial, accepted: Tensor) -> None:
         moved, kept = active[accepted], accepted.nonzero().squeeze(1)
-        path[moved] = candidate[kept]
-        _put(samples, moved, _take(trial, kept))
-        shorter = accepted & trial.feasible & (trial_energy < least[active])
-        shortest[active[shorter]] = candidate[shorter]
-        least[active[shorter]] = trial_energy[shorter]
-        # A path that stays outside the set for too long is pushed in.
-        away[active] = torch.where(samples.feasible[active], 0, away[active] + 1)
-        lost = ~samples.feasible[active] & shortens & (failed | (away[active] >= PATIENCE))
-        back = ~samples.feasible[active] & ~shortens & least[active].isfinite()
-        back &= (failed | (away[active] >= LAST_PATIENCE)) & (trust[active] > LEAST_TRUST)
-        entered[active] = (shortens & ~lost) | samples.feasible[active] | back
-        failed &= ~lost & ~back
-        damping[active[lost | back]] = 1
-        curvature[active[lost | back]] = 0
+        self.path[moved] = trial.path[kept]
+        _put(self.samples, moved, _take(trial.samples, kept))
+        shorter = accepted & trial.samples.feasible & (trial.energy < self.least[active])
+        self.shortest[active[shorter]] = trial.path[shorter]
+        self.least[active[shorter]] = trial.energy[shorter]
+
+    def _turn(self, active: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns which paths are lost, so that they are pushed in, and which are set back.
+
+        A path is lost if it stays outside the set for too long. If pushing in does not help, it is
+        set back to its shortest feasible form, and then moves in shorter steps.
+        """
+        shortens, inside = self.entered[active], self.samples.feasible[active]
+        self.away[active] = torch.where(inside, 0, self.away[active] + 1)
+        lost = ~inside & shortens & (failed | (self.away[active] >= PATIENCE))
+        back = ~inside & ~shortens & self.least[active].isfinite()
+        back &= failed | (self.away[active] >= LAST_PATIENCE)
+        back &= self.trust[active] > LEAST_TRUST
+        self.entered[active] = (shortens & ~lost) | inside | back
+        self.damping[active[lost | back]] = 1
+        self.curvature[active[lost | back]] = 0
         if back.any():
             again = active[back]
-            path[again], trust[again], away[again] = shortest[again], trust[again] / 4, 0
-            _put(samples, again, measure(path[again], per_segment, rows[again]))
-        moved = active[accepted | back]
-        active = active[~(converged | settled | failed)]
-        stale = moved[torch.isin(moved, active)]
+            self.path[again], self.away[again] = self.shortest[again], 0
+            self.trust[again] = self.trust[again] / 4
+            _put(self.samples, again, self._measure(self.path[again], again))
+        return lost, back
+
+    def _linearize(self, stale: Tensor) -> None:
+        """Linearizes the constraints anew of paths that have moved."""
         if len(stale):
-            loss_and_gradient = (ends[0][stale], ends[1][stale])
-            fresh = _sites(
-                sublevel, path[stale], _take(samples, stale), loss_and_gradient, rows[stale]
-            )
-            _put(sites, stale, fresh)
-    found = least.isfinite()
-    path = torch.where(found[:, None, None], shortest, path)
-    return Shortened(path, found, iterations, residual)
+            ends = (self.ends[0][stale], self.ends[1][stale])
+            here, samples, rows = self.path[stale], _take(self.samples, stale), self.rows[stale]
+            _put(self.sites, stale, _sites(self.sublevel, here, samples, ends, rows))
 
 
 def join(parts: list[Shortened]) -> Shortened:
