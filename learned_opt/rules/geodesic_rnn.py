@@ -204,7 +204,7 @@ class GeodesicRNN(UpdateRule):
     def observe(
         self, grads: Tensor, params: Tensor, state: State, in_place: bool = False
     ) -> tuple[Observation, State]:
-        lead, layout, tensors = grads.shape[:-1], state.layout, len(state.layout.shapes)
+        lead, layout = grads.shape[:-1], state.layout
         rows, counts = state.coordinate["averages"], layout.numbers(math.prod, grads)
         if not in_place:
             rows = rows.clone()
@@ -233,38 +233,77 @@ class GeodesicRNN(UpdateRule):
             peak = torch.maximum(peak, size * share)
         floor = (VANISHED * peak).clamp(min=EPS)
         look = self._look(state.step, counts) if self.every > 1 else counts
-        moved, sums = [], grads.new_zeros(*lead, tensors, DIRECTIONS**2 + 3)
-        for chunk in layout.chunks:
-            row = average(
-                chunk.of(rows), chunk.of(grads), *map(chunk.spread, (weights, floor)),
-                None if louder is None else chunk.spread(louder), compiling,
-            )  # fmt: skip
-            if compiling:
-                moved.append(row.flatten(-2))
-            if look is not None:
-                add_moments(sums, chunk, row, chunk.of(params))
-        if compiling:
-            rows = rows.copy_(join(moved))
+        factors = (weights, floor) if louder is None else (weights, floor, louder)
+        rows, sums = self._average(
+            rows, grads, params, layout, factors, look is not None, compiling
+        )
         fallen = rest(state, step, self.decay_after, self.beginnings).to(grads.dtype)
         state = state.advanced(coordinate=state.coordinate | {"averages": rows}, matrix=matrix)
         if look is None:
-            nothing = grads.new_empty(*lead, 0, tensors)
-            return Observation(rows, nothing, layout, basis, in_place), state
-        moments, means = (layout.reduce(sums) / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
-        tensor, *kept = self._tensor_features(
+            tensor = grads.new_empty(*lead, 0, len(layout.shapes))
+        else:
+            tensor, kept = self._seen(layout.reduce(sums), counts, state, step, fallen, look)
+            state = replace(state, tensor=state.tensor | kept)
+        return Observation(rows, tensor, layout, basis, in_place), state
+
+    def _average(
+        self, rows: Tensor, grads: Tensor, params: Tensor, layout: Layout,
+        factors: tuple[Tensor, ...], look: bool, compiling: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Returns the averages after this gradient and, if `look`, the sums of `add_moments`.
+
+        Args:
+            rows: [g, m̂, r] before, (*tasks, 5, d), which are overwritten.
+            grads: the gradients, (*tasks, d).
+            params: θ, (*tasks, d).
+            layout: the layout of the coordinates.
+            factors: the weights of the averages, the floor of r and, if it has one, the factor of
+                the gradient of which r takes the average.
+            look: whether the network runs in this step.
+            compiling: whether `observe` is being compiled.
+        """
+        moved, sums = [], grads.new_zeros(*grads.shape[:-1], len(layout.shapes), DIRECTIONS**2 + 3)
+        for chunk in layout.chunks:
+            weights, floor, *louder = map(chunk.spread, factors)
+            row = average(
+                chunk.of(rows), chunk.of(grads), weights, floor,
+                louder[0] if louder else None, compiling,
+            )  # fmt: skip
+            if compiling:
+                moved.append(row.flatten(-2))
+            if look:
+                add_moments(sums, chunk, row, chunk.of(params))
+        return rows.copy_(join(moved)) if compiling else rows, sums
+
+    def _seen(
+        self, sums: Tensor, counts: Tensor, state: State, step: Tensor, fallen: Tensor,
+        look: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Returns Observation.tensor and the next entries of State.tensor.
+
+        Args:
+            sums: those of `add_moments`, over all parts.
+            counts: the numbers of coordinates, (tensors,).
+            state: the state before, but for its averages.
+            step: the number of this update, (tensors,) or (1,).
+            fallen: the factor by which ρ has fallen, see `rest`.
+            look: 1 for tensors for which the network runs, (tensors,) or (1,).
+        """
+        moments, means = (sums / counts.unsqueeze(-1)).split([DIRECTIONS**2, 3], -1)
+        layout = state.layout
+        tensor, *found = self._tensor_features(
             moments.unflatten(-1, (DIRECTIONS, DIRECTIONS)), means.sqrt(), step, fallen,
             layout.numbers(_is_matrix, means), layout.numbers(_fan_in, means),
             layout.constant(LOGS, means),
             state.tensor["initial_rms"], state.tensor["peak_gradient"],
             known_share(state, means),
         )  # fmt: skip
-        kept = dict(zip(TENSOR_ENTRIES, kept, strict=True))
+        kept = dict(zip(TENSOR_ENTRIES, found, strict=True))
         if self.every > 1:
-            look = look.expand(*lead, 1, tensors)
+            look = look.expand(*tensor.shape[:-2], 1, tensor.shape[-1])
             tensor = torch.cat([tensor, look], -2)
             kept = {k: torch.where(look > 0, x, state.tensor[k]) for k, x in kept.items()}
-        state = replace(state, tensor=state.tensor | kept)
-        return Observation(rows, tensor, layout, basis, in_place), state
+        return tensor, kept
 
     @not_compiled  # the result decides what runs, so it must be known in Python
     def _look(self, step: int | Tensor, like: Tensor) -> Tensor | None:
