@@ -1,6 +1,6 @@
 """Update rules. Configs and weights files refer to them by name."""
 
-from learned_opt.rules.base import Observation, UpdateRule, make_rule, register
+from learned_opt.rules.base import Observation, TensorGains, UpdateRule, make_rule, register
 from learned_opt.rules.coordinatewise_lstm import CoordinatewiseLSTM
 from learned_opt.rules.geodesic_rnn import GeodesicRNN
 from learned_opt.rules.layout import Layout, State
@@ -15,6 +15,7 @@ __all__ = [
     "RNNProp",
     "Scheduled",
     "State",
+    "TensorGains",
     "UpdateRule",
     "make_rule",
     "register",

@@ -107,10 +107,7 @@ class UpdateRule(nn.Module, ABC):
 
     name: ClassVar[str]
     hidden_per: str  # "coordinate" or "tensor": which of them has a recurrent state of its own
-    # Whether u = Σ_k c_k f_k with gains c of each tensor. The rule then has three more methods:
-    # `gains(tensor, hidden)` returns c, `features(observation)` returns f, which does not depend on
-    # meta-parameters, and `mix(gains, observation)` returns the sum. Training is far cheaper then.
-    gains_per_tensor: bool = False
+    gains_per_tensor: bool = False  # whether the rule is a sum as `TensorGains` says
     directions: tuple[str, ...] = ()  # the names of these f_k, for `diagnostics`
     # Whether `respond` also accepts a set of weights for each task, with the leading dimensions of
     # its observation. Otherwise training uses vmap, which is slower.
@@ -220,6 +217,39 @@ class UpdateRule(nn.Module, ABC):
                 update as well.
         """
         return self.advance(*self.observe(grads, params, state, in_place), in_place)
+
+
+class TensorGains(UpdateRule):
+    """A rule whose update is u = Σ_k c_k f_k, with gains c of each tensor and features f.
+
+    Features do not depend on meta-parameters. So training has to replay the network alone, which
+    is far cheaper, and the size of a step follows from the gains.
+    """
+
+    gains_per_tensor = True
+
+    @abstractmethod
+    def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gains c, (*tasks, features, tensors), and the next `hidden`.
+
+        Args:
+            tensor: `Observation.tensor`.
+            hidden: the recurrent state, (*tasks, rows, tensors).
+        """
+
+    @abstractmethod
+    def features(self, observation: Observation) -> Tensor:
+        """Returns the features f, (*tasks, features, d)."""
+
+    @abstractmethod
+    def mix(self, gains: Tensor, observation: Observation) -> Tensor:
+        """Returns Σ_k gains_k f_k in the coordinates of θ, (*tasks, d)."""
+
+    def respond(
+        self, observation: Observation, hidden: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        gains, hidden = self.gains(observation.tensor, hidden)
+        return self.mix(gains, observation), hidden
 
 
 def decay_(

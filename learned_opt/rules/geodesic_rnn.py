@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import Observation, UpdateRule, register
+from learned_opt.rules.base import Observation, TensorGains, register
 from learned_opt.rules.basis import ENTRIES, SELDOM, follow, start
 from learned_opt.rules.cell import LSTMCell, per_task
 from learned_opt.rules.fall import known_share, rest
@@ -53,7 +53,7 @@ MIXING = DIRECTIONS + 1  # RMS of each m̂_k/r, size with its decay
 
 
 @register
-class GeodesicRNN(UpdateRule):
+class GeodesicRNN(TensorGains):
     """u = −a ρ Σ_k c_k m̂_k/r, where an LSTM emits the gains c_k and the relative step a.
 
     - m̂_k are the gradient, clipped to 1.5 times its tensor's usual RMS, and its bias-corrected
@@ -116,7 +116,7 @@ class GeodesicRNN(UpdateRule):
     """
 
     name = "geodesic_rnn"
-    hidden_per, gains_per_tensor, weights_per_task = "tensor", True, True
+    hidden_per, weights_per_task = "tensor", True
     directions = ("gradient", *(f"average {beta}" for beta in BETAS))
     entries = ("averages", *TENSOR_ENTRIES, RECENT, TRAINED, "hidden", *ENTRIES)
     falls = spends = True
@@ -376,22 +376,7 @@ class GeodesicRNN(UpdateRule):
         kept = (x.unsqueeze(-2) for x in (start, peak, r_bar))
         return torch.cat(inputs + mixing, dim=-1).mT, *kept
 
-    def respond(
-        self, observation: Observation, hidden: Tensor, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        gains, hidden = self.gains(observation.tensor, hidden)
-        return self.mix(gains, observation), hidden
-
     def gains(self, tensor: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gains, which multiply the `features`, and the next recurrent state.
-
-        Args:
-            tensor: `Observation.tensor`.
-            hidden: the recurrent state, (*tasks, rows, tensors).
-
-        Returns:
-            gains (*tasks, 4, tensors), and the next `hidden`.
-        """
         if self.every > 1:
             return self._gains_or_last(tensor, hidden)
         return self._gains(tensor, hidden)
@@ -421,10 +406,6 @@ class GeodesicRNN(UpdateRule):
         return normal(observation.coordinate)
 
     def mix(self, gains: Tensor, observation: Observation) -> Tensor:
-        """Returns Σ_k gains_k features_k in the coordinates of θ, (*tasks, d).
-
-        The gains are (*tasks, 4, tensors).
-        """
         update = self._mix(gains, observation)
         return update if observation.basis is None else observation.basis.turn_back(update)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
-from learned_opt.rules.base import Observation, UpdateRule, make_rule, register
+from learned_opt.rules.base import Observation, TensorGains, make_rule, register
 from learned_opt.rules.cell import LSTMCell, per_task
 from learned_opt.rules.layout import Layout, State
 
@@ -22,7 +22,7 @@ INPUTS = 2 * len(BETAS) + 6
 
 
 @register
-class Scheduled(UpdateRule):
+class Scheduled(TensorGains):
     """u = e^s · u_base: an LSTM scales the updates of another rule by one factor for each tensor.
 
     The factor depends on the slope of the loss along the last update m = θ_t − θ_{t−1}. The slope

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.errors import ConfigError
-from learned_opt.rules import Layout, Observation, State, UpdateRule, make_rule
+from learned_opt.rules import Layout, Observation, State, TensorGains, UpdateRule, make_rule
 from learned_opt.tasks.base import Batch, Task, generator, seed_of
 from learned_opt.training.objectives.meta_loss import MetaLoss
 from learned_opt.training.objectives.pes import PES, differences, perturbed, pes_gradient, roll_out
@@ -268,10 +268,9 @@ def test_tensors_have_an_estimate_each(common: float) -> None:
     assert (error < 0.1 * expected.abs()).all()
 
 
-class Mixed(Momentum):
+class Mixed(Momentum, TensorGains):
     """u = −(w₁ + w₂ D) g, with a fixed diagonal D."""
 
-    gains_per_tensor = True
     diagonal = torch.tensor([0.5, -0.2, 0.3], dtype=torch.float64)
 
     def respond(self, observation: Observation, hidden: Tensor, in_place: bool = False):

@@ -18,11 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from learned_opt.rules.base import Observation, UpdateRule, merge_tasks
+from learned_opt.rules.base import Observation, TensorGains, UpdateRule, merge_tasks
 from learned_opt.rules.layout import Layout, State
 from learned_opt.tasks.base import generator
 
@@ -69,7 +70,7 @@ def start_replay(rule: UpdateRule, state: State, coordinates: int, *key: object)
         key: the key of that draw.
     """
     if rule.gains_per_tensor:
-        return TensorReplay(rule, state)
+        return TensorReplay(cast(TensorGains, rule), state)
     return SampledReplay(rule, state, coordinates, *key)
 
 
@@ -136,7 +137,7 @@ class SampledReplay(Replay):
 
 
 class TensorReplay(Replay):
-    def __init__(self, rule: UpdateRule, state: State) -> None:
+    def __init__(self, rule: TensorGains, state: State) -> None:
         self.rule = rule
         self.hidden = merge_tasks(rule.hidden(state))
         self.seen: list[Observation] = []
