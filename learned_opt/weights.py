@@ -18,7 +18,7 @@ from learned_opt.rules import UpdateRule, make_rule
 
 FORMAT, VERSION = "learned-opt", 2  # the checksum of 1 left out the facts
 DEFAULT = Path(__file__).parent / "weights" / "default.safetensors"
-DEFAULT_SHA256 = "058e3b1c921698e62b46ac4baaeee2284fd3725a5cfbdec490224905ec7e7158"
+DEFAULT_SHA256 = "907bf79d6a4431c213a07fd4cbad4ff0e6aedac4180fcea89a4dd8cd2189655a"
 # Bytes, hundreds of times what save_rule writes. A damaged size could make a reader allocate a lot.
 MAX_HEADER = 1 << 20
 HUB, HUB_FILE = "hf://", "weights.safetensors"
