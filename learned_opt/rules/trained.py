@@ -35,7 +35,7 @@ def is_trained(matrices: Iterable[Tensor]) -> bool:
 def _beyond_chance(w: Tensor) -> bool:
     m, n = (side**0.5 for side in w.shape)
     rng = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(w.shape[1], generator=rng, device="cpu").to(w.device)
+    x = torch.randn(w.shape[1], generator=rng, dtype=w.dtype, device="cpu").to(w.device)
     for _ in range(ITERATIONS):  # of the power method, which finds it from below
         x = w.mT @ (w @ (x / x.norm()))
     largest = float(x.norm() / w.square().mean())
