@@ -5,14 +5,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test test-all docs lint clean
 
 demo: .venv/.installed
 	$(BIN)/learned-opt train --config configs/train/demo.yaml --output runs/demo
 	$(BIN)/learned-opt benchmark --config configs/benchmark/demo.yaml --output runs/demo
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
