@@ -6,32 +6,10 @@ import pytest
 import torch
 
 from learned_opt.rules import UpdateRule, make_rule
-
-RULES = {
-    "tensor": ("geodesic_rnn", {"hidden": 5}),
-    "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
-    "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
-    "careful": (
-        "geodesic_rnn",
-        {
-            "hidden": 5,
-            "horizon": True,
-            "beginnings": True,
-            "clip_squares": 10.0,
-            "trained_starts": True,
-        },
-    ),
-    "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
-    "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
-    "scheduled lstm": (
-        "scheduled",
-        {"base": "coordinatewise_lstm", "base_config": {"hidden": 4, "output_scale": 0.1}},
-    ),
-    "rnnprop": ("rnnprop", {"hidden": 4}),
-}
+from tests.learned_opt.rule_cases import ALONE, RULES
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=ALONE)
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     """Each rule in float64, with weights that are far from the initial ones."""
     torch.manual_seed(0)

@@ -7,29 +7,7 @@ from torch import Tensor
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
 from learned_opt.rules.layout import CHUNK
-
-RULES = {
-    "tensor": ("geodesic_rnn", {"hidden": 5}),
-    "basis": ("geodesic_rnn", {"hidden": 5, "basis": 9}),
-    "every": ("geodesic_rnn", {"hidden": 5, "every": 3}),
-    "horizon": (
-        "geodesic_rnn",
-        {
-            "hidden": 5,
-            "basis": 9,
-            "every": 3,
-            "renew": 2,
-            "horizon": True,
-            "beginnings": True,
-            "decay": 0.1,
-            "clip_squares": 10.0,
-            "trained_starts": True,
-        },
-    ),
-    "lstm": ("coordinatewise_lstm", {"hidden": 4}),
-    "rnnprop": ("rnnprop", {"hidden": 4}),
-    "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
-}
+from tests.learned_opt.rule_cases import RULES
 
 
 def noisy_rule(kind: str) -> UpdateRule:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
-from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
+from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
+from tests.learned_opt.rule_cases import DROP_IN
 
 
 def losses(rule: UpdateRule, compiled: bool) -> list[float]:
@@ -39,11 +40,11 @@ def test_a_compiled_training_step_does_the_same_from_the_first(rule: UpdateRule)
 
 
 one_graph = pytest.mark.parametrize(
-    "rule", [name for name in RULES if name not in ("basis", "every", "horizon")], indirect=True
+    "rule", [name for name in DROP_IN if name not in ("basis", "every", "horizon")], indirect=True
 )
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=DROP_IN)
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     return noisy_rule(request.param)
 

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from learned_opt import LearnedOptimizer
-from tests.learned_opt.drop_in import RULES, noisy_rule
+from tests.learned_opt.drop_in import noisy_rule
+from tests.learned_opt.rule_cases import DROP_IN
 
 STEPS = 4
 
@@ -162,7 +163,7 @@ def worker(rank: int, jobs: list[Callable[[str, Path], None]], folder: Path) -> 
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
         for job in jobs:
-            for kind in RULES:
+            for kind in DROP_IN:
                 job(kind, folder / f"{job.__name__}-{kind}")
     finally:
         dist.destroy_process_group()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from learned_opt import LearnedOptimizer, UpdateRule, make_rule
 from learned_opt.rules.base import known_entries
-from tests.learned_opt.drop_in import RULES, noisy_rule, parameters, run, set_gradients
+from tests.learned_opt.drop_in import noisy_rule, parameters, run, set_gradients
+from tests.learned_opt.rule_cases import DROP_IN
 
 
-@pytest.fixture(params=RULES)
+@pytest.fixture(params=DROP_IN)
 def rule(request: pytest.FixtureRequest) -> UpdateRule:
     return noisy_rule(request.param)
 

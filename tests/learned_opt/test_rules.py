@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from learned_opt.errors import ConfigError
 from learned_opt.rules import State, UpdateRule, make_rule
+from learned_opt.rules.base import _REGISTRY
 from learned_opt.rules.cell import LSTMCell
 from learned_opt.rules.geodesic_rnn import LARGEST, MAX_STEP, STEP, VECTOR_SIZE
 from learned_opt.rules.layout import CHUNK, SMALL
-from tests.learned_opt.conftest import RULES
+from tests.learned_opt.rule_cases import ALONE, RULES
 
 SHAPES = ((6, 5), (6,), ())
 D = 37
 per_tensor = pytest.mark.parametrize("rule", ["tensor"], indirect=True)
 coordinates_alone = pytest.mark.parametrize(
-    "rule", [name for name in RULES if name != "basis"], indirect=True
+    "rule", [name for name in ALONE if name != "basis"], indirect=True
 )
 
 
@@ -36,6 +37,11 @@ def run(rule: UpdateRule, grads: Tensor, params: Tensor, shapes=SHAPES, in_place
         updates.append(update)
         params = params + update
     return torch.stack(updates)
+
+
+def test_all_rules_are_tested() -> None:
+    ours = {name for name, rule in _REGISTRY.items() if rule.__module__.startswith("learned_opt.")}
+    assert ours == {name for name, _ in RULES.values()}
 
 
 def test_a_batch_of_tasks_equals_each_task_alone(rule: UpdateRule) -> None:

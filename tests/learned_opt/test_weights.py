@@ -24,14 +24,11 @@ from learned_opt.tasks.data import load_images
 from learned_opt.training.fit import recipe
 from learned_opt.training.stages import first_stage
 from learned_opt.weights import DEFAULT, MAX_HEADER, digest
+from tests.learned_opt.rule_cases import RULES
 
 ROOT = Path(__file__).parents[2]
 FIRST_GENERATION = ROOT / "experiments" / "weights" / "first_generation.safetensors"
 TRAIN = ROOT / "configs" / "train"
-RULES = [
-    ("geodesic_rnn", {"hidden": 3, "per": "tensor"}),
-    ("coordinatewise_lstm", {"hidden": 4, "layers": 1, "output_scale": 0.1}),
-]
 
 
 @pytest.fixture
@@ -63,7 +60,7 @@ def rewrite(path: Path, **changes) -> None:
     save_file(tensors, path, {"learned-opt": json.dumps(header)})
 
 
-@pytest.mark.parametrize(("name", "config"), RULES)
+@pytest.mark.parametrize(("name", "config"), RULES.values(), ids=RULES)
 def test_round_trip(name: str, config: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
     rule, path = make_rule(name, **config), tmp_path / "new" / "weights.safetensors"
