@@ -5,6 +5,7 @@ The command line shows each description alone, so each of them is a full sentenc
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -114,18 +115,28 @@ class PESConfig:
 
     Attributes:
         sigma: The standard deviation of the perturbations of the meta-parameters.
-        particles: The number of antithetic pairs for each task.
+        pairs: The number of antithetic pairs for each task.
+        particles: What `pairs` was called in version 0.1.0.
     """
 
     sigma: float = 0.01
-    particles: int = 1
+    pairs: int = 1
+    particles: int | None = None
 
     def __post_init__(self) -> None:
         check_finite(self, ConfigError)
-        if self.sigma <= 0 or self.particles < 1:
+        if self.particles is not None:
+            warnings.warn(
+                f"pes.particles={self.particles} is now called pes.pairs; rename it",
+                FutureWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "pairs", self.particles)
+            object.__setattr__(self, "particles", None)
+        if self.sigma <= 0 or self.pairs < 1:
             raise ConfigError(
-                f"pes.sigma={self.sigma} must be positive and pes.particles={self.particles} at "
-                "least 1; usual values are 0.01 and 1"
+                f"pes.sigma={self.sigma} must be positive and pes.pairs={self.pairs} at least 1; "
+                "usual values are 0.01 and 1"
             )
 
 

@@ -121,7 +121,7 @@ def inner_steps(config: TrainConfig) -> int:
         "imitation": targets.updates * targets.pairs_per_run,
         "torch_imitation": config.teacher.length,
         "meta_loss": window,
-        "pes": 2 * config.pes.particles * window,
+        "pes": 2 * config.pes.pairs * window,
         "step_size": 2 * window,
     }
     cycle = len(config.objectives)

@@ -24,7 +24,7 @@ WORN = {"base": SHIPPED.name, "base_config": SHIPPED.config, "hidden": 4}
 CONFIG = TrainConfig(
     rule="scheduled", rule_config=WORN, start_from="shipped", frozen=("base.",),
     objectives=("pes", "meta_loss"), updates=4, epoch_length=4, horizon=(8, 8), window=4,
-    open_runs=1, validation_steps=4, pes=PESConfig(particles=2),
+    open_runs=1, validation_steps=4, pes=PESConfig(pairs=2),
     family=FamilyConfig(num_tasks=2, width=(4, 8), hidden_layers=(1, 1)),
 )  # fmt: skip
 

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from learned_opt.cli import parse
 from learned_opt.config import PESConfig, StepSizeConfig, TrainConfig
 from learned_opt.errors import ConfigError
 from learned_opt.rules import Layout, Observation, State, TensorGains, UpdateRule, make_rule
@@ -159,7 +161,7 @@ def test_a_share_of_the_runs_is_told_its_length() -> None:
 
 def test_a_particle_is_a_run_with_its_own_weights(rule: UpdateRule) -> None:
     task = Quadratic()
-    config = TrainConfig(objectives=("pes",), pes=PESConfig(particles=2), window=3)
+    config = TrainConfig(objectives=("pes",), pes=PESConfig(pairs=2), window=3)
     run = PES(config, rule).open(("test",), 9, task, rule)
     weights = nn.utils.parameters_to_vector(rule.parameters()).detach()
     own = weights + 0.1 * torch.randn(4, len(weights), dtype=torch.float64)
@@ -266,6 +268,14 @@ def test_tensors_have_an_estimate_each(common: float) -> None:
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - expected).abs() < 4 * error).all()
     assert (error < 0.1 * expected.abs()).all()
+
+
+def test_the_old_name_of_pairs_works_with_a_warning(tmp_path: Path) -> None:
+    config = tmp_path / "old.yaml"
+    config.write_text("objectives: [pes]\npes: {particles: 3}\n")
+    with pytest.warns(FutureWarning, match="now called pes.pairs"):
+        read = parse(["train", "--config", str(config), "--output", str(tmp_path)])[1]
+    assert read.pes == PESConfig(pairs=3)
 
 
 class Mixed(Momentum, TensorGains):

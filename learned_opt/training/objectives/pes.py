@@ -66,7 +66,7 @@ class PES(AntitheticRuns):
 
     @property
     def pairs(self) -> int:
-        return self.config.pes.particles
+        return self.config.pes.pairs
 
     def estimate(
         self, rule: UpdateRule, task: Task, run: OpenRun, steps: int
