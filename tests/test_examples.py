@@ -22,6 +22,7 @@ def test_every_script_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_it_prints_the_losses_of_each_optimizer(name: str, tmp_path: Path) -> None:
     if name == "hugging_face_trainer.py":

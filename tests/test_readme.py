@@ -25,6 +25,7 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mine = Path("runs/seed3/weights.safetensors")
@@ -47,6 +48,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Path("runs/compare/report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_page_on_geodesics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -88,6 +90,7 @@ def test_the_tests_that_the_contract_names_exist() -> None:
     assert set(named) <= there and len(named) >= 22
 
 
+@pytest.mark.slow
 def test_the_page_on_robustness_counts_the_cases_that_there_are() -> None:
     page = (ROOT / "docs" / "robustness.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| [^|]+ \| (`test_.*) \|$", page, re.MULTILINE)
@@ -98,6 +101,7 @@ def test_the_page_on_robustness_counts_the_cases_that_there_are() -> None:
     assert counted == [int(cases) for cases, _ in rows] and len(rows) >= 19
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -112,12 +116,14 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert list(tmp_path.glob("runs/benchmark*/report.html"))
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_committed_results() -> None:
     check = [sys.executable, "-m", "experiments.pages.readme", "--check"]
     process = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_the_page_on_benchmarks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}

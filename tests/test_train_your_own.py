@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 PAGE = (Path(__file__).parents[1] / "docs" / "train_your_own.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_can_be_followed(tmp_path, monkeypatch):
     mine, compare = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     module, usage = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

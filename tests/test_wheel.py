@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 USE = """
 import torch, learned_opt, geodesic
@@ -23,6 +25,7 @@ assert (p < 1).all()
 """
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in ("geodesic", "learned_opt"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from experiments.geodesics import certificates as study
 
 
+@pytest.mark.slow
 def test_every_kind_has_rows_and_no_disconnected_pair_is_certified(tmp_path: Path) -> None:
     rows = study.run(per_kind=3)
     assert len(rows) == 3 * len(study.KINDS) * len(study.DTYPES)

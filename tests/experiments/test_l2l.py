@@ -83,6 +83,7 @@ def test_each_rule_is_trained_with_its_preset_on_its_task() -> None:
     assert all(c.window == 20 and set(c.horizon) == {100} for c in configs.values())
 
 
+@pytest.mark.slow
 def test_rows_table_and_picture(monkeypatch, tmp_path: Path) -> None:
     problems = {"uniform": replace(study.PROBLEMS["uniform"], runs=4)}
     monkeypatch.setattr(study, "PROBLEMS", problems)

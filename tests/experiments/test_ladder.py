@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from experiments.optimizer import ladder
 
 
@@ -17,6 +19,7 @@ def test_rungs_double_in_width_and_quadruple_in_length() -> None:
     assert [t.steps for t in tasks if t.task == ladder.SMALL] == [500, 2000, 8000, 32000]
 
 
+@pytest.mark.slow
 def test_losses_go_on_where_they_were_and_seconds_are_taken_in_turns(tmp_path) -> None:
     task = replace(ladder.rungs()[-1], steps=3)
     ladder.losses(tmp_path, [task], (0,), 1)

@@ -64,6 +64,7 @@ def test_the_three_kinds_join_the_same_points(shard):
             torch.testing.assert_close(ends, every["chord"][run, [start, start + step]])
 
 
+@pytest.mark.slow
 def test_rows_and_tables(shard, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "make_shard", lambda config, index: shard)
     study.imitate(tmp_path, CONFIG, draws=1, held_out=1, seeds=2, updates=2)

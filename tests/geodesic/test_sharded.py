@@ -146,6 +146,7 @@ print(made, found.length.tolist())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     workers = [
         subprocess.Popen(

@@ -14,7 +14,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "geodesic_rnn",
         {"hidden": 5, "basis": 9, "every": 3, "renew": 2, "decay": 0.1} | CAREFUL,
     ),
-    "lstm": ("coordinatewise_lstm", {"hidden": 4, "output_scale": 0.1}),
+    "lstm": ("coordinatewise_lstm", {"hidden": 4}),
     "scheduled": ("scheduled", {"base_config": {"hidden": 5}, "hidden": 3}),
     "scheduled lstm": (
         "scheduled",

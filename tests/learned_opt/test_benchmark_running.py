@@ -69,6 +69,7 @@ def cell(name: str, seed: int = 0) -> Cell:
     return Cell(TASK, Entrant(name, f"bad.{name}", {"lr": 0.1}), {}, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_an_entrant_does_is_a_result_and_the_others_go_on(
     bad, tmp_path: Path, processes: int
@@ -130,6 +131,7 @@ def test_a_damaged_cell_is_run_again_and_only_that(tmp_path: Path) -> None:
     assert [r["test_loss"] for r in after] == [r["test_loss"] for r in before]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("store", "kind", "task"), [(Files, Cell, TASK), (Rows, ValidationCell, WORKLOAD)]
 )
@@ -191,6 +193,7 @@ def command(tmp_path: Path, config: BenchmarkConfig, *launcher: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_killed_halfway_it_goes_on_where_it_was(bad, tmp_path: Path) -> None:
     """SIGKILL of the command while its worker hangs, which then ends by itself at its limit."""
     hangs = Entrant("Hangs", "bad.Hangs", {"lr": 0.1})
@@ -213,6 +216,7 @@ def test_killed_halfway_it_goes_on_where_it_was(bad, tmp_path: Path) -> None:
     assert facts["cells"] == 8 and not facts["failures"]
 
 
+@pytest.mark.slow
 def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Path) -> None:
     for module in ("learned_opt", "torch"):
         (tmp_path / module).mkdir()
@@ -232,6 +236,7 @@ def test_workers_run_what_is_installed_whatever_lies_in_the_folder(tmp_path: Pat
     assert not json.loads((tmp_path / "out" / "benchmark.json").read_text())["failures"]
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_with_a_long_name_does(tmp_path: Path, monkeypatch) -> None:
     """What the workers listen on has a name of some hundred bytes at most."""
     temporary = tmp_path / ("long" * 30)
@@ -243,6 +248,7 @@ def test_a_temporary_folder_with_a_long_name_does(tmp_path: Path, monkeypatch) -
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_it_with_its_workers(
     bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -280,6 +286,7 @@ def alive(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_ranks_share_the_cells(tmp_path: Path) -> None:
     config = replace(CONFIG, entrants=[SGD, Entrant("bad", "torch.optim.SparseAdam", {"lr": 0.1})])
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -98,6 +98,7 @@ def arrays(height: int, channels: tuple[int, ...] = ()) -> tuple[np.ndarray, np.
     return rng.integers(0, 256, (len(labels), height, height, *channels), dtype=np.uint8), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_downloaded_images_are_those_that_are_loaded(name: str, tmp_path, monkeypatch) -> None:
     """The network is not asked: OpenML's table is made here, in its layout."""

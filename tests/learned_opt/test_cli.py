@@ -93,6 +93,7 @@ def refusal(capsys: pytest.CaptureFixture, *args: str) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_runs(path, demo, tmp_path, monkeypatch):
     if path.stem.endswith("_full"):
@@ -122,6 +123,7 @@ def test_every_config_runs(path, demo, tmp_path, monkeypatch):
         assert rows and not [row["error"] for row in rows if row["error"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["geodesic", "trajectory"])
 def test_plot_adds_pictures_to_a_data_set_that_is_there(path, tmp_path):
     config = str(ROOT / "configs/geodesics/digits.yaml")
@@ -137,6 +139,7 @@ def test_plot_adds_pictures_to_a_data_set_that_is_there(path, tmp_path):
     assert all(picture.std() > 0 for picture in pictures.values())
 
 
+@pytest.mark.slow
 def test_processes_share_a_data_set_and_make_the_same(tmp_path):
     config = str(ROOT / "configs/geodesics/digits.yaml")
     args = ["geodesics", "--config", config, "--smoke", "--num_shards", "3", "--output"]
@@ -181,6 +184,7 @@ def test_the_same_config_resumes_and_computes_nothing_again(demo):
     assert [path.read_bytes() for path in demo.glob("log/*/metrics.csv")] == log
 
 
+@pytest.mark.slow
 def test_another_config_is_refused(demo):
     process = run(*TRAIN, "--geodesics.family.width", "[8, 40]", cwd=Path.cwd())
     assert process.returncode == 2
@@ -315,6 +319,7 @@ def test_the_demo_s_benchmark_says_how_to_make_its_weights(capsys, tmp_path, mon
     assert f"{command[1]}configs/train/demo.yaml{command[2].rstrip()}\n" in config.read_text()
 
 
+@pytest.mark.slow
 def test_what_processes_raise_is_one_line(tmp_path, capsys):
     args = ["geodesics", "--smoke", "--num_shards", "2", "--output", str(tmp_path)]
     main(args)
@@ -338,6 +343,7 @@ LONG = {  # the arguments of commands that take minutes, and the first file that
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "name", "to_all"),  # a terminal's Ctrl-C goes to the whole group
     [

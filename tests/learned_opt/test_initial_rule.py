@@ -79,6 +79,7 @@ STAGES = replace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_first_stage_is_trained_as_it_would_be_by_itself(tmp_path: Path) -> None:
     train(STAGES, tmp_path / "both")
     alone = replace(

@@ -106,6 +106,7 @@ def test_every_window_begins_with_a_look_of_the_network(name: str) -> None:
         objectives.OBJECTIVES[name](replace(config, window=15), rule)
 
 
+@pytest.mark.slow
 def test_learning_from_some_coordinates_is_unbiased() -> None:
     torch.manual_seed(0)
     rule = make_rule("coordinatewise_lstm", hidden=3, output_scale=0.3).double()

@@ -430,6 +430,7 @@ def test_untrained_it_trains_on_digits(untrained: UpdateRule) -> None:
     assert train_on_digits(optimizer, model) < 0.3 * start
 
 
+@pytest.mark.slow
 def test_it_is_made_and_steps_without_a_word() -> None:
     script = (
         "import torch, learned_opt; p = torch.ones(3, requires_grad=True); p.grad = p.detach();"

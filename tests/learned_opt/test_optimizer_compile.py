@@ -33,6 +33,7 @@ def losses(rule: UpdateRule, compiled: bool) -> list[float]:
     return [step(model[1 + i % 3 // 2]).item() for i in range(8)]
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step_does_the_same_from_the_first(rule: UpdateRule) -> None:
     torch.compiler.reset()
     for _ in range(2):  # and another model in the same process
@@ -49,6 +50,7 @@ def rule(request: pytest.FixtureRequest) -> UpdateRule:
     return noisy_rule(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("rule", ["tensor", "horizon"], indirect=True)
 def test_compiled_to_c_it_does_the_same(rule: UpdateRule) -> None:
@@ -90,6 +92,7 @@ def test_dynamo_takes_a_step_in_one_graph(rule: UpdateRule) -> None:
         assert [int(each.state[p]["clock"]) for p in its_params] == [5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", [0, 20])
 def test_past_the_limit_of_recompilations_it_does_the_same(basis: int) -> None:
     """A frame that torch compiles no more runs in Python, those that it calls do not."""

@@ -169,5 +169,6 @@ def worker(rank: int, jobs: list[Callable[[str, Path], None]], folder: Path) -> 
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_do_as_one_does(tmp_path: Path) -> None:
     mp.spawn(worker, args=([ddp, fsdp, fsdp_of_few_rows, checkpoint], tmp_path), nprocs=2)

@@ -54,6 +54,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_worker_processes_train_on_it(folder: Path):
     task = ["--task", "my_own_task:make_task", "--output", "out", "--smoke"]
     entrants = ["--entrants", "[learned, Adam]", "--tuning_seeds", "1", "--processes", "2"]

@@ -231,6 +231,7 @@ def step_size_estimates(rule: UpdateRule, config: StepSizeConfig, runs: int) -> 
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_step_sizes_is_their_share_of_the_gradient_of_the_whole_run() -> None:
     """All that w₁ does is to multiply steps."""
     rule = Momentum()
@@ -258,6 +259,7 @@ def test_particles_take_steps_of_the_same_direction_and_opposite_log_sizes() -> 
     assert ((moments - torch.tensor([1.0, 1.0, 0.0])).abs() < 0.35).all()  # 5 standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("common", [0.0, 0.5])
 def test_tensors_have_an_estimate_each(common: float) -> None:
     """Weights that scale one tensor's steps each: against finite differences."""
@@ -297,6 +299,7 @@ class Mixed(Momentum, TensorGains):
         return (observation.layout.expand(gains) * self.features(observation)).sum(-2)
 
 
+@pytest.mark.slow
 def test_mixtures_have_the_gradient_of_the_whole_run() -> None:
     """G, against finite differences: once for each of two tensors by what is common to both, and
     its part along w by how long steps are."""

@@ -94,6 +94,7 @@ def test_a_disk_that_fails_leaves_the_shards_and_writing_goes_on(
     assert contents(folder) == contents(whole.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_whose_disk_gets_full_goes_on_when_there_is_space(command, tmp_path) -> None:
     """A disk that takes few files: it is full at some shard, or at some cell."""
@@ -119,6 +120,7 @@ def test_a_command_whose_disk_gets_full_goes_on_when_there_is_space(command, tmp
         subprocess.run(["umount", out], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_read_only_disk_is_refused_in_one_line(command: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "rules.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_rule_of_the_tutorial_is_trained_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,8 @@ import learned_opt.target_paths, learned_opt.training.fit
 from learned_opt.cli import main
 from learned_opt.training.module import MetaTraining
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 seen, KILL = Path(os.environ["SEEN"]), int(os.environ["KILL"])
 seen.mkdir(exist_ok=True)

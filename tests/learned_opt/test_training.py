@@ -118,6 +118,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, number: int = 1
     return checkpoint
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_weights(
     trained: Path, dataset: PathDataset, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_checkpoint_of_another_config_is_refused(
     assert fit(CONFIG, tmp_path, dataset).read_bytes() == trained.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_vanishes_meanwhile_costs_nothing(
     trained: Path, dataset: PathDataset, tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_training_moves_the_rule_and_logs_its_losses(trained: Path) -> None:
         assert any(row[name] for row in rows), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"average": 0.9}, ALL], ids=["default", "average", "all"])
 def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     changes: dict, trained: Path, dataset: PathDataset, tmp_path: Path
@@ -258,6 +261,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights(
     assert [p.name for p in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_curriculum_moves_on_and_says_so(dataset: PathDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, **ALL | {"learning_rate": 1e-12})  # nothing is learned
     fit(config, tmp_path, dataset)
@@ -277,6 +281,7 @@ def test_tasks_that_all_diverge_leave_the_rule_whole(tmp_path: Path) -> None:
     assert found["head.weight"].equal(start["head.weight"])  # zeros taught it nothing
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline(dataset: PathDataset, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     output = finish(start(tmp_path, dataset, logger="wandb", updates=5))
@@ -286,6 +291,7 @@ def test_wandb_logs_offline(dataset: PathDataset, tmp_path: Path, monkeypatch) -
     assert not (tmp_path / "log").exists() and (tmp_path / "weights.safetensors").exists(), output
 
 
+@pytest.mark.slow
 def test_without_wandb_the_logger_says_what_to_install() -> None:
     script = """
 import sys

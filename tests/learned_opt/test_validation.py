@@ -173,6 +173,7 @@ def test_every_run_is_in_the_report_and_a_divergence_is_a_miss(folder: Path) -> 
     assert all(name in page for name in ("AdamW warm-up cosine", "explodes", "learned"))
 
 
+@pytest.mark.slow
 def test_nothing_is_run_twice_and_what_was_cut_off_is_run_again(folder: Path, tmp_path) -> None:
     lines = (folder / "rows.jsonl").read_bytes()
     results = (folder / "results.csv").read_bytes()
@@ -214,6 +215,7 @@ def test_a_target_of_the_suite_is_taken_as_it_is(folder: Path, tmp_path: Path) -
     assert found[ADAMW.name] == 3.0 and {row["best_speed_up"] for row in rows} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_disturbed_run_beside_the_undisturbed_one(tmp_path: Path) -> None:
     base = {"kind": "regression", "data": "breast_cancer", "hidden": [8], "batch_size": 16}
     spoilt = TaskConfig(kind="continued", options={"base": base, "first_scale": 1e6})
