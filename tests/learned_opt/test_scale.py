@@ -25,6 +25,8 @@ from learned_opt.errors import ConfigError
 from learned_opt.training.fit import check, fit, make_trainer
 from learned_opt.weights import load_rule
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIG = replace(
     TrainConfig(rule_config={"hidden": 3}).smoke(),
@@ -54,8 +56,6 @@ import torch
 import learned_opt.target_paths, learned_opt.training.fit
 from learned_opt.cli import main
 from learned_opt.training.module import MetaTraining
-
-pytestmark = pytest.mark.slow
 
 torch.set_num_threads(1)
 seen, KILL = Path(os.environ["SEEN"]), int(os.environ["KILL"])
