@@ -1,4 +1,4 @@
-"""Checks and measures on one GPU, in at most six minutes, whatever a GPU may change.
+"""Checks and measures on one GPU whatever a GPU may change. It has not run on one yet.
 
     python -m experiments.speed.gpu     # writes results/gpu
     python -m experiments.speed.gpu --device cpu --smoke --output runs/gpu
@@ -9,7 +9,7 @@ others:
 - `steps`: milliseconds of whole training steps of a transformer at three widths, and of the
   optimizer's step alone, in eager mode and with the training step compiled, beside torch's fused
   AdamW. All take turns.
-- `meta_training`: trains a rule for a minute with evolution strategies, and counts inner steps a
+- `meta_training`: trains a rule with evolution strategies, and counts inner steps a
   second; then trains a network on the CPU with it.
 - `tests`: the outcomes of the tests marked `gpu`, and of PyTorch's own tests of optimizers there.
 """
