@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from experiments.geodesics.problems import muller_brown
 from geodesic import LevelProfile, find_geodesics
 
 ERROR = {32: 3e-3, 64: 1e-3}
@@ -98,16 +99,6 @@ def test_level_that_falls_faster_than_the_chord(dimension, num_segments):
     )
     assert_exact(found, exact.tolist())
     assert not found.chord_feasible.any()
-
-
-def muller_brown(x):
-    """Müller & Brown, Theor. Chim. Acta 53 (1979), 75-93."""
-    height, xx, xy, yy, x0, y0 = x.new_tensor(
-        [[-200, -100, -170, 15], [-1, -1, -6.5, 0.7], [0, 0, 11, 0.6],
-         [-10, -10, -6.5, 0.7], [1, 0, -0.5, -1], [0, 0.5, 1.5, 1]]
-    )  # fmt: skip
-    dx, dy = x[0] - x0, x[1] - y0
-    return (height * torch.exp(xx * dx**2 + xy * dx * dy + yy * dy**2)).sum()
 
 
 def test_muller_brown_connects_at_its_saddles():
